@@ -1,0 +1,223 @@
+"""The artifact of a calibration: expert similarities of one model, in a folder of its own.
+
+Keep it apart from the model's weights: vLLM loads every safetensors file that it finds beside them. The files are
+`sere_config.json`, `similarity.safetensors`, `layers.csv`, `README.md` (a model card) and `calibration.yaml` (the job's
+resolved settings). Nothing is pickled.
+"""
+
+import csv
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from sere_dist.moe import MoeShape
+
+SCHEMA_VERSION = 1
+CONFIG_FILE, TENSORS_FILE, LAYERS_FILE = "sere_config.json", "similarity.safetensors", "layers.csv"
+CARD_FILE, SETTINGS_FILE = "README.md", "calibration.yaml"
+
+
+class ArtifactError(ValueError):
+    """An artifact that can't be used; the message names the file and the field."""
+
+
+class LayerStatistics(BaseModel):
+    """One row of `layers.csv`. Similarities are those of different experts."""
+
+    layer: int
+    name: str
+    tokens_per_expert_min: int
+    tokens_per_expert_median: float
+    similarity_mean: float
+    similarity_min: float
+    similarity_max: float
+    seconds: float
+
+
+class ArtifactConfig(BaseModel):
+    """The content of `sere_config.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int
+    base_model: str
+    revision: str | None = None
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_experts: int
+    num_experts_per_token: int
+    layer_names: dict[int, str]  # the experts' module by decoder layer index; dense layers are absent
+    method: str
+    kernel: str | None = None
+    dataset: str
+    num_tokens: int
+    versions: dict[str, str]
+    tensors_sha256: str = ""
+
+    @field_validator("schema_version")
+    @classmethod
+    def _known_schema(cls, value: int) -> int:
+        if value != SCHEMA_VERSION:
+            raise ValueError(f"this version of sere_dist reads schema {SCHEMA_VERSION}; calibrate again or upgrade")
+        return value
+
+    @property
+    def shape(self) -> MoeShape:
+        return MoeShape(**{name: getattr(self, name) for name in MoeShape.__dataclass_fields__})
+
+
+@dataclass
+class Artifact:
+    """Expert similarities of one model.
+
+    Attributes:
+        config: what was calibrated, on what, with what.
+        similarity: decoder layer index -> [E, E] float32, logical expert ids, diagonal 1.
+        layers: a summary of each layer, for people.
+        settings: the calibration job's resolved settings.
+    """
+
+    config: ArtifactConfig
+    similarity: dict[int, torch.Tensor]
+    layers: list[LayerStatistics] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def check_serves(self, shape: MoeShape) -> None:
+        """Raises ArtifactError, naming every field that differs, if the artifact is not for a model of this shape."""
+        own = self.config.shape
+        differing = [
+            f"{name}: artifact {getattr(own, name)}, model {getattr(shape, name)}"
+            for name in MoeShape.__dataclass_fields__
+            if getattr(own, name) != getattr(shape, name)
+        ]
+        if differing:
+            raise ArtifactError(
+                f"the artifact was calibrated for {self.config.base_model}, another model than the one being served "
+                f"({'; '.join(differing)}). Calibrate this model: python -m calibration_jobs.calibrate --model ..."
+            )
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the artifact aside, in the same parent folder, and renames it to `path` when it is whole.
+
+        Raises:
+            FileExistsError: `path` is there and `overwrite` is not set; nothing was changed.
+            ArtifactError: the content would not load again.
+        """
+        path = Path(path)
+        check_output(path, overwrite)
+        tensors = {f"layers.{layer}.similarity": matrix.contiguous() for layer, matrix in self.similarity.items()}
+        payload = save_tensors(tensors)
+        config = self.config.model_copy(update={"tensors_sha256": hashlib.sha256(payload).hexdigest()})
+        _check_tensors(path, config, tensors)
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
+            written = Path(aside) / "new"
+            written.mkdir()
+            (written / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+            (written / TENSORS_FILE).write_bytes(payload)
+            (written / SETTINGS_FILE).write_text(yaml.safe_dump(self.settings, sort_keys=False))
+            (written / CARD_FILE).write_text(_card(config, self.layers))
+            with (written / LAYERS_FILE).open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(LayerStatistics.model_fields))
+                writer.writeheader()
+                writer.writerows(row.model_dump() for row in self.layers)
+            if path.exists():
+                path.rename(Path(aside) / "old")
+            written.rename(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Artifact":
+        """Reads and checks an artifact.
+
+        Raises:
+            ArtifactError: a file is missing or damaged, or a field is wrong; the message names it.
+        """
+        path = Path(path)
+        try:
+            config = ArtifactConfig.model_validate_json((path / CONFIG_FILE).read_bytes())
+            payload = (path / TENSORS_FILE).read_bytes()
+            settings = yaml.safe_load((path / SETTINGS_FILE).read_text())
+            with (path / LAYERS_FILE).open(newline="") as file:
+                layers = [LayerStatistics.model_validate(row) for row in csv.DictReader(file)]
+        except FileNotFoundError as error:
+            raise ArtifactError(f"no artifact at {path}: {error.filename} is missing") from error
+        except (ValidationError, yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ArtifactError(f"damaged artifact at {path}: {error}") from error
+        digest = hashlib.sha256(payload).hexdigest()
+        if digest != config.tensors_sha256:
+            raise ArtifactError(
+                f"{path / TENSORS_FILE} is not the file that was written: its SHA-256 is {digest}, "
+                f"tensors_sha256 in {CONFIG_FILE} is {config.tensors_sha256}. Copy it again, or calibrate again."
+            )
+        try:
+            tensors = load_tensors(payload)
+        except SafetensorError as error:
+            raise ArtifactError(f"{path / TENSORS_FILE}: {error}") from error
+        _check_tensors(path, config, tensors)
+        similarity = {layer: tensors[f"layers.{layer}.similarity"] for layer in sorted(config.layer_names)}
+        return cls(config, similarity, layers, settings or {})
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises FileExistsError if `path` is there and may not be replaced.
+
+    A folder that holds no artifact is never replaced, whatever `overwrite` says: it is somebody's something else.
+    """
+    if not path.exists():
+        return
+    is_artifact = (path / CONFIG_FILE).is_file()
+    if not overwrite:
+        hint = "--overwrite to replace it, or another --output" if is_artifact else "choose another --output"
+        raise FileExistsError(f"{path} is already there: {hint}")
+    if not is_artifact:
+        raise FileExistsError(f"{path} is already there and holds no artifact ({CONFIG_FILE}): not replaced")
+
+
+def _check_tensors(path: Path, config: ArtifactConfig, tensors: dict[str, torch.Tensor]) -> None:
+    expected = {f"layers.{layer}.similarity" for layer in config.layer_names}
+    if not expected or set(tensors) != expected:
+        missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+        raise ArtifactError(f"{path}: similarity does not match layer_names: missing {missing}, unexpected {extra}")
+    if outside := [layer for layer in config.layer_names if not 0 <= layer < config.num_layers]:
+        raise ArtifactError(f"{path}: layer_names has {outside}, but num_layers is {config.num_layers}")
+    square = (config.num_experts, config.num_experts)
+    for name, tensor in tensors.items():
+        if tensor.shape != square or tensor.dtype != torch.float32:
+            raise ArtifactError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but num_experts calls for float32 {square}"
+            )
+        if not tensor.isfinite().all():
+            raise ArtifactError(f"{path}: {name} holds NaN or infinity")
+
+
+def _card(config: ArtifactConfig, layers: list[LayerStatistics]) -> str:
+    data = ModelCardData(base_model=config.base_model, library_name="sere_dist", tags=["sere", "mixture-of-experts"])
+    rows = "\n".join(
+        f"| {row.layer} | {row.tokens_per_expert_min} | {row.tokens_per_expert_median:g} | {row.similarity_mean:.3f} | "
+        f"{row.similarity_min:.3f} | {row.similarity_max:.3f} |"
+        for row in layers
+    )
+    method = config.method + (f" ({config.kernel})" if config.kernel else "")
+    return str(
+        ModelCard(
+            f"---\n{data.to_yaml()}\n---\n\n# Expert similarities of {config.base_model}\n\n"
+            f"{config.architecture}, {config.num_experts} experts a layer, {config.num_experts_per_token} a token; "
+            f"method {method}, {config.num_tokens} tokens of {config.dataset}.\n\nIn vLLM with sere_dist:\n\n"
+            '```python\nLLM(model, additional_config={"sere": {"artifact": "this folder", "select_top_k": 2}})\n```\n\n'
+            "| layer | fewest tokens of an expert | median | similarity mean | min | max |\n|---|---|---|---|---|---|\n"
+            f"{rows}\n"
+        )
+    )

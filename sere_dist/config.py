@@ -1,0 +1,44 @@
+"""What a user may set about re-routing, checked once, here: `additional_config={"sere": {...}}` in vLLM."""
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# Every environment variable of this project, and what it does. A malformed value raises.
+ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"  # 1: start on a vLLM release that the plugin was not tested with
+
+
+class ReroutingConfig(BaseModel):
+    """Settings of re-routing in one engine. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    artifact: Path = Field(description="Folder that a calibration wrote.")
+    select_top_k: int = Field(ge=1, description="S: experts that every token keeps; the model's own top-k means off.")
+    threshold: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="rho: an expert with no active substitute this similar stays; 0: none."
+    )
+    rows: Literal["decode", "all"] = Field(default="decode", description="Re-route decode rows only, or prefill too.")
+    enabled: bool = Field(default=True, description="Start with re-routing on; it can be switched while serving.")
+
+    def check_top_k(self, num_experts_per_token: int) -> None:
+        """Raises ValueError if `select_top_k` is more than the experts that the model uses a token."""
+        if self.select_top_k > num_experts_per_token:
+            raise ValueError(
+                f"select_top_k ({self.select_top_k}) must be between 1 and the model's experts a token "
+                f"({num_experts_per_token})"
+            )
+
+
+def environment_flag(name: str) -> bool:
+    """Returns whether an environment variable of this project is 1; unset and 0 are False.
+
+    Raises:
+        ValueError: it is set to anything else.
+    """
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{name} must be 0 or 1, not {value!r}")
+    return value == "1"

@@ -1,0 +1,114 @@
+"""What the rest of the package knows of a Mixture-of-Experts model in transformers.
+
+transformers gives the routed experts of every family one interface: a module with `num_experts` that is called with
+`(hidden_states [N, H], top_k_index [N, K], top_k_weights [N, K])`. Everything here goes through it, so no model file is
+copied and no family is special. Shape suffixes: N tokens, H hidden size, K experts a token, E experts.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+# Names that the families' configurations use. Most map to the first by transformers' attribute_map.
+NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
+TOP_K_NAMES = ("num_experts_per_tok", "moe_topk")
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """What an artifact and the model that it is used with must have in common."""
+
+    architecture: str
+    num_layers: int  # decoder layers, dense ones included
+    hidden_size: int
+    num_experts: int  # routed experts a layer
+    num_experts_per_token: int
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig) -> "MoeShape":
+        """Reads the shape from a model's configuration.
+
+        Raises:
+            ValueError: the configuration names no routed experts.
+        """
+        text = config.get_text_config()
+
+        def first(names: tuple[str, ...]) -> int:
+            value = next((getattr(text, name) for name in names if getattr(text, name, None)), None)
+            if value is None:
+                raise ValueError(
+                    f"{text.model_type} has no routed experts: its configuration sets none of {', '.join(names)}. "
+                    "Re-routing needs a Mixture-of-Experts model."
+                )
+            return value
+
+        architectures = config.architectures or [type(config).__name__.removesuffix("Config")]
+        return cls(
+            architecture=architectures[0],
+            num_layers=text.num_hidden_layers,
+            hidden_size=text.hidden_size,
+            num_experts=first(NUM_EXPERTS_NAMES),
+            num_experts_per_token=first(TOP_K_NAMES),
+        )
+
+
+def layer_index(name: str) -> int:
+    """Returns the decoder layer in a module name: `model.layers.3.mlp.experts` is in layer 3."""
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    if match is None:
+        raise ValueError(f"no decoder layer index in the module name {name!r}")
+    return int(match[1])
+
+
+def routed_experts(model: PreTrainedModel) -> dict[int, tuple[str, torch.nn.Module]]:
+    """Returns the routed-experts module of each MoE layer, with its name, by decoder layer index.
+
+    Raises:
+        ValueError: the model has none.
+    """
+    found = {
+        layer_index(name): (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "has_gate") and hasattr(module, "num_experts")
+    }
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no routed experts: no module uses transformers' experts interface "
+            "(transformers.integrations.moe.use_experts_implementation)"
+        )
+    return found
+
+
+Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden_states_NH, top_k_index_NK, top_k_weights_NK
+
+
+@contextmanager
+def hooked_experts(model: PreTrainedModel, hook: Callable[[int, Routing], Routing | None]) -> Iterator[None]:
+    """Calls `hook(layer, (hidden_states, top_k_index, top_k_weights))` before each MoE layer's experts run.
+
+    What the hook returns, if anything, replaces the three.
+    """
+
+    def before_experts(layer: int) -> Callable:
+        return lambda _module, arguments: hook(layer, arguments)
+
+    with ExitStack() as stack:
+        for layer, (_name, experts) in routed_experts(model).items():
+            stack.enter_context(experts.register_forward_pre_hook(before_experts(layer)))
+        yield
+
+
+@torch.no_grad()
+def expert_outputs(experts: torch.nn.Module, hidden_states_NH: torch.Tensor) -> torch.Tensor:
+    """Returns [E, N, H]: the output of every expert of one layer on every token."""
+    ones = hidden_states_NH.new_ones(len(hidden_states_NH), 1)
+    return torch.stack(
+        [
+            experts(hidden_states_NH, torch.full_like(ones, e, dtype=torch.long), ones)
+            for e in range(experts.num_experts)
+        ]
+    )

@@ -1,0 +1,71 @@
+"""The vLLM plugin, front-end half: reads `additional_config["sere"]`, checks it, and picks the worker that re-routes.
+
+This package is the only place that touches vLLM's internals: here `EngineArgs.create_engine_config`, in `worker` the
+MoE layers' routers and the model runner's batch. vLLM finds `register` by the entry point `vllm.general_plugins`.
+"""
+
+import functools
+
+import vllm
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from sere_dist.artifact import Artifact
+from sere_dist.config import ALLOW_UNTESTED_VLLM, ReroutingConfig, environment_flag
+from sere_dist.moe import MoeShape
+
+TESTED_VLLM = ("0.32.0",)
+CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+REROUTING_CPU_WORKER = "sere_dist.vllm_plugin.worker.ReroutingCPUWorker"
+
+
+def register() -> None:
+    """Makes every engine whose `additional_config` has a `sere` entry re-route; others stay as they are."""
+    original = EngineArgs.create_engine_config
+    if getattr(original, "checks_sere", False):  # vLLM may load a plugin several times in a process
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args, **kwargs) -> VllmConfig:
+        vllm_config = original(self, *args, **kwargs)
+        if isinstance(vllm_config.additional_config, dict) and "sere" in vllm_config.additional_config:
+            configure_engine(vllm_config)
+        return vllm_config
+
+    create_engine_config.checks_sere = True
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def configure_engine(vllm_config: VllmConfig) -> None:
+    """Checks the settings against the model and the engine, and has the engine use the worker that re-routes.
+
+    Raises:
+        ValueError: a setting, the artifact or a feature of the engine rules re-routing out. Nothing is ever served
+            un-re-routed in silence.
+    """
+    if vllm.__version__ not in TESTED_VLLM and not environment_flag(ALLOW_UNTESTED_VLLM):
+        raise ValueError(
+            f"sere_dist was tested with vLLM {', '.join(TESTED_VLLM)}, this is {vllm.__version__}. Install a tested "
+            f"release, or set {ALLOW_UNTESTED_VLLM}=1 and check the counters."
+        )
+    settings = ReroutingConfig.model_validate(vllm_config.additional_config["sere"])
+    settings = settings.model_copy(update={"artifact": settings.artifact.resolve()})
+    shape = MoeShape.from_config(vllm_config.model_config.hf_config)
+    settings.check_top_k(shape.num_experts_per_token)
+    Artifact.load(settings.artifact).check_serves(shape)
+
+    parallel = vllm_config.parallel_config
+    for unsupported, advice in {
+        parallel.data_parallel_size > 1: "data-parallel attention: set data_parallel_size=1",
+        parallel.use_sequence_parallel_moe: "sequence-parallel MoE: set enable_expert_parallel=False",
+        parallel.pipeline_parallel_size > 1: "pipeline parallelism: set pipeline_parallel_size=1",
+        vllm_config.speculative_config is not None: "speculative decoding: remove speculative_config",
+        vllm_config.use_v2_model_runner: "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0",
+        parallel.worker_cls not in (CPU_WORKER, REROUTING_CPU_WORKER): (
+            f"worker_cls {parallel.worker_cls}: this release re-routes on vLLM's CPU backend"
+        ),
+    }.items():
+        if unsupported:
+            raise ValueError(f"sere_dist does not re-route yet with {advice}, or remove 'sere' from additional_config")
+    parallel.worker_cls = REROUTING_CPU_WORKER
+    vllm_config.additional_config["sere"] = settings.model_dump(mode="json")
