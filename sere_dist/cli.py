@@ -1,0 +1,46 @@
+"""The command `sere-dist`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from sere_dist.artifact import Artifact, ArtifactError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """Similarity-based expert re-routing for Mixture-of-Experts models."""
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="Folder of an artifact.")]) -> None:
+    """Check an artifact and describe it."""
+    try:
+        artifact = Artifact.load(path)
+    except ArtifactError as error:
+        raise SystemExit(f"error: {error}") from error
+    config = artifact.config
+    facts = Table(title=str(path), show_header=False, title_justify="left")
+    facts.add_row("base model", config.base_model + (f" at {config.revision}" if config.revision else ""))
+    facts.add_row("architecture", f"{config.architecture}, {config.num_layers} layers, hidden {config.hidden_size}")
+    facts.add_row("experts", f"{config.num_experts} a layer, {config.num_experts_per_token} a token")
+    facts.add_row("method", config.method + (f", {config.kernel} kernel" if config.kernel else ""))
+    facts.add_row("calibrated on", f"{config.num_tokens} tokens of {config.dataset}")
+    facts.add_row("with", ", ".join(f"{name} {version}" for name, version in config.versions.items()))
+    facts.add_row("SHA-256", config.tensors_sha256)
+    layers = Table("layer", "fewest tokens of an expert", "median", "similarity mean", "min", "max")
+    for row in artifact.layers:
+        layers.add_row(
+            str(row.layer),
+            str(row.tokens_per_expert_min),
+            f"{row.tokens_per_expert_median:g}",
+            *(f"{value:.3f}" for value in (row.similarity_mean, row.similarity_min, row.similarity_max)),
+        )
+    console = Console()
+    console.print(facts)
+    console.print(layers)
