@@ -34,25 +34,26 @@ READY_SECONDS = 300
 console = Console()
 
 
-def calibrate(cluster: LocalCluster) -> None:
+def calibrate(cluster: LocalCluster, artifact: Path = ARTIFACT) -> None:
     """Submits the calibration as a Ray job and shows its log until it ends."""
     console.rule("calibrate: ray job submit")
     command = [
         *("ray", "job", "submit", "--log-style=record", "--log-color=false", "--runtime-env"),
         *("calibration_jobs/runtime_env.yaml", "--", "python", "-m", "calibration_jobs.calibrate"),
         *("--model", str(MODEL), "--dataset", "examples/tiny_moe/calibration.parquet"),
-        *("--num-samples", "64", "--output", str(ARTIFACT), "--overwrite"),
+        *("--num-samples", "64", "--output", str(artifact), "--overwrite"),
     ]
     if cluster.run(command, cwd=ROOT).returncode:
         raise SystemExit("error: the calibration job failed; its log is above")
 
 
 @contextmanager
-def served(cluster: LocalCluster, port: int) -> Iterator[str]:
+def served(cluster: LocalCluster, port: int, artifact: Path = ARTIFACT) -> Iterator[str]:
     """Runs `serve run` on the example's application at this port; yields the base URL once the model answers."""
     console.rule("serve: serve run")
     app = yaml.safe_load(APP.read_text())
     app["http_options"]["port"] = port
+    app["applications"][0]["args"]["rerouting"]["artifact"] = str(artifact)
     app_file, log = cluster.folder / "app.yaml", cluster.folder / "serve.log"
     app_file.write_text(yaml.safe_dump(app))
     url = f"http://127.0.0.1:{port}/v1"

@@ -85,13 +85,13 @@ class Artifact:
     Attributes:
         config: what was calibrated, on what, with what.
         similarity: decoder layer index -> [E, E] float32, logical expert ids, diagonal 1.
-        layers: a summary of each layer, for people.
+        layers: a summary of each MoE layer, in order, for people.
         settings: the calibration job's resolved settings.
     """
 
     config: ArtifactConfig
     similarity: dict[int, torch.Tensor]
-    layers: list[LayerStatistics] = field(default_factory=list)
+    layers: list[LayerStatistics]
     settings: dict[str, Any] = field(default_factory=dict)
 
     def check_serves(self, shape: MoeShape) -> None:
@@ -121,6 +121,7 @@ class Artifact:
         payload = save_tensors(tensors)
         config = self.config.model_copy(update={"tensors_sha256": hashlib.sha256(payload).hexdigest()})
         _check_tensors(path, config, tensors)
+        _check_layers(path, config, self.layers)
 
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
@@ -167,6 +168,7 @@ class Artifact:
         except SafetensorError as error:
             raise ArtifactError(f"{path / TENSORS_FILE}: {error}") from error
         _check_tensors(path, config, tensors)
+        _check_layers(path, config, layers)
         similarity = {layer: tensors[f"layers.{layer}.similarity"] for layer in sorted(config.layer_names)}
         return cls(config, similarity, layers, settings or {})
 
@@ -201,6 +203,14 @@ def _check_tensors(path: Path, config: ArtifactConfig, tensors: dict[str, torch.
             )
         if not tensor.isfinite().all():
             raise ArtifactError(f"{path}: {name} holds NaN or infinity")
+
+
+def _check_layers(path: Path, config: ArtifactConfig, layers: list[LayerStatistics]) -> None:
+    if [row.layer for row in layers] != sorted(config.layer_names):
+        raise ArtifactError(
+            f"{path}: {LAYERS_FILE} has rows for {[row.layer for row in layers]}, layer_names has "
+            f"{sorted(config.layer_names)}"
+        )
 
 
 def _card(config: ArtifactConfig, layers: list[LayerStatistics]) -> str:

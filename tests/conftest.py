@@ -1,0 +1,77 @@
+"""What the tests share: the example model, one Ray cluster, one calibration by a Ray job."""
+
+import os
+from pathlib import Path
+
+# Before anything imports vLLM. The engine's core stays in the test's process, so that all requests of a call are queued
+# before the first step and batches are the same in every run; its workers are processes of their own all the same.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # lets a test send a spy to the workers
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from examples import demo
+from examples.local_cluster import LocalCluster
+from sere_dist.artifact import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
+from sere_dist.calibration import load_model, tokenise
+
+MODEL = demo.MODEL
+TEXTS = MODEL.parent
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    with LocalCluster() as cluster:
+        yield cluster
+    assert cluster.processes() == []
+
+
+@pytest.fixture(scope="session")
+def artifact_path(cluster, tmp_path_factory) -> Path:
+    """The artifact of the example model, written by a job that went through `ray job submit`."""
+    path = tmp_path_factory.mktemp("calibration") / "tiny-moe-sere"
+    demo.calibrate(cluster, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def model():
+    return load_model(str(MODEL), "cpu")
+
+
+@pytest.fixture(scope="session")
+def heldout_ids() -> torch.Tensor:
+    """Token ids [16, 96] of held-out texts."""
+    rows = pq.read_table(TEXTS / "heldout.parquet").to_pylist()
+    return tokenise((row["text"] for row in rows), AutoTokenizer.from_pretrained(MODEL), 16, 96)
+
+
+def small_artifact(num_experts: int = 4, layers: tuple[int, ...] = (0, 1), **changes) -> Artifact:
+    config = ArtifactConfig(
+        schema_version=SCHEMA_VERSION,
+        base_model="nobody/small-moe",
+        architecture="Qwen3MoeForCausalLM",
+        num_layers=2,
+        hidden_size=8,
+        num_experts=num_experts,
+        num_experts_per_token=2,
+        layer_names={layer: f"model.layers.{layer}.mlp.experts" for layer in layers},
+        method="frobenius",
+        dataset="texts.parquet",
+        num_tokens=16,
+        versions={"torch": torch.__version__},
+    ).model_copy(update=changes)
+    torch.manual_seed(0)
+    row = {"tokens_per_expert_min": 3, "tokens_per_expert_median": 4.5, "seconds": 0.1}
+    row |= {"similarity_mean": 0.5, "similarity_min": 0.1, "similarity_max": 0.9}
+    return Artifact(
+        config,
+        {layer: torch.rand(num_experts, num_experts).fill_diagonal_(1) for layer in layers},
+        [LayerStatistics(layer=layer, name=config.layer_names[layer], **row) for layer in layers],
+        settings={"model": "nobody/small-moe", "num_samples": 2},
+    )

@@ -1,0 +1,160 @@
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sere_dist.artifact import CONFIG_FILE, LAYERS_FILE, TENSORS_FILE, Artifact, ArtifactError
+from sere_dist.cli import app
+from sere_dist.moe import MoeShape
+from tests.conftest import small_artifact
+
+
+@pytest.fixture
+def saved(tmp_path):
+    artifact = small_artifact()
+    artifact.save(tmp_path / "artifact")
+    return tmp_path / "artifact", artifact
+
+
+def edit_config(path, **changes):
+    content = json.loads((path / CONFIG_FILE).read_text())
+    (path / CONFIG_FILE).write_text(json.dumps(content | changes))
+
+
+def replace_tensors(path, tensors):
+    """Writes other tensors with a checksum that fits, so that the checks behind it are reached."""
+    import hashlib
+
+    save_file(tensors, path / TENSORS_FILE)
+    edit_config(path, tensors_sha256=hashlib.sha256((path / TENSORS_FILE).read_bytes()).hexdigest())
+
+
+def test_round_trip(saved):
+    path, artifact = saved
+    loaded = Artifact.load(path)
+    assert loaded.config.model_copy(update={"tensors_sha256": ""}) == artifact.config
+    assert loaded.similarity.keys() == artifact.similarity.keys()
+    assert all(torch.equal(loaded.similarity[layer], artifact.similarity[layer]) for layer in artifact.similarity)
+    assert loaded.layers == artifact.layers and loaded.settings == artifact.settings
+    assert sorted(os.listdir(path)) == sorted(
+        ["README.md", "calibration.yaml", "layers.csv", "sere_config.json", "similarity.safetensors"]
+    )
+    assert os.listdir(path.parent) == ["artifact"], "something was left beside it"
+
+
+@pytest.mark.parametrize("position", [0, 40, -1])
+def test_a_flipped_byte(saved, position):
+    path, _ = saved
+    content = bytearray((path / TENSORS_FILE).read_bytes())
+    content[position] ^= 1
+    (path / TENSORS_FILE).write_bytes(content)
+    with pytest.raises(ArtifactError, match="SHA-256"):
+        Artifact.load(path)
+
+
+def test_a_missing_layer(saved):
+    path, artifact = saved
+    replace_tensors(path, {"layers.0.similarity": artifact.similarity[0]})
+    with pytest.raises(ArtifactError, match=r"missing \['layers.1.similarity'\]"):
+        Artifact.load(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_a_number(saved, value):
+    path, _ = saved
+    tensors = load_file(path / TENSORS_FILE)
+    tensors["layers.1.similarity"][0, 1] = value
+    replace_tensors(path, tensors)
+    with pytest.raises(ArtifactError, match=r"layers\.1\.similarity holds NaN or infinity"):
+        Artifact.load(path)
+
+
+def test_a_wrong_shape(saved):
+    path, _ = saved
+    replace_tensors(path, {f"layers.{layer}.similarity": torch.ones(3, 3) for layer in (0, 1)})
+    with pytest.raises(ArtifactError, match=r"\(3, 3\), but num_experts calls for float32 \(4, 4\)"):
+        Artifact.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schema_version": 99}, "schema_version.*\n.*reads schema 1"),
+        ({"num_experts": "many"}, "num_experts"),
+        ({"surprise": 1}, "surprise"),
+        ({"num_layers": 1}, r"layer_names has \[1\], but num_layers is 1"),
+    ],
+)
+def test_a_wrong_field_is_named(saved, changes, message):
+    path, _ = saved
+    edit_config(path, **changes)
+    with pytest.raises(ArtifactError, match=message):
+        Artifact.load(path)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSORS_FILE, LAYERS_FILE])
+def test_a_missing_file(saved, name):
+    path, _ = saved
+    (path / name).unlink()
+    with pytest.raises(ArtifactError, match=f"{name} is missing"):
+        Artifact.load(path)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, LAYERS_FILE])
+def test_a_file_cut_short(saved, name):
+    path, _ = saved
+    content = (path / name).read_bytes()
+    (path / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ArtifactError):
+        Artifact.load(path)
+
+
+def test_another_model():
+    artifact = small_artifact()
+    artifact.check_serves(artifact.config.shape)
+    other = MoeShape("MixtralForCausalLM", num_layers=2, hidden_size=8, num_experts=8, num_experts_per_token=2)
+    with pytest.raises(ArtifactError) as error:
+        artifact.check_serves(other)
+    assert "num_experts: artifact 4, model 8" in str(error.value)
+    assert "architecture: artifact Qwen3MoeForCausalLM, model MixtralForCausalLM" in str(error.value)
+    assert "hidden_size" not in str(error.value)
+
+
+def test_an_output_that_is_there_is_kept(saved):
+    path, _ = saved
+    before = (path / TENSORS_FILE).read_bytes()
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        small_artifact(num_tokens=99).save(path)
+    assert (path / TENSORS_FILE).read_bytes() == before
+    small_artifact(num_tokens=99).save(path, overwrite=True)
+    assert Artifact.load(path).config.num_tokens == 99
+    assert os.listdir(path.parent) == ["artifact"]
+
+
+def test_somebody_elses_folder_is_never_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds no artifact"):
+        small_artifact().save(tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
+
+
+def test_what_would_not_load_is_not_saved(tmp_path):
+    artifact = small_artifact()
+    artifact.similarity[0][1, 2] = float("nan")
+    with pytest.raises(ArtifactError, match="NaN"):
+        artifact.save(tmp_path / "artifact")
+    assert os.listdir(tmp_path) == []
+
+
+def test_inspect(saved):
+    from typer.testing import CliRunner
+
+    path, _ = saved
+    shown = CliRunner().invoke(app, ["inspect", str(path)], terminal_width=200)
+    assert shown.exit_code == 0
+    assert "nobody/small-moe" in shown.output and "Qwen3MoeForCausalLM" in shown.output
+    (path / LAYERS_FILE).unlink()
+    assert CliRunner().invoke(app, ["inspect", str(path)]).exit_code == 1
