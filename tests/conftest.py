@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 # Before anything imports vLLM. The engine's core stays in the test's process, so that all requests of a call are queued
-# before the first step and batches are the same in every run; its workers are processes of their own all the same.
+# before the first step and batches are the same in every run. Its workers are processes of their own all the same.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # lets a test send a spy to the workers

@@ -1,0 +1,230 @@
+"""Re-routing inside vLLM, compiled (vLLM's default on CPU) and eager, in its real worker processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoTokenizer
+from vllm import LLM, SamplingParams
+
+from sere_dist.artifact import Artifact
+from sere_dist.config import ALLOW_UNTESTED_VLLM
+from tests import engine_spy
+from tests.conftest import MODEL, TEXTS, small_artifact
+
+LAYERS, TOP_K, BATCH, PROMPT, NEW = 6, 8, 8, 24, 16
+
+
+@pytest.fixture(scope="module", params=["eager", "compiled"])
+def eager(request) -> bool:
+    return request.param == "eager"
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[dict]:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    rows = pq.read_table(TEXTS / "heldout.parquet").to_pylist()[:BATCH]
+    return [{"prompt_token_ids": tokenizer(row["text"])["input_ids"][:PROMPT]} for row in rows]
+
+
+def options(eager: bool) -> dict:
+    return {
+        "model": str(MODEL),
+        "enforce_eager": eager,
+        "max_model_len": 256,
+        "enable_prefix_caching": False,
+        "distributed_executor_backend": "mp",  # workers are processes of their own
+    }
+
+
+def start(eager: bool, **sere) -> LLM:
+    return LLM(**options(eager), additional_config={"sere": sere})
+
+
+def greedy(llm: LLM, prompts: list[dict]) -> list[list[int]]:
+    parameters = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    return [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, parameters, use_tqdm=False)]
+
+
+@pytest.fixture(scope="module")
+def stock_tokens(eager, prompts) -> list[list[int]]:
+    """Greedy tokens without any plugin."""
+    arguments = options(eager), [prompt["prompt_token_ids"] for prompt in prompts], NEW
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.stock_engine", *map(json.dumps, arguments)],
+        env={**os.environ, "VLLM_PLUGINS": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def llm(eager, stock_tokens, artifact_path):
+    llm = start(eager, artifact=str(artifact_path), select_top_k=2)
+    yield llm
+    llm.llm_engine.engine_core.shutdown()
+
+
+@pytest.fixture
+def fresh(llm):
+    """The engine with its policy and counters as at the start."""
+    llm.collective_rpc("sere_policy", kwargs={"select_top_k": 2, "threshold": 0.0, "enabled": True, "rows": "decode"})
+    llm.collective_rpc("sere_counters", kwargs={"reset": True})
+    return llm
+
+
+def counters(llm: LLM) -> list[dict[str, int]]:
+    (worker,) = llm.collective_rpc("sere_counters", kwargs={"reset": True})
+    assert list(worker["layers"]) == list(range(LAYERS)), "a layer is not re-routed"
+    return list(worker["layers"].values())
+
+
+def test_keeping_all_experts_gives_the_stock_engines_tokens(fresh, prompts, stock_tokens):
+    fresh.collective_rpc("sere_policy", kwargs={"select_top_k": TOP_K})
+    assert greedy(fresh, prompts) == stock_tokens
+    assert all(layer["rerouted_slots"] == 0 and layer["rows"] > 0 for layer in counters(fresh))
+
+
+def test_switched_off_gives_the_stock_engines_tokens(fresh, prompts, stock_tokens):
+    rerouted_tokens = greedy(fresh, prompts)
+    fresh.collective_rpc("sere_policy", kwargs={"enabled": False})
+    assert greedy(fresh, prompts) == stock_tokens
+    fresh.collective_rpc("sere_policy", kwargs={"enabled": True})
+    assert greedy(fresh, prompts) == rerouted_tokens
+    assert rerouted_tokens != stock_tokens
+
+
+def test_the_effect_is_counted_in_every_layer(fresh, prompts):
+    greedy(fresh, prompts)
+    for layer in counters(fresh):
+        # The first token of an answer comes from the prefill step; each later one is a decode row.
+        assert layer["steps"] == NEW - 1 and layer["rows"] == BATCH * (NEW - 1)
+        assert layer["critical_slots"] == 0 < layer["rerouted_slots"]
+        assert 2 * layer["steps"] <= layer["active_experts_after"] < layer["active_experts_before"]
+
+
+def test_a_threshold_keeps_critical_experts(fresh, prompts, stock_tokens):
+    fresh.collective_rpc("sere_policy", kwargs={"threshold": 1.0})
+    assert greedy(fresh, prompts) == stock_tokens
+    assert all(layer["critical_slots"] > 0 == layer["rerouted_slots"] for layer in counters(fresh))
+
+
+def test_policies_out_of_range_change_nothing(fresh):
+    before = fresh.collective_rpc("sere_policy")
+    for change in ({"select_top_k": 0}, {"select_top_k": TOP_K + 1}, {"threshold": -1.0}, {"nonsense": 1}):
+        with pytest.raises(Exception, match=next(iter(change))):
+            fresh.collective_rpc("sere_policy", kwargs=change)
+        assert fresh.collective_rpc("sere_policy") == before
+
+
+# From here on the workers are watched: keep these last.
+
+
+def test_no_layer_of_a_decode_step_runs_an_expert_outside_the_primary_union(fresh, prompts):
+    (pid,) = fresh.collective_rpc(engine_spy.watch)
+    assert pid != os.getpid(), "the worker is a process of its own"
+    greedy(fresh, prompts)
+    ((kernel_ids, rerouted),) = fresh.collective_rpc(engine_spy.take)
+    assert len(kernel_ids) == NEW * LAYERS, "the kernel runs once a layer and step"
+    assert len(rerouted) == (NEW - 1) * LAYERS, "the prefill step is not re-routed"
+    changed = 0
+    for ids_TK, (weights, before, valid) in zip(kernel_ids[LAYERS:], rerouted, strict=True):
+        assert valid == [True] * BATCH
+        primary = set()
+        for row, experts in zip(weights, before, strict=True):
+            heaviest = sorted(range(TOP_K), key=lambda k, row=row: (-row[k], k))[:2]
+            primary |= {experts[k] for k in heaviest}
+        assert {expert for row in ids_TK for expert in row} == primary
+        changed += ids_TK != before
+    assert changed > 0
+
+
+def test_prefill_rows_of_a_mixed_step_are_not_rerouted(fresh, prompts):
+    """One long prompt is computed in chunks beside another request's decoding."""
+    sampling = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (NEW, 4)]
+    fresh.collective_rpc(engine_spy.take)
+    first = {"prompt_token_ids": prompts[0]["prompt_token_ids"]}
+    engine = fresh.llm_engine
+    engine.add_request("decoding", first, sampling[0])
+    engine.step()
+    engine.step()
+    engine.add_request("prefilling", {"prompt_token_ids": list(range(100, 150))}, sampling[1])
+    while engine.has_unfinished_requests():
+        engine.step()
+    ((_, rerouted),) = fresh.collective_rpc(engine_spy.take)
+    mixed = [valid for _, _, valid in rerouted if len(valid) > 2]
+    assert len(mixed) == LAYERS and all(sorted(valid) == [False] * 50 + [True] for valid in mixed)
+
+
+def test_prefill_can_be_rerouted_too(fresh, prompts):
+    fresh.collective_rpc("sere_policy", kwargs={"rows": "all"})
+    greedy(fresh, prompts)
+    assert all(layer["rows"] == BATCH * (PROMPT + NEW - 1) for layer in counters(fresh))
+
+
+# Start-up errors: each stops LLM(...) in this process, before a worker starts.
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"select_top_k": 0}, "select_top_k\n.*greater than or equal to 1"),
+        ({"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be between 1 and the model's experts a token \(8\)"),
+        ({"select_top_k": 2, "threshold": 2.0}, "threshold\n"),
+        ({"select_top_k": 2, "select_topk": 3}, "select_topk\n.*Extra inputs"),
+        ({"select_top_k": 2, "artifact": "nowhere"}, "no artifact at .*nowhere"),
+    ],
+)
+def test_bad_settings_stop_the_start(artifact_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        start(True, **{"artifact": str(artifact_path), **settings})
+
+
+def test_an_artifact_of_another_model_stops_the_start(tmp_path):
+    small_artifact().save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"calibrated for nobody/small-moe.*num_experts: artifact 4, model 64"):
+        start(True, artifact=str(tmp_path / "other"), select_top_k=2)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [({"data_parallel_size": 2}, "data_parallel_size=1"), ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1")],
+)
+def test_what_is_not_rerouted_yet_is_refused(artifact_path, parallel, message):
+    from vllm.engine.arg_utils import EngineArgs
+
+    sere = {"artifact": str(artifact_path), "select_top_k": 2}
+    with pytest.raises(ValueError, match=message):
+        EngineArgs(str(MODEL), additional_config={"sere": sere}, **parallel).create_engine_config()
+
+
+def test_an_untested_vllm_is_refused(artifact_path, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    from sere_dist import vllm_plugin
+
+    arguments = EngineArgs(str(MODEL), additional_config={"sere": {"artifact": str(artifact_path), "select_top_k": 2}})
+    monkeypatch.setattr(vllm_plugin, "TESTED_VLLM", ("0.0.1",))
+    with pytest.raises(ValueError, match=f"tested with vLLM 0.0.1.*{ALLOW_UNTESTED_VLLM}=1"):
+        arguments.create_engine_config()
+    monkeypatch.setenv(ALLOW_UNTESTED_VLLM, "1")
+    arguments.create_engine_config()
+    monkeypatch.setenv(ALLOW_UNTESTED_VLLM, "yes")
+    with pytest.raises(ValueError, match="must be 0 or 1, not 'yes'"):
+        arguments.create_engine_config()
+
+
+def test_a_layer_that_is_not_rerouted_stops_the_start(artifact_path, tmp_path, capfd):
+    """The artifact lacks a layer that the model has; only the loaded model tells."""
+    artifact = Artifact.load(artifact_path)
+    del artifact.similarity[5], artifact.config.layer_names[5], artifact.layers[5]
+    artifact.save(tmp_path / "five-layers")
+    with pytest.raises(Exception, match="WorkerProc initialization failed"):
+        start(True, artifact=str(tmp_path / "five-layers"), select_top_k=2)
+    output = "".join(capfd.readouterr())
+    assert "the model's MoE layers are [0, 1, 2, 3, 4, 5], the artifact has [0, 1, 2, 3, 4]" in output
