@@ -1,16 +1,44 @@
-PY ?= python3.11
+# make demo   calibrate, serve, ask, measure, stop (PORT=8000)
+# make serve  calibrate, serve, stay up until Ctrl-C (PORT=8000)
+# make test   lint and tests
+# make tradeoff  redraw the figure of the README
+# make lock   rewrite the lock from pyproject.toml
+# Each makes .venv first if it is missing.
+
+PYTHON ?= python3.11
+PORT ?= 8000
 LOCK := requirements/cpu.lock
 TORCH := $(shell grep '^torch==' $(LOCK))
+BIN := .venv/bin
 
-# pip first, as the machine is configured; PyTorch's own CPU index, which uv knows by name, where that has no CPU build.
+.PHONY: demo serve test tradeoff lock clean
+
+demo: .venv/.ready
+	$(BIN)/python -m examples.demo --port $(PORT)
+
+serve: .venv/.ready
+	$(BIN)/python -m examples.demo --port $(PORT) --keep-serving
+
+test: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+tradeoff: .venv/.ready
+	$(BIN)/python -m benchmarks.tradeoff
+
+# Torch comes first: from wherever pip is told to look if that has the CPU build, else from PyTorch's own CPU index, which
+# uv knows by name. The lock is whole, so nothing pulls in a requirement that it leaves out (see pyproject.toml).
 .venv/.ready: $(LOCK) pyproject.toml
-	$(PY) -m venv .venv
-	.venv/bin/pip install -q --no-deps '$(TORCH)' \
-	  || (.venv/bin/pip install -q uv && .venv/bin/uv pip install --python .venv/bin/python --no-deps --torch-backend cpu '$(TORCH)')
-	.venv/bin/pip install -q --no-deps -r $(LOCK)
-	.venv/bin/pip install -q --no-deps --no-build-isolation -e .
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --no-deps '$(TORCH)' || { $(BIN)/pip install -q uv && \
+	  $(BIN)/uv pip install -q --python $(BIN)/python --no-deps --torch-backend cpu '$(TORCH)'; }
+	$(BIN)/pip install -q --no-deps -r $(LOCK)
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-.PHONY: lock
-lock: # rewrites the lock from pyproject.toml
-	uv pip compile -q pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-emit-find-links --no-emit-index-url --no-annotate --no-header -o $(LOCK)
+lock:
+	uv pip compile -q pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-annotate --no-header -o $(LOCK)
+
+clean:
+	rm -rf .venv build

@@ -31,11 +31,11 @@ from serve_apps.sere import worker_rpc
 
 TINY_MOE = Path(__file__).parent / "tiny_moe"
 MODEL_ID = "tiny-moe"
-BATCH, ROUNDS, NEW_TOKENS = 16, 5, 128
+BATCH = 16
 PROMPT_TOKENS, SCORED_LENGTH, SCORED_TEXTS = 32, 160, 64
 
 
-async def time_per_output_token(url: str, prompts: list[list[int]]) -> float:
+async def time_per_output_token(url: str, prompts: list[list[int]], new_tokens: int) -> float:
     """Returns milliseconds: from sending all requests at once to the last answer, over the tokens of an answer.
 
     Prefill is in it. Arrival times of streamed tokens are not used: on a machine whose few cores engine, proxies and
@@ -48,7 +48,7 @@ async def time_per_output_token(url: str, prompts: list[list[int]]) -> float:
                 client.completions.create(
                     model=MODEL_ID,
                     prompt=prompt,
-                    max_tokens=NEW_TOKENS,
+                    max_tokens=new_tokens,
                     temperature=1,  # greedy answers of a small model fall into loops, and share their experts
                     seed=seed,
                     extra_body={"ignore_eos": True},
@@ -57,19 +57,19 @@ async def time_per_output_token(url: str, prompts: list[list[int]]) -> float:
             )
         )
         seconds = time.perf_counter() - started
-    assert all(answer.usage.completion_tokens == NEW_TOKENS for answer in answers)
-    return 1e3 * seconds / NEW_TOKENS
+    assert all(answer.usage.completion_tokens == new_tokens for answer in answers)
+    return 1e3 * seconds / new_tokens
 
 
-def measure_serving(url: str, prompts: list[list[int]]) -> dict[bool, dict]:
+def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens: int) -> dict[bool, dict]:
     """Returns what serving the prompts side by side looks like with re-routing off and on, measured in turns."""
     times: dict[bool, list[float]] = {False: [], True: []}
     active: dict[bool, float] = {}
-    asyncio.run(time_per_output_token(url, prompts))  # warm up
-    for enabled in [False, True] * ROUNDS:
+    asyncio.run(time_per_output_token(url, prompts, new_tokens))  # warm up
+    for enabled in [False, True] * rounds:
         worker_rpc(MODEL_ID, "sere_policy", enabled=enabled)
         worker_rpc(MODEL_ID, "sere_counters", reset=True)
-        times[enabled].append(asyncio.run(time_per_output_token(url, prompts)))
+        times[enabled].append(asyncio.run(time_per_output_token(url, prompts, new_tokens)))
         layers = worker_rpc(MODEL_ID, "sere_counters")[0]["layers"].values()
         steps = sum(layer["steps"] for layer in layers)
         active[enabled] = sum(layer["active_experts_after"] for layer in layers) / steps
@@ -90,7 +90,11 @@ def measure_perplexity(ids_BL, artifact: Artifact, select_top_k: int, threshold:
     return sum(batches, LockstepResult(0.0, 0, 0, 0)).perplexity
 
 
-def main(url: Annotated[str, typer.Argument(help="Base URL of the endpoint, with /v1.")]) -> None:
+def main(
+    url: Annotated[str, typer.Argument(help="Base URL of the endpoint, with /v1.")],
+    rounds: Annotated[int, typer.Option(help="Times that off and on take turns.")] = 5,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
+) -> None:
     console = Console()
     logging.getLogger().setLevel(logging.ERROR)  # ray.serve.llm has every library log each request
     ray.init(log_to_driver=False, logging_level="error")
@@ -101,7 +105,7 @@ def main(url: Annotated[str, typer.Argument(help="Base URL of the endpoint, with
     ids_BL = tokenise((row["text"] for row in rows), tokenizer, SCORED_TEXTS, SCORED_LENGTH)
 
     with console.status("decoding"):
-        result = measure_serving(url, ids_BL[:BATCH, :PROMPT_TOKENS].tolist())
+        result = measure_serving(url, ids_BL[:BATCH, :PROMPT_TOKENS].tolist(), rounds, new_tokens)
     with console.status("scoring held-out text"):
         for enabled, measured in result.items():
             # Keeping all of a token's experts is off.
@@ -127,7 +131,7 @@ def main(url: Annotated[str, typer.Argument(help="Base URL of the endpoint, with
     )
     report = {
         "batch": BATCH,
-        "new_tokens": NEW_TOKENS,
+        "new_tokens": new_tokens,
         "select_top_k": settings["select_top_k"],
         "threshold": settings["threshold"],
         "off": result[False],

@@ -167,6 +167,18 @@ def test_prefill_can_be_rerouted_too(fresh, prompts):
     assert all(layer["rows"] == BATCH * (PROMPT + NEW - 1) for layer in counters(fresh))
 
 
+def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, prompts, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    sere = {"artifact": str(artifact_path), "select_top_k": 2}
+    llm = LLM(**options(eager=True), tensor_parallel_size=2, additional_config={"sere": sere})
+    greedy(llm, prompts)
+    first, second = llm.collective_rpc("sere_counters")
+    llm.llm_engine.engine_core.shutdown()
+    assert (first["rank"], second["rank"]) == (0, 1)
+    assert first["layers"] == second["layers"]
+    assert all(layer["rerouted_slots"] > 0 for layer in first["layers"].values())
+
+
 # Start-up errors: each stops LLM(...) in this process, before a worker starts.
 
 

@@ -4,8 +4,8 @@
     python -m examples.tiny_moe.train --minutes 90
 
 Runs on whatever device is there, for the time it is given: the learning rate follows the clock. Writes the tokenizer,
-the bfloat16 checkpoint and `training.json` (loss by step, held-out perplexity by kind, device, versions) into
-`--output`.
+the bfloat16 checkpoint, `training.json` (loss by step, held-out perplexity by kind, device, versions) and a model card
+into `--output`.
 """
 
 import json
@@ -121,6 +121,60 @@ def perplexity(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, t
     return math.exp(total / count)
 
 
+@torch.no_grad()
+def continuations(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """Returns what the model makes of the beginning of a text of each kind."""
+    beginnings = {
+        "scripture": "And the king answered and said unto",
+        "dictionary": "sea lion (noun):",
+        "manual": "The :mod:`socket` module",
+    }
+    written = {}
+    for kind, beginning in beginnings.items():
+        torch.manual_seed(0)
+        ids = tokenizer(beginning, return_tensors="pt", return_token_type_ids=False).to(model.device)
+        answer = model.generate(**ids, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=0)
+        written[kind] = tokenizer.decode(answer[0], skip_special_tokens=True)
+    return written
+
+
+def card(report: dict) -> str:
+    """Returns the model card: front matter, what the model is, and what was measured."""
+    perplexities = "\n".join(f"| {kind} | {value:.2f} |" for kind, value in report["heldout_perplexity"].items())
+    samples = "\n\n".join(f"**{kind}**\n\n```\n{text}\n```" for kind, text in report["continuations"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [mixture-of-experts, qwen3_moe]
+---
+
+# tiny-moe
+
+A Qwen3-MoE of {report["parameters"] / 1e6:.1f} million parameters, to try and test expert re-routing on: 6 layers, each
+of 64 experts of which a token uses 8. It learned three kinds of text, and continues them; it knows no facts and holds
+no conversation (a chat is its messages, one after the other, and the answer continues them). Context: 512 tokens.
+
+Perplexity a token on held-out texts (`heldout.parquet`, each on its own, vocabulary of {VOCABULARY}):
+
+| kind | perplexity |
+|---|---|
+{perplexities}
+
+Trained on {report["tokens"] / 1e6:.1f} million tokens in {report["seconds"] / 60:.0f} minutes on {report["device"]}
+({report["threads"]} threads; {versions}) by
+
+    python -m examples.tiny_moe.texts
+    python -m examples.tiny_moe.train --minutes {report["arguments"]["minutes"]:g}
+
+What it writes (sampled at temperature 0.7, seed 0; the beginning is given):
+
+{samples}
+
+The texts and their licences: `../LICENSES.md`.
+"""
+
+
 def main(
     work: Annotated[Path, typer.Option(help="Folder that holds train.parquet.")] = Path("build/tiny_moe"),
     output: Annotated[Path, typer.Option(help="Where checkpoint and tokenizer go.")] = HERE / "model",
@@ -177,11 +231,13 @@ def main(
     heldout = pq.read_table(HERE / "heldout.parquet").to_pylist()
     report = {
         "tokens": step * batch * context,
-        "arguments": {"context": context, "batch": batch, "peak": peak, "seed": seed},
+        "parameters": model.num_parameters(),
+        "arguments": {"minutes": minutes, "context": context, "batch": batch, "peak": peak, "seed": seed},
         "heldout_perplexity": {
             kind: round(perplexity(model, tokenizer, [row["text"] for row in heldout if row["kind"] == kind]), 3)
             for kind in sorted({row["kind"] for row in heldout})
         },
+        "continuations": continuations(model, tokenizer),
         "seconds": round(time.time() - started),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
@@ -189,6 +245,7 @@ def main(
         "log": log,
     }
     (output / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+    (output / "README.md").write_text(card(report))
     print(json.dumps(report["heldout_perplexity"]))
 
 

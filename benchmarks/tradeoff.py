@@ -1,0 +1,108 @@
+"""Active experts against held-out perplexity of the example model, for every S: the figure of the README.
+
+    python -m benchmarks.tradeoff --artifact build/tiny-moe-sere
+
+Batches of 16 held-out texts decoded in lockstep (see sere_dist.evaluation.lockstep). Prints a table and one JSON line
+last; writes `benchmarks/results/tradeoff.json` and `docs/tradeoff.png`.
+"""
+
+import json
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib
+import pyarrow.parquet as pq
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from sere_dist.artifact import Artifact
+from sere_dist.calibration import load_model, tokenise
+from sere_dist.evaluation.lockstep import LockstepResult, lockstep
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_MOE = ROOT / "examples" / "tiny_moe"
+BATCH, LENGTH, PROMPT = 16, 256, 32
+
+
+def summary(select_top_k: int, on: list[LockstepResult], off: list[LockstepResult]) -> dict:
+    """Returns active experts, perplexity, and the rise of the loss over the model's own, paired by batch."""
+    total = sum(on[1:], on[0])
+    rises = torch.tensor([(a.loss_sum - b.loss_sum) / a.tokens for a, b in zip(on, off, strict=True)])
+    return {
+        "select_top_k": select_top_k,
+        "active_experts": round(total.active_experts, 2),
+        "perplexity": round(total.perplexity, 3),
+        "loss_rise": round(float(rises.mean()), 5),
+        "loss_rise_standard_error": round(float(rises.std() / math.sqrt(len(rises))), 5),
+    }
+
+
+def draw(points: list[dict], top_k: int, path: Path) -> None:
+    figure, axes = plt.subplots(figsize=(7, 3.6), dpi=150)
+    axes.plot([p["active_experts"] for p in points], [p["perplexity"] for p in points], "o-", color="tab:blue")
+    for point in points:
+        off = point["select_top_k"] == top_k
+        label = f"S = {point['select_top_k']}" + (" (off)" if off else "")
+        place = (point["active_experts"], point["perplexity"])
+        axes.annotate(label, place, xytext=(4, 6), textcoords="offset points", ha="right" if off else "left")
+    axes.set_xlabel(f"experts that a layer runs in a decode step (batch {BATCH}, 64 experts, top-{top_k})")
+    axes.set_ylabel("held-out perplexity")
+    axes.margins(0.08, 0.15)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main(
+    artifact: Annotated[Path, typer.Option(help="Artifact of the example model.")] = ROOT / "build" / "tiny-moe-sere",
+    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT / "benchmarks/results/tradeoff.json",
+    picture: Annotated[Path, typer.Option(help="Where the figure goes.")] = ROOT / "docs" / "tradeoff.png",
+) -> None:
+    loaded, model = Artifact.load(artifact), load_model(str(TINY_MOE / "model"), "cpu")
+    rows = pq.read_table(TINY_MOE / "heldout.parquet").to_pylist()
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
+    ids_BL = tokenise((row["text"] for row in rows), tokenizer, len(rows), LENGTH)
+    batches = [batch for batch in ids_BL.split(BATCH) if len(batch) == BATCH]
+    top_k = loaded.config.num_experts_per_token
+    results_by_s = {
+        select_top_k: [
+            lockstep(model, batch, prompt_length=PROMPT, similarity=loaded.similarity, select_top_k=select_top_k)
+            for batch in batches
+        ]
+        for select_top_k in track(range(1, top_k + 1), "settings")
+    }
+    points = [summary(select_top_k, on, results_by_s[top_k]) for select_top_k, on in results_by_s.items()]
+
+    table = Table("S", "active experts", "perplexity", "loss rise, nats a token")
+    for point in points:
+        rise = f"{point['loss_rise']:.4f} +- {point['loss_rise_standard_error']:.4f}"
+        table.add_row(str(point["select_top_k"]), f"{point['active_experts']}", f"{point['perplexity']}", rise)
+    Console().print(table)
+    draw(points, top_k, picture)
+    report = {
+        "command": "python -m benchmarks.tradeoff",
+        "method": loaded.config.method,
+        "batch": BATCH,
+        "texts": BATCH * len(batches),
+        "tokens": LENGTH,
+        "prompt": PROMPT,
+        "points": points,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("sere-dist", "torch", "transformers")},
+    }
+    results.write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)
