@@ -75,15 +75,15 @@ def served(cluster: LocalCluster, port: int, artifact: Path = ARTIFACT) -> Itera
 
 
 def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> None:
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    """Returns once a completion is answered: the ingress lists the model before its engine is up."""
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=10)
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            if MODEL_ID in {model.id for model in client.models.list()}:
-                return
+            client.completions.create(model=MODEL_ID, prompt="In", max_tokens=1)
+            return
         except openai.APIError:
-            pass
-        time.sleep(0.5)
+            time.sleep(0.5)
     tail = "\n".join(log.read_text().splitlines()[-40:])
     raise SystemExit(f"error: the application was not ready within {READY_SECONDS} s:\n{tail}")
 

@@ -155,6 +155,8 @@ class Artifact:
                 layers = [LayerStatistics.model_validate(row) for row in csv.DictReader(file)]
         except FileNotFoundError as error:
             raise ArtifactError(f"no artifact at {path}: {error.filename} is missing") from error
+        except OSError as error:
+            raise ArtifactError(f"no artifact can be read at {path}: {error}") from error
         except (ValidationError, yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ArtifactError(f"damaged artifact at {path}: {error}") from error
         digest = hashlib.sha256(payload).hexdigest()

@@ -102,6 +102,12 @@ def test_a_missing_file(saved, name):
         Artifact.load(path)
 
 
+def test_a_file_where_a_folder_should_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match="no artifact can be read at"):
+        Artifact.load(tmp_path / "file")
+
+
 @pytest.mark.parametrize("name", [CONFIG_FILE, LAYERS_FILE])
 def test_a_file_cut_short(saved, name):
     path, _ = saved

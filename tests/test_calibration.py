@@ -138,9 +138,18 @@ def test_a_folder_of_parquet_files(tmp_path):
     assert list(read_texts(tmp_path)) == ["one", "two"]
 
 
-def test_a_model_without_experts():
-    with pytest.raises(ValueError, match="llama has no routed experts"):
-        MoeShape.from_config(LlamaConfig())
+def test_a_model_without_experts(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    done = run("--model", str(tmp_path), "--dataset", str(CALIBRATION_TEXTS), "--output", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "error: llama has no routed experts" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    nowhere = tmp_path / "nowhere"
+    done = run("--model", str(nowhere), "--dataset", str(CALIBRATION_TEXTS), "--output", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert "error: " in done.stderr and str(nowhere) in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

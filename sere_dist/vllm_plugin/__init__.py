@@ -54,18 +54,24 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     settings.check_top_k(shape.num_experts_per_token)
     Artifact.load(settings.artifact).check_serves(shape)
 
-    parallel = vllm_config.parallel_config
-    for unsupported, advice in {
-        parallel.data_parallel_size > 1: "data-parallel attention: set data_parallel_size=1",
-        parallel.use_sequence_parallel_moe: "sequence-parallel MoE: set enable_expert_parallel=False",
-        parallel.pipeline_parallel_size > 1: "pipeline parallelism: set pipeline_parallel_size=1",
-        vllm_config.speculative_config is not None: "speculative decoding: remove speculative_config",
-        vllm_config.use_v2_model_runner: "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0",
-        parallel.worker_cls not in (CPU_WORKER, REROUTING_CPU_WORKER): (
-            f"worker_cls {parallel.worker_cls}: this release re-routes on vLLM's CPU backend"
-        ),
-    }.items():
+    for unsupported, advice in unsupported_features(vllm_config):
         if unsupported:
             raise ValueError(f"sere_dist does not re-route yet with {advice}, or remove 'sere' from additional_config")
-    parallel.worker_cls = REROUTING_CPU_WORKER
+    vllm_config.parallel_config.worker_cls = REROUTING_CPU_WORKER
     vllm_config.additional_config["sere"] = settings.model_dump(mode="json")
+
+
+def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
+    """Returns, for each feature of vLLM that re-routing can't follow yet, whether it is on and what to set."""
+    parallel = vllm_config.parallel_config
+    return [
+        (parallel.data_parallel_size > 1, "data-parallel attention: set data_parallel_size=1"),
+        (parallel.use_sequence_parallel_moe, "sequence-parallel MoE: set enable_expert_parallel=False"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set pipeline_parallel_size=1"),
+        (vllm_config.speculative_config is not None, "speculative decoding: remove speculative_config"),
+        (vllm_config.use_v2_model_runner, "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"),
+        (
+            parallel.worker_cls not in (CPU_WORKER, REROUTING_CPU_WORKER),
+            f"the worker {parallel.worker_cls}: use vLLM's CPU backend with its own worker",
+        ),
+    ]
