@@ -7,6 +7,7 @@
 
 PYTHON ?= python3.11
 PORT ?= 8000
+TORCH_FROM ?= --torch-backend cpu # where uv looks for the CPU build of torch when it writes the lock
 LOCK := requirements/cpu.lock
 TORCH := $(shell grep '^torch==' $(LOCK))
 BIN := .venv/bin
@@ -28,7 +29,7 @@ tradeoff: .venv/.ready
 	$(BIN)/python -m benchmarks.tradeoff
 
 # Torch comes first: from wherever pip is told to look if that has the CPU build, else from PyTorch's own CPU index, which
-# uv knows by name. The lock is whole, so nothing pulls in a requirement that it leaves out (see pyproject.toml).
+# uv knows by name. The lock is whole, so nothing pulls in a requirement that it leaves out (cpu.exclude).
 .venv/.ready: $(LOCK) pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --no-deps '$(TORCH)' || { $(BIN)/pip install -q uv && \
@@ -38,7 +39,8 @@ tradeoff: .venv/.ready
 	touch $@
 
 lock:
-	uv pip compile -q pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-annotate --no-header -o $(LOCK)
+	uv pip compile -q pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-annotate --no-header \
+	  --excludes requirements/cpu.exclude $(TORCH_FROM) -o $(LOCK)
 
 clean:
 	rm -rf .venv build

@@ -100,6 +100,7 @@ def main(
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("sere-dist", "torch", "transformers")},
     }
+    results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(report, indent=1) + "\n")
     print(json.dumps(report))
 

@@ -1,6 +1,6 @@
 """Calibrate a Mixture-of-Experts model on a Ray cluster: one Ray task a MoE layer, one artifact at the end.
 
-    ray job submit --working-dir . -- \\
+    ray job submit --runtime-env calibration_jobs/runtime_env.yaml -- \\
         python -m calibration_jobs.calibrate --model /models/my-moe --dataset /data/texts.parquet --output /data/my-sere
 
 Every option can also stand in a YAML file (`--config`), with `_` for `-`; options on the command line win. Outside a
@@ -31,10 +31,11 @@ from sere_dist.calibration import (
     tokenise,
 )
 from sere_dist.moe import MoeShape, routed_experts
-from sere_dist.similarity import Kernel, Method
+from sere_dist.similarity import Kernel, Method, cka_bytes
 
 # Ray unpacks the --working-dir of a job below such a folder, and deletes it afterwards.
 RAY_WORKING_DIR = "working_dir_files"
+CKA_LIMIT = 8 * 2**30  # bytes
 
 
 class CalibrationConfig(BaseModel):
@@ -57,7 +58,7 @@ def calibrate(config: CalibrationConfig) -> Artifact:
 
     Raises:
         ValueError: the model, the dataset or a setting can't be used; nothing was written.
-        FileExistsError: the output is already there; nothing was changed.
+        OSError: the output is already there, or can't be written; nothing was changed.
     """
     refuse_lost_output(config.output)
     check_output(config.output, config.overwrite)
@@ -69,6 +70,12 @@ def calibrate(config: CalibrationConfig) -> Artifact:
     if len(ids_BL) < config.num_samples:
         print(
             f"only {len(ids_BL)} of the wanted {config.num_samples} texts have {config.max_length} tokens", flush=True
+        )
+
+    if config.method == "cka" and (needed := cka_bytes(shape.num_experts, ids_BL.numel())) > CKA_LIMIT:
+        raise ValueError(
+            f"--method cka compares all pairs of {ids_BL.numel()} tokens: {needed / 2**30:.0f} GiB a layer, over the "
+            f"limit of {CKA_LIMIT / 2**30:.0f}; lower --num-samples or --max-length"
         )
 
     ray.init(ignore_reinit_error=True, log_to_driver=False)
@@ -168,13 +175,13 @@ def main(
         from_file = yaml.safe_load(config.read_text()) if config else {}
         if not isinstance(from_file, dict):
             raise ValueError(f"{config} must hold a mapping of options to values")
-        artifact = calibrate(CalibrationConfig(**{**from_file, **flags}))
+        artifact = calibrate(CalibrationConfig.model_validate({str(k): v for k, v in from_file.items()} | flags))
     except ValidationError as error:
         problems = "; ".join(
             f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors(include_url=False)
         )
         raise SystemExit(f"error: {problems}") from error
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError, yaml.YAMLError, ray.exceptions.RayError) as error:
         raise SystemExit(f"error: {error}") from error
     print(f"wrote {artifact.settings['output']}: similarity of {len(artifact.similarity)} layers", flush=True)
 

@@ -7,7 +7,8 @@ resolved settings). Nothing is pickled.
 
 import csv
 import hashlib
-import json
+import logging
+import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from sere_dist.moe import MoeShape
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 CONFIG_FILE, TENSORS_FILE, LAYERS_FILE = "sere_config.json", "similarity.safetensors", "layers.csv"
@@ -94,8 +97,14 @@ class Artifact:
     layers: list[LayerStatistics]
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def check_serves(self, shape: MoeShape) -> None:
-        """Raises ArtifactError, naming every field that differs, if the artifact is not for a model of this shape."""
+    def check_serves(self, shape: MoeShape, model: str, revision: str | None = None) -> None:
+        """Checks that the artifact is for the model being served.
+
+        Another name or revision is only warned of: it may be a local copy, or a quantised sibling.
+
+        Raises:
+            ArtifactError: the model has another shape; the message names every field that differs.
+        """
         own = self.config.shape
         differing = [
             f"{name}: artifact {getattr(own, name)}, model {getattr(shape, name)}"
@@ -107,15 +116,25 @@ class Artifact:
                 f"the artifact was calibrated for {self.config.base_model}, another model than the one being served "
                 f"({'; '.join(differing)}). Calibrate this model: python -m calibration_jobs.calibrate --model ..."
             )
+        if (self.config.base_model, self.config.revision) != (model, revision):
+            logger.warning(
+                "the artifact was calibrated on %s (revision %s), the model being served is %s (revision %s): "
+                "make sure that their experts are the same",
+                self.config.base_model,
+                self.config.revision,
+                model,
+                revision,
+            )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Writes the artifact aside, in the same parent folder, and renames it to `path` when it is whole.
 
         Raises:
             FileExistsError: `path` is there and `overwrite` is not set; nothing was changed.
-            ArtifactError: the content would not load again.
+            OSError: `path` can't be written; what was there is there again.
+            ArtifactError: the content would not load again; nothing was changed.
         """
-        path = Path(path)
+        path = Path(path).resolve()
         check_output(path, overwrite)
         tensors = {f"layers.{layer}.similarity": matrix.contiguous() for layer, matrix in self.similarity.items()}
         payload = save_tensors(tensors)
@@ -123,7 +142,6 @@ class Artifact:
         _check_tensors(path, config, tensors)
         _check_layers(path, config, self.layers)
 
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
             written = Path(aside) / "new"
             written.mkdir()
@@ -135,9 +153,7 @@ class Artifact:
                 writer = csv.DictWriter(file, list(LayerStatistics.model_fields))
                 writer.writeheader()
                 writer.writerows(row.model_dump() for row in self.layers)
-            if path.exists():
-                path.rename(Path(aside) / "old")
-            written.rename(path)
+            _replace(path, written, overwrite)
 
     @classmethod
     def load(cls, path: str | Path) -> "Artifact":
@@ -157,7 +173,7 @@ class Artifact:
             raise ArtifactError(f"no artifact at {path}: {error.filename} is missing") from error
         except OSError as error:
             raise ArtifactError(f"no artifact can be read at {path}: {error}") from error
-        except (ValidationError, yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValidationError, yaml.YAMLError, csv.Error, UnicodeDecodeError) as error:
             raise ArtifactError(f"damaged artifact at {path}: {error}") from error
         digest = hashlib.sha256(payload).hexdigest()
         if digest != config.tensors_sha256:
@@ -175,11 +191,34 @@ class Artifact:
         return cls(config, similarity, layers, settings or {})
 
 
+def _replace(path: Path, written: Path, overwrite: bool) -> None:
+    """Renames `written` to `path`; an artifact that is there goes only once the new one is in its place."""
+    if not (overwrite and path.exists()):
+        written.rename(path)  # raises if another job has put an artifact there meanwhile
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path.rename(aside / "old")
+    try:
+        written.rename(path)
+    except BaseException:
+        (aside / "old").rename(path)
+        raise
+    finally:
+        shutil.rmtree(aside)
+
+
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raises FileExistsError if `path` is there and may not be replaced.
+    """Raises an error if an artifact can't be written at `path`: before hours of work, not after.
 
     A folder that holds no artifact is never replaced, whatever `overwrite` says: it is somebody's something else.
+
+    Raises:
+        FileExistsError: `path` is there and may not be replaced.
+        OSError: its parent folder can't be made or written.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
     if not path.exists():
         return
     is_artifact = (path / CONFIG_FILE).is_file()

@@ -9,36 +9,59 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sere_dist.artifact import LayerStatistics
 from sere_dist.moe import Routing, expert_outputs, hooked_experts, routed_experts
-from sere_dist.similarity import Kernel, Method, expert_similarity, expert_similarity_from_blocks
+from sere_dist.similarity import (
+    Kernel,
+    Method,
+    expert_similarity,
+    expert_similarity_from_blocks,
+    tokens_a_block,
+)
 
 TEXTS_A_FORWARD = 8
-TOKENS_A_BLOCK = 1024
 
 
 def read_texts(path: Path) -> Iterator[str]:
     """Yields the `text` column of a Parquet file, or of a folder of them, row by row.
 
     Raises:
-        ValueError: there is no such file, it is not Parquet, or it has no column `text`.
+        ValueError: there is no such file, it is not Parquet (noticed at the row that can't be read), or it has no
+            column `text` of strings.
     """
     if not path.exists():
         raise ValueError(f"--dataset {path}: no such file or folder")
     files = [str(file) for file in sorted(path.rglob("*.parquet"))] if path.is_dir() else [str(path)]
     if not files:
         raise ValueError(f"--dataset {path}: the folder holds no .parquet file")
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"--dataset {file}: not readable as Parquet: {error}") from error
+        if "text" not in schema.names:
+            raise ValueError(
+                f"--dataset {file}: no column 'text' (it has {', '.join(schema.names)}); rename the one to use"
+            )
+        kind = schema.field("text").type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ValueError(f"--dataset {file}: the column 'text' holds {kind}, not strings")
+    return _rows(path, files)
+
+
+def _rows(path: Path, files: list[str]) -> Iterator[str]:
+    if not any(pq.read_metadata(file).num_rows for file in files):  # which datasets can't stream
+        return
     try:
-        rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-        columns = rows.column_names
-    except Exception as error:  # datasets and pyarrow raise a dozen kinds for a damaged file
-        raise ValueError(f"--dataset {path}: not readable as Parquet: {error}") from error
-    if "text" not in columns:
-        raise ValueError(f"--dataset {path}: no column 'text' (it has {', '.join(columns)}); rename the one to use")
-    return (row["text"] for row in rows)
+        for row in datasets.load_dataset("parquet", data_files=files, split="train", streaming=True):
+            yield row["text"]
+    except (datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(f"--dataset {path}: damaged: {error}") from error
 
 
 def tokenise(
@@ -115,7 +138,8 @@ def score_layer(
     if method == "cka":
         similarity_EE = expert_similarity(expert_outputs(experts, hidden_states_NH), method, kernel)
     else:
-        blocks = (expert_outputs(experts, block_BH) for block_BH in hidden_states_NH.split(TOKENS_A_BLOCK))
+        block = tokens_a_block(experts.num_experts, hidden_states_NH.shape[1])
+        blocks = (expert_outputs(experts, block_BH) for block_BH in hidden_states_NH.split(block))
         similarity_EE = expert_similarity_from_blocks(blocks, method)
     similarity_EE = similarity_EE.cpu()
 
@@ -125,7 +149,7 @@ def score_layer(
         layer=layer,
         name=name,
         tokens_per_expert_min=int(tokens.min()),
-        tokens_per_expert_median=float(tokens.double().median()),
+        tokens_per_expert_median=float(tokens.double().quantile(0.5)),
         similarity_mean=float(different.mean()),
         similarity_min=float(different.min()),
         similarity_max=float(different.max()),

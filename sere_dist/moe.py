@@ -6,16 +6,17 @@ copied and no family is special. Shape suffixes: N tokens, H hidden size, K expe
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 # Names that the families' configurations use. Most map to the first by transformers' attribute_map.
-NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
-TOP_K_NAMES = ("num_experts_per_tok", "moe_topk")
+NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -64,17 +65,32 @@ def layer_index(name: str) -> int:
     return int(match[1])
 
 
+def by_layer(modules: Iterable[tuple[str, Any]]) -> dict[int, tuple[str, Any]]:
+    """Returns the named modules by decoder layer index.
+
+    Raises:
+        ValueError: two are in one layer: an artifact has room for one set of experts a layer.
+    """
+    found: dict[int, tuple[str, Any]] = {}
+    for name, module in modules:
+        layer = layer_index(name)
+        if layer in found:
+            raise ValueError(f"layer {layer} has several sets of routed experts: {found[layer][0]} and {name}")
+        found[layer] = (name, module)
+    return dict(sorted(found.items()))
+
+
 def routed_experts(model: PreTrainedModel) -> dict[int, tuple[str, torch.nn.Module]]:
     """Returns the routed-experts module of each MoE layer, with its name, by decoder layer index.
 
     Raises:
-        ValueError: the model has none.
+        ValueError: the model has none, or several in one layer.
     """
-    found = {
-        layer_index(name): (name, module)
+    found = by_layer(
+        (name, module)
         for name, module in model.named_modules()
         if hasattr(module, "has_gate") and hasattr(module, "num_experts")
-    }
+    )
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no routed experts: no module uses transformers' experts interface "

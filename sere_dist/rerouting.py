@@ -12,7 +12,7 @@ def primary_slots(topk_weights_TK: torch.Tensor, select_top_k: int) -> torch.Ten
 
     The columns need not be sorted by weight: vLLM's CPU router and its grouped router return them unsorted.
     """
-    order_TK = topk_weights_TK.sort(dim=1, descending=True, stable=True).indices
+    order_TK = topk_weights_TK.float().sort(dim=1, descending=True, stable=True).indices
     rank_TK = order_TK.argsort(dim=1)
     return rank_TK < select_top_k
 

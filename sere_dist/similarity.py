@@ -25,16 +25,29 @@ def expert_similarity(
 
     `frobenius` (the paper's default): 1 - d / max(d), d the Frobenius distance between two experts' outputs, the
     maximum over the layer's pairs. `cosine`: the mean over tokens of (cos + 1) / 2. `cka`: centred kernel alignment
-    with the given `kernel`, clamped to [0, 1]; it compares all pairs of tokens and needs E * N * N * 8 bytes.
+    with the given `kernel`, clamped to [0, 1]; it compares all pairs of tokens and needs `cka_bytes`.
 
     Raises:
         ValueError: the method or the kernel is unknown.
     """
+    if method not in get_args(Method):
+        raise ValueError(f"method {method!r} is not one of {', '.join(get_args(Method))}")
+    if kernel not in get_args(Kernel):
+        raise ValueError(f"kernel {kernel!r} is not one of {', '.join(get_args(Kernel))}")
     if method == "cka":
         return _cka(outputs_ENH, kernel)
     num_experts, _, hidden = outputs_ENH.shape
-    block = max(1, BLOCK_BYTES // (8 * num_experts * hidden))
-    return expert_similarity_from_blocks(outputs_ENH.split(block, dim=1), method)
+    return expert_similarity_from_blocks(outputs_ENH.split(tokens_a_block(num_experts, hidden), dim=1), method)
+
+
+def tokens_a_block(num_experts: int, hidden_size: int) -> int:
+    """Returns how many tokens' outputs of all experts fit into BLOCK_BYTES, at least 1."""
+    return max(1, BLOCK_BYTES // (8 * num_experts * hidden_size))
+
+
+def cka_bytes(num_experts: int, num_tokens: int) -> int:
+    """Returns the memory that `cka` needs: all experts' Gram matrices [E, N, N] in float64."""
+    return 8 * num_experts * num_tokens**2
 
 
 def expert_similarity_from_blocks(blocks_EBH: Iterable[torch.Tensor], method: Method = "frobenius") -> torch.Tensor:
@@ -73,15 +86,19 @@ def _unit_outputs(outputs_EBH: torch.Tensor) -> torch.Tensor:
 
 
 def _cka(outputs_ENH: torch.Tensor, kernel: Kernel) -> torch.Tensor:
-    if kernel not in get_args(Kernel):
-        raise ValueError(f"kernel {kernel!r} is not one of {', '.join(get_args(Kernel))}")
     features = []
     for outputs_NH in outputs_ENH:
         gram_NN = _KERNELS[kernel](outputs_NH.double())
         centred = gram_NN - gram_NN.mean(dim=0, keepdim=True) - gram_NN.mean(dim=1, keepdim=True) + gram_NN.mean()
-        features.append(F.normalize(centred.flatten(), dim=0))
+        # Scaled first: the outputs of a deep model's first layers are small, and their squares' squares vanish.
+        features.append(F.normalize(_scaled(centred.flatten()), dim=0))
     flat = torch.stack(features)
     return _finish((flat @ flat.T).clamp(0, 1))
+
+
+def _scaled(x: torch.Tensor) -> torch.Tensor:
+    largest = x.abs().max()
+    return x / largest if largest > 0 else x
 
 
 def _linear(x_NH: torch.Tensor) -> torch.Tensor:

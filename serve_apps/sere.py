@@ -44,13 +44,17 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     config = AppConfig.model_validate(args)
     engine = dict(config.engine)
+    if "sere" in engine.get("additional_config", {}):
+        raise ValueError("re-routing is set by `rerouting`, not in the engine's additional_config")
     if config.rerouting is not None:
-        plugins = os.environ.get("VLLM_PLUGINS")
+        plugins = config.environment.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
         if plugins is not None and PLUGIN not in plugins.split(","):
             raise ValueError(f"VLLM_PLUGINS is {plugins!r} and leaves {PLUGIN} out: the model would not be re-routed")
-        shape = MoeShape.from_config(AutoConfig.from_pretrained(config.model))
+        model_config = AutoConfig.from_pretrained(config.model)
+        shape = MoeShape.from_config(model_config)
         config.rerouting.check_top_k(shape.num_experts_per_token)
-        Artifact.load(config.rerouting.artifact).check_serves(shape)
+        revision = getattr(model_config, "_commit_hash", None)
+        Artifact.load(config.rerouting.artifact).check_serves(shape, config.model, revision)
         rerouting = config.rerouting.model_copy(update={"artifact": config.rerouting.artifact.resolve()})
         additional = engine.get("additional_config", {})
         engine["additional_config"] = {**additional, "sere": rerouting.model_dump(mode="json")}

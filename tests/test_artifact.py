@@ -1,11 +1,15 @@
 import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sere_dist.artifact import CONFIG_FILE, LAYERS_FILE, TENSORS_FILE, Artifact, ArtifactError
+from sere_dist.artifact import CONFIG_FILE, LAYERS_FILE, TENSORS_FILE, Artifact, ArtifactError, check_output
 from sere_dist.cli import app
 from sere_dist.moe import MoeShape
 from tests.conftest import small_artifact
@@ -119,13 +123,21 @@ def test_a_file_cut_short(saved, name):
 
 def test_another_model():
     artifact = small_artifact()
-    artifact.check_serves(artifact.config.shape)
+    artifact.check_serves(artifact.config.shape, artifact.config.base_model)
     other = MoeShape("MixtralForCausalLM", num_layers=2, hidden_size=8, num_experts=8, num_experts_per_token=2)
     with pytest.raises(ArtifactError) as error:
-        artifact.check_serves(other)
+        artifact.check_serves(other, artifact.config.base_model)
     assert "num_experts: artifact 4, model 8" in str(error.value)
     assert "architecture: artifact Qwen3MoeForCausalLM, model MixtralForCausalLM" in str(error.value)
     assert "hidden_size" not in str(error.value)
+
+
+def test_another_name_of_the_model_is_warned_of(caplog):
+    artifact = small_artifact()
+    artifact.check_serves(artifact.config.shape, "nobody/small-moe")
+    assert caplog.text == ""
+    artifact.check_serves(artifact.config.shape, "/models/small-moe-fp8")
+    assert "calibrated on nobody/small-moe" in caplog.text and "/models/small-moe-fp8" in caplog.text
 
 
 def test_an_output_that_is_there_is_kept(saved):
@@ -137,6 +149,51 @@ def test_an_output_that_is_there_is_kept(saved):
     small_artifact(num_tokens=99).save(path, overwrite=True)
     assert Artifact.load(path).config.num_tokens == 99
     assert os.listdir(path.parent) == ["artifact"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_save_that_is_killed_leaves_nothing_half(saved, overwrite):
+    """The process dies with most files written."""
+    path, _ = saved
+    target = path if overwrite else path.with_name("new")
+    program = (
+        "import os, signal; from sere_dist import artifact; from tests.conftest import small_artifact; "
+        "artifact._card = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+        f"small_artifact().save({str(target)!r}, overwrite={overwrite})"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+    assert target.exists() == overwrite
+    Artifact.load(path)
+
+
+def test_an_interrupted_replacement_puts_the_old_artifact_back(saved, monkeypatch):
+    path, artifact = saved
+    rename = Path.rename
+
+    def interrupted(self, target):
+        if self.name == "new":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small_artifact(num_tokens=99).save(path, overwrite=True)
+    assert Artifact.load(path).config.num_tokens == artifact.config.num_tokens
+    assert os.listdir(path.parent) == ["artifact"]
+
+
+def test_an_artifact_that_another_job_finished_meanwhile_is_kept(saved, monkeypatch):
+    path, artifact = saved
+    monkeypatch.setattr("sere_dist.artifact.check_output", lambda *_: None)
+    with pytest.raises(OSError):
+        small_artifact(num_tokens=99).save(path)
+    assert Artifact.load(path).config.num_tokens == artifact.config.num_tokens
+
+
+def test_an_output_that_can_not_be_written_is_noticed_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        check_output(tmp_path / "file" / "out", overwrite=False)
 
 
 def test_somebody_elses_folder_is_never_replaced(tmp_path):

@@ -86,7 +86,8 @@ def test_other_methods_from_a_file_and_flags(cluster, model, tmp_path, method, k
         assert (artifact.similarity[layer] - expert_similarity(outputs_ENH, method, kernel)).abs().max() < 1e-4
 
 
-def test_a_killed_job_leaves_no_half_artifact(cluster, tmp_path):
+def test_a_killed_job_leaves_nothing(cluster, tmp_path):
+    """Killed between layers; test_artifact kills one that is writing."""
     command = [sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(MODEL), "--num-samples", "32"]
     command += ["--dataset", str(CALIBRATION_TEXTS), "--output", str(tmp_path / "out")]
     job = subprocess.Popen(command, env=cluster.environment, stdout=subprocess.PIPE, text=True)
@@ -136,6 +137,30 @@ def test_a_folder_of_parquet_files(tmp_path):
     write_parquet(tmp_path / "a.parquet", text=["one"], kind=["x"])
     write_parquet(tmp_path / "b.parquet", text=["two"], kind=["y"])
     assert list(read_texts(tmp_path)) == ["one", "two"]
+    write_parquet(tmp_path / "c.parquet", body=["three"])
+    with pytest.raises(ValueError, match=r"c\.parquet: no column 'text'"):
+        read_texts(tmp_path)
+
+
+@pytest.mark.parametrize("values", [[1, 2], [["a"], ["b"]], [b"a"]])
+def test_a_text_column_of_something_else(tmp_path, values):
+    with pytest.raises(ValueError, match=r"the column 'text' holds .*, not strings"):
+        read_texts(write_parquet(tmp_path / "other.parquet", text=values))
+
+
+def test_a_file_without_rows(tmp_path):
+    empty = write_parquet(tmp_path / "none.parquet", text=pa.array([], pa.string()))
+    with pytest.raises(ValueError, match="no usable text: the longest of 0"):
+        tokenise(read_texts(empty), AutoTokenizer.from_pretrained(MODEL), 4, 128)
+
+
+def test_cka_of_too_many_tokens_is_refused_before_any_work(tmp_path):
+    done = run(
+        *("--model", str(MODEL), "--dataset", str(CALIBRATION_TEXTS), "--output", str(tmp_path / "out")),
+        *("--method", "cka", "--num-samples", "400"),
+    )
+    assert done.returncode == 1 and "lower --num-samples or --max-length" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_model_without_experts(tmp_path):

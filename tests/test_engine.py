@@ -35,6 +35,7 @@ def options(eager: bool) -> dict:
         "model": str(MODEL),
         "enforce_eager": eager,
         "max_model_len": 256,
+        "max_num_batched_tokens": BATCH * PROMPT,
         "enable_prefix_caching": False,
         "distributed_executor_backend": "mp",  # workers are processes of their own
     }
@@ -116,7 +117,7 @@ def test_a_threshold_keeps_critical_experts(fresh, prompts, stock_tokens):
 
 def test_policies_out_of_range_change_nothing(fresh):
     before = fresh.collective_rpc("sere_policy")
-    for change in ({"select_top_k": 0}, {"select_top_k": TOP_K + 1}, {"threshold": -1.0}, {"nonsense": 1}):
+    for change in ({"select_top_k": 0}, {"select_top_k": TOP_K + 1}, {"threshold": -1.0}, {"artifact": "x"}):
         with pytest.raises(Exception, match=next(iter(change))):
             fresh.collective_rpc("sere_policy", kwargs=change)
         assert fresh.collective_rpc("sere_policy") == before
@@ -145,26 +146,46 @@ def test_no_layer_of_a_decode_step_runs_an_expert_outside_the_primary_union(fres
 
 
 def test_prefill_rows_of_a_mixed_step_are_not_rerouted(fresh, prompts):
-    """One long prompt is computed in chunks beside another request's decoding."""
-    sampling = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (NEW, 4)]
+    """A prompt of two and a half steps' tokens is computed in chunks beside another request's decoding."""
     fresh.collective_rpc(engine_spy.take)
-    first = {"prompt_token_ids": prompts[0]["prompt_token_ids"]}
-    engine = fresh.llm_engine
-    engine.add_request("decoding", first, sampling[0])
+    engine, step_tokens = fresh.llm_engine, BATCH * PROMPT
+    sampling = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in (NEW, 4)]
+    engine.add_request("decoding", {"prompt_token_ids": prompts[0]["prompt_token_ids"]}, sampling[0])
     engine.step()
     engine.step()
-    engine.add_request("prefilling", {"prompt_token_ids": list(range(100, 150))}, sampling[1])
+    long_prompt = [100 + i % 1000 for i in range(250)]
+    engine.add_request("prefilling", {"prompt_token_ids": long_prompt}, sampling[1])
     while engine.has_unfinished_requests():
         engine.step()
-    ((_, rerouted),) = fresh.collective_rpc(engine_spy.take)
-    mixed = [valid for _, _, valid in rerouted if len(valid) > 2]
-    assert len(mixed) == LAYERS and all(sorted(valid) == [False] * 50 + [True] for valid in mixed)
+    ((kernel_ids, rerouted),) = fresh.collective_rpc(engine_spy.take)
+    mixed = [(before, valid) for _, before, valid in rerouted if len(valid) > 2]
+    # The decoding request came first, so its row is the first; the rest is prompt, the last chunk's too.
+    sizes = [len(valid) for _, valid in mixed[::LAYERS]]
+    assert sizes == [step_tokens, 1 + len(long_prompt) - (step_tokens - 1)]
+    assert all(valid == [True] + [False] * (len(valid) - 1) for _, valid in mixed)
+    ran = [ids for ids in kernel_ids if len(ids) in sizes]
+    assert len(ran) == len(mixed)
+    for ids, (before, _) in zip(ran, mixed, strict=True):
+        assert ids[1:] == before[1:], "a prefill row was re-routed"
+        assert len(set(ids[0])) == 2 and set(ids[0]) <= set(before[0])
 
 
 def test_prefill_can_be_rerouted_too(fresh, prompts):
     fresh.collective_rpc("sere_policy", kwargs={"rows": "all"})
     greedy(fresh, prompts)
     assert all(layer["rows"] == BATCH * (PROMPT + NEW - 1) for layer in counters(fresh))
+
+
+def test_a_restart_from_the_compilation_cache_follows_the_policy(llm, eager, artifact_path, prompts, stock_tokens):
+    """A graph that was compiled under one policy is loaded from the cache, and must not have it baked in."""
+    if eager:
+        return  # nothing is compiled: the other parameter is the test
+    again = start(eager, artifact=str(artifact_path), select_top_k=2)
+    rerouted_tokens = greedy(again, prompts)
+    again.collective_rpc("sere_policy", kwargs={"select_top_k": TOP_K})
+    kept_tokens = greedy(again, prompts)
+    again.llm_engine.engine_core.shutdown()
+    assert kept_tokens == stock_tokens != rerouted_tokens
 
 
 def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, prompts, monkeypatch):
@@ -205,7 +226,11 @@ def test_an_artifact_of_another_model_stops_the_start(tmp_path):
 
 @pytest.mark.parametrize(
     ("parallel", "message"),
-    [({"data_parallel_size": 2}, "data_parallel_size=1"), ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1")],
+    [
+        ({"data_parallel_size": 2}, "data_parallel_size=1"),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, "enable_expert_parallel=False"),
+    ],
 )
 def test_what_is_not_rerouted_yet_is_refused(artifact_path, parallel, message):
     from vllm.engine.arg_utils import EngineArgs

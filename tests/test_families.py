@@ -1,5 +1,7 @@
 """Other families than the example's, as small random checkpoints: calibrated by our functions, re-routed in vLLM."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config, MixtralConfig, Qwen2MoeConfig
@@ -75,8 +77,16 @@ def test_calibrated_and_rerouted(family, tmp_path):
         assert layer["active_experts_after"] < layer["active_experts_before"]
 
 
+def test_two_sets_of_experts_in_one_layer_are_refused():
+    """As in models with experts of their own for text and images."""
+    model = AutoModelForCausalLM.from_config(FAMILIES["mixtral"])
+    model.model.layers[1].more = copy.deepcopy(routed_experts(model)[0][1])
+    with pytest.raises(ValueError, match=r"layer 1 has several sets of routed experts: .*layers\.1\.mlp\.experts and "):
+        routed_experts(model)
+
+
 def test_the_artifact_of_one_family_is_not_for_another():
     artifact: Artifact = small_artifact()
     shape = MoeShape.from_config(FAMILIES["mixtral"])
     with pytest.raises(ValueError, match="architecture: artifact Qwen3MoeForCausalLM"):
-        artifact.check_serves(shape)
+        artifact.check_serves(shape, "some/mixtral")

@@ -31,7 +31,7 @@ def steps(draw):
     num_tokens = draw(st.integers(0, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     levels = draw(st.sampled_from([2, 5, 1000]))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
     weights = (torch.randint(1, levels + 1, (num_tokens, num_slots), generator=generator) / levels).to(dtype)
     ids = torch.stack(
         [torch.randperm(num_experts, generator=generator)[:num_slots] for _ in range(num_tokens)]
@@ -90,6 +90,12 @@ def test_a_small_step_by_hand():
 
 def test_a_critical_expert_stays():
     assert reroute(WEIGHTS, IDS, SIMILARITY, select_top_k=1, threshold=0.45).tolist() == [[2, 0], [1, 0], [1, 0]]
+
+
+def test_weights_are_compared_in_float32():
+    weights = torch.tensor([[0.5, 0.5 + 1e-12], [0.5, 0.5]], dtype=torch.float64)  # equal in float32: the lower slot
+    ids = torch.tensor([[0, 1], [2, 2]])
+    assert reroute(weights, ids, torch.ones(4, 4), select_top_k=1).tolist() == [[0, 0], [2, 2]]
 
 
 def test_the_threshold_is_compared_in_float32():

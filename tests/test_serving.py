@@ -103,6 +103,13 @@ def test_a_plugin_that_would_not_load_is_refused(artifact_path, monkeypatch):
         build_app(arguments(artifact_path))
 
 
+def test_replicas_without_the_plugin_are_refused(artifact_path):
+    with pytest.raises(ValueError, match="leaves sere_dist out"):
+        build_app({**arguments(artifact_path), "environment": {"VLLM_PLUGINS": ""}})
+    with pytest.raises(ValueError, match="set by `rerouting`"):
+        build_app({"model": str(MODEL), "engine": {"additional_config": {"sere": {"select_top_k": 99}}}})
+
+
 def test_a_port_in_use():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

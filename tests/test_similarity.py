@@ -72,6 +72,12 @@ def test_nearly_equal_experts_keep_their_distances():
     assert torch.allclose(expert_similarity(outputs).double(), 1 - distance / distance.max(), atol=1e-6)
 
 
+@pytest.mark.parametrize("kernel", ["linear"])
+def test_cka_does_not_depend_on_scale(outputs, kernel):
+    small = expert_similarity(1e-8 * outputs.double(), "cka", kernel)
+    assert torch.allclose(small, expert_similarity(outputs, "cka", kernel), atol=1e-6)
+
+
 def test_equal_experts_are_wholly_similar():
     assert torch.equal(expert_similarity(torch.ones(3, N, H)), torch.ones(3, 3))
 
@@ -84,8 +90,10 @@ def test_shape(outputs, method):
 
 
 def test_unknown_names(outputs):
-    with pytest.raises(ValueError, match="'frob' is not one of frobenius, cosine"):
+    with pytest.raises(ValueError, match="'frob' is not one of frobenius, cosine, cka"):
         expert_similarity(outputs, "frob")
+    with pytest.raises(ValueError, match="'cka' is not one of frobenius, cosine"):
+        expert_similarity_from_blocks([outputs], "cka")
     with pytest.raises(ValueError, match="'gauss' is not one of linear, polynomial, rbf"):
         expert_similarity(outputs, "cka", "gauss")
     with pytest.raises(ValueError, match="no tokens"):

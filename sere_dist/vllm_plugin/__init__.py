@@ -4,15 +4,18 @@ This package is the only place that touches vLLM's internals: here `EngineArgs.c
 MoE layers' routers and the model runner's batch. vLLM finds `register` by the entry point `vllm.general_plugins`.
 """
 
+# vLLM logs a plugin whose import fails and goes on without it. So what could fail is imported when it is needed, where
+# an error stops the engine.
+from __future__ import annotations
+
 import functools
+from typing import TYPE_CHECKING
 
 import vllm
-from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from sere_dist.artifact import Artifact
-from sere_dist.config import ALLOW_UNTESTED_VLLM, ReroutingConfig, environment_flag
-from sere_dist.moe import MoeShape
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 TESTED_VLLM = ("0.32.0",)
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -43,6 +46,10 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         ValueError: a setting, the artifact or a feature of the engine rules re-routing out. Nothing is ever served
             un-re-routed in silence.
     """
+    from sere_dist.artifact import Artifact
+    from sere_dist.config import ALLOW_UNTESTED_VLLM, ReroutingConfig, environment_flag
+    from sere_dist.moe import MoeShape
+
     if vllm.__version__ not in TESTED_VLLM and not environment_flag(ALLOW_UNTESTED_VLLM):
         raise ValueError(
             f"sere_dist was tested with vLLM {', '.join(TESTED_VLLM)}, this is {vllm.__version__}. Install a tested "
@@ -50,9 +57,10 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         )
     settings = ReroutingConfig.model_validate(vllm_config.additional_config["sere"])
     settings = settings.model_copy(update={"artifact": settings.artifact.resolve()})
-    shape = MoeShape.from_config(vllm_config.model_config.hf_config)
+    model = vllm_config.model_config
+    shape = MoeShape.from_config(model.hf_config)
     settings.check_top_k(shape.num_experts_per_token)
-    Artifact.load(settings.artifact).check_serves(shape)
+    Artifact.load(settings.artifact).check_serves(shape, model.model, getattr(model.hf_config, "_commit_hash", None))
 
     for unsupported, advice in unsupported_features(vllm_config):
         if unsupported:
@@ -66,7 +74,7 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     parallel = vllm_config.parallel_config
     return [
         (parallel.data_parallel_size > 1, "data-parallel attention: set data_parallel_size=1"),
-        (parallel.use_sequence_parallel_moe, "sequence-parallel MoE: set enable_expert_parallel=False"),
+        (parallel.enable_expert_parallel, "expert parallelism: set enable_expert_parallel=False"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set pipeline_parallel_size=1"),
         (vllm_config.speculative_config is not None, "speculative decoding: remove speculative_config"),
         (vllm_config.use_v2_model_runner, "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"),

@@ -20,7 +20,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from sere_dist.artifact import Artifact
 from sere_dist.config import ReroutingConfig
-from sere_dist.moe import layer_index
+from sere_dist.moe import by_layer
 from sere_dist.rerouting import active_experts, primary_slots, reroute
 
 logger = init_logger(__name__)
@@ -28,6 +28,9 @@ logger = init_logger(__name__)
 # Per layer, summed over steps with at least one valid row. Experts are those of valid rows; "before" is what the
 # router chose, "after" what runs.
 COUNTERS = ("steps", "rows", "rerouted_slots", "critical_slots", "active_experts_before", "active_experts_after")
+
+# What `sere_policy` may change in a running engine.
+CHANGEABLE = ("enabled", "rows", "select_top_k", "threshold")
 
 _library = torch.library.Library("sere_dist", "DEF")
 
@@ -86,7 +89,8 @@ def step_counts(
         rerouted = int((ids_TK != new_ids_TK).sum())
         # What still runs outside the primary union stayed there because nothing was similar enough.
         primary_E = active_experts(ids_TK, primary_slots(topk_weights_TK, select_top_k) & valid_TK, num_experts)
-        critical = int((valid_TK & (new_ids_TK >= 0) & ~primary_E[new_ids_TK.clamp(min=0).long()]).sum())
+        outside_TK = valid_TK & (new_ids_TK >= 0) & ~primary_E[new_ids_TK.clamp(min=0).long()]
+        critical = int(outside_TK.sum()) if primary_E.any() else 0
     counts = [1, int(valid_T.sum()), rerouted, critical, int(before_E.sum()), int(after_E.sum())]
     return torch.tensor(counts, dtype=torch.int64)
 
@@ -141,11 +145,13 @@ def rerouted_layers(model: torch.nn.Module, artifact: Artifact) -> dict[int, Bas
     Raises:
         ValueError: a layer can't be re-routed, or the artifact's layers are not the model's.
     """
-    runners = {layer_index(name): module for name, module in model.named_modules() if isinstance(module, MoERunner)}
+    found = by_layer((name, module) for name, module in model.named_modules() if isinstance(module, MoERunner))
+    runners = {layer: runner for layer, (_name, runner) in found.items()}
     for layer, runner in runners.items():
         if runner.is_monolithic:
             raise ValueError(
-                f"layer {layer} routes inside a monolithic kernel, which can't be re-routed: set moe_backend='triton'"
+                f"layer {layer} routes inside a monolithic kernel, which can't be re-routed: use weights that are not "
+                "quantised, or another moe_backend"
             )
         if not isinstance(runner.router, BaseRouter):
             raise ValueError(f"layer {layer} routes through {type(runner.router).__name__}, not vLLM's BaseRouter")
@@ -154,7 +160,7 @@ def rerouted_layers(model: torch.nn.Module, artifact: Artifact) -> dict[int, Bas
             f"the model's MoE layers are {sorted(runners)}, the artifact has {sorted(artifact.similarity)}: "
             "calibrate this model"
         )
-    return {layer: runner.router for layer, runner in sorted(runners.items())}
+    return {layer: runner.router for layer, runner in runners.items()}
 
 
 def attach(router: BaseRouter, similarity_EE: torch.Tensor, state: StepState) -> torch.Tensor:
@@ -219,8 +225,10 @@ class ReroutingCPUWorker(CPUWorker):
         """Changes the policy from the next step on, if anything is given, and returns what is in force.
 
         Raises:
-            ValueError: a value is out of range; nothing was changed.
+            ValueError: a value is out of range, or can't be changed in a running engine; nothing was changed.
         """
+        if fixed := changes.keys() - CHANGEABLE:
+            raise ValueError(f"{', '.join(sorted(fixed))} can't be changed while serving; {', '.join(CHANGEABLE)} can")
         settings = ReroutingConfig.model_validate({**self.sere_state.settings.model_dump(), **changes})
         settings.check_top_k(self.sere_top_k)
         self.sere_state.set_policy(settings)
