@@ -51,10 +51,10 @@ def draw(points: list[dict], top_k: int, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.6), dpi=150)
     axes.plot([p["active_experts"] for p in points], [p["perplexity"] for p in points], "o-", color="tab:blue")
     for point in points:
-        off = point["select_top_k"] == top_k
-        label = f"S = {point['select_top_k']}" + (" (off)" if off else "")
+        label = f"{point['select_top_k']}" + (" = off" if point["select_top_k"] == top_k else "")
         place = (point["active_experts"], point["perplexity"])
-        axes.annotate(label, place, xytext=(4, 6), textcoords="offset points", ha="right" if off else "left")
+        axes.annotate(label, place, xytext=(0, 7), textcoords="offset points", ha="center")
+    axes.set_title("S, the experts that every token keeps, beside each point", fontsize="medium")
     axes.set_xlabel(f"experts that a layer runs in a decode step (batch {BATCH}, 64 experts, top-{top_k})")
     axes.set_ylabel("held-out perplexity")
     axes.margins(0.08, 0.15)

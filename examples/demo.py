@@ -60,7 +60,12 @@ def served(cluster: LocalCluster, port: int, artifact: Path = ARTIFACT) -> Itera
     url = f"http://127.0.0.1:{port}/v1"
     with log.open("w") as file:
         server = subprocess.Popen(
-            ["serve", "run", str(app_file)], env=cluster.environment, cwd=ROOT, stdout=file, stderr=file
+            ["serve", "run", str(app_file)],
+            env=cluster.environment,
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it may be ignored here
         )
     try:
         with console.status(f"waiting for {url} (log: {log})"):
@@ -106,7 +111,8 @@ def main(
 ) -> None:
     if not port_is_free(port):
         raise SystemExit(f"error: port {port} is in use; give another one: make demo PORT={port + 1}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops as Ctrl-C does, leaving nothing behind
+    for stop in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in what a script starts in the background
+        signal.signal(stop, signal.default_int_handler)
     cluster = LocalCluster()
     with console.status("starting Ray"):
         cluster.__enter__()

@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 from sere_dist.artifact import Artifact
 from sere_dist.calibration import load_model, tokenise
 from sere_dist.evaluation.lockstep import LockstepResult, lockstep
-from serve_apps.sere import worker_rpc
+from serve_apps.workers import worker_rpc
 
 TINY_MOE = Path(__file__).parent / "tiny_moe"
 MODEL_ID = "tiny-moe"
@@ -67,18 +67,18 @@ async def time_per_output_token(url: str, prompts: list[list[int]], new_tokens: 
 def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens: int) -> dict[bool, dict]:
     """Returns what serving the prompts side by side looks like with re-routing off and on, measured in turns."""
     times: dict[bool, list[float]] = {False: [], True: []}
-    active: dict[bool, float] = {}
+    experts, steps = {False: 0, True: 0}, {False: 0, True: 0}
     asyncio.run(time_per_output_token(url, prompts, new_tokens))  # warm up
     for enabled in [False, True] * rounds:
         worker_rpc(MODEL_ID, "sere_policy", enabled=enabled)
         worker_rpc(MODEL_ID, "sere_counters", reset=True)
         times[enabled].append(asyncio.run(time_per_output_token(url, prompts, new_tokens)))
         layers = worker_rpc(MODEL_ID, "sere_counters")[0]["layers"].values()
-        steps = sum(layer["steps"] for layer in layers)
-        active[enabled] = sum(layer["active_experts_after"] for layer in layers) / steps
+        experts[enabled] += sum(layer["active_experts_after"] for layer in layers)
+        steps[enabled] += sum(layer["steps"] for layer in layers)
     return {
         enabled: {
-            "active_experts": round(active[enabled], 2),
+            "active_experts": round(experts[enabled] / steps[enabled], 2),
             "ms_per_output_token": [round(milliseconds, 2) for milliseconds in times[enabled]],
         }
         for enabled in (False, True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-from ray.serve import Application, get_deployment_handle
+from ray.serve import Application
 from ray.serve.llm import LLMConfig, build_openai_app
 from transformers import AutoConfig
 
@@ -74,16 +74,3 @@ def build_app(args: dict[str, Any]) -> Application:
         **placement,
     )
     return build_openai_app({"llm_configs": [llm_config], "ingress_deployment_config": config.ingress})
-
-
-def worker_rpc(model_id: str, method: str, app: str = "sere", **kwargs: Any) -> list[Any]:
-    """Calls a `sere_` method of every vLLM worker of one replica, from a process that is connected to the cluster.
-
-    Returns what each worker returned: `sere_counters` and `sere_policy` are in `sere_dist.vllm_plugin.worker`.
-    """
-    deployment = "LLMServer:" + model_id.replace("/", "--").replace(".", "_")
-    handle = get_deployment_handle(deployment, app)
-    try:
-        return handle.collective_rpc.remote(method, kwargs=kwargs).result()
-    finally:
-        handle.shutdown()
