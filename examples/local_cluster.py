@@ -14,7 +14,7 @@ from typing import Self
 import psutil
 
 START_SECONDS = 90
-STOP_SECONDS = 20
+STOP_SECONDS = 5  # then it is killed: nothing in it is worth more patience
 
 
 class LocalCluster:
