@@ -78,13 +78,19 @@ class LocalCluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def processes(self) -> list[psutil.Process]:
-        """Returns every living process that was started in this cluster: they all inherit its token."""
+        """Returns every living process that was started in this cluster.
+
+        They are in the head's session, or have inherited its token: some start sessions of their own, others (those
+        that set a title, as Ray's do) write it over their environment.
+        """
         found = []
-        for process in psutil.process_iter():
+        for pid in set(psutil.pids()) - {os.getpid()}:
             try:
-                if process.pid != os.getpid() and process.environ().get("RAY_AUTH_TOKEN") == self.token:
+                inherited = self.token.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+                process = psutil.Process(pid)
+                if (inherited or os.getsid(pid) == self.head.pid) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+            except (OSError, psutil.NoSuchProcess):  # gone meanwhile, or somebody else's
                 continue
         return found
 
