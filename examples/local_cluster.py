@@ -1,5 +1,6 @@
 """A Ray cluster of this machine's own, for the demo and the tests: it disturbs no other, and leaves nothing behind."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -70,10 +71,12 @@ class LocalCluster:
         deadline = time.monotonic() + STOP_SECONDS
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.2)
-        left = self.processes()
-        for process in left:
-            process.kill()
-        psutil.wait_procs(left, timeout=STOP_SECONDS)
+        for _attempt in range(5):  # a raylet that is still up may start an agent again
+            left = self.processes()
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=STOP_SECONDS)
         self.head.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
