@@ -176,10 +176,8 @@ def test_prefill_can_be_rerouted_too(fresh, prompts):
     assert all(layer["rows"] == BATCH * (PROMPT + NEW - 1) for layer in counters(fresh))
 
 
-def test_a_restart_from_the_compilation_cache_follows_the_policy(llm, eager, artifact_path, prompts, stock_tokens):
-    """A graph that was compiled under one policy is loaded from the cache, and must not have it baked in."""
-    if eager:
-        return  # nothing is compiled: the other parameter is the test
+def test_a_restart_follows_the_policy(llm, eager, artifact_path, prompts, stock_tokens):
+    """Compiled: the graph comes from the cache of the first start, and must not have the policy baked in."""
     again = start(eager, artifact=str(artifact_path), select_top_k=2)
     rerouted_tokens = greedy(again, prompts)
     again.collective_rpc("sere_policy", kwargs={"select_top_k": TOP_K})
