@@ -23,8 +23,9 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from sere_dist.artifact import Artifact
-from sere_dist.calibration import load_model, tokenise
 from sere_dist.evaluation.lockstep import LockstepResult, lockstep
+from sere_dist.moe import load_model
+from sere_dist.texts import tokenise
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -71,7 +72,7 @@ def main(
     loaded, model = Artifact.load(artifact), load_model(str(TINY_MOE / "model"), "cpu")
     rows = pq.read_table(TINY_MOE / "heldout.parquet").to_pylist()
     tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
-    ids_BL = tokenise((row["text"] for row in rows), tokenizer, len(rows), LENGTH)
+    ids_BL = torch.tensor(tokenise((row["text"] for row in rows), tokenizer, len(rows), LENGTH))
     batches = [batch for batch in ids_BL.split(BATCH) if len(batch) == BATCH]
     top_k = loaded.config.num_experts_per_token
     results_by_s = {

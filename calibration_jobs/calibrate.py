@@ -1,41 +1,56 @@
 """Calibrate a Mixture-of-Experts model on a Ray cluster: one Ray task a MoE layer, one artifact at the end.
 
     ray job submit --runtime-env calibration_jobs/runtime_env.yaml -- \\
-        python -m calibration_jobs.calibrate --model /models/my-moe --dataset /data/texts.parquet --output /data/my-sere
+        python -m calibration_jobs.calibrate --model Qwen/Qwen3-30B-A3B --output /data/qwen3-sere
 
 Every option can also stand in a YAML file (`--config`), with `_` for `-`; options on the command line win. Outside a
-cluster the same command starts Ray on this machine.
+cluster the same command starts Ray on this machine. `--dry-run` prints what it would take. A job that was stopped goes
+on where it was when the same command runs again.
+
+The driver plans, and gathers matrices [E, E]; it needs no GPU. A forward task runs all texts through one decoder layer;
+the states that it leaves in the object store feed the next layer's forward task and, for a MoE layer, its scoring task.
 """
 
+import hashlib
 import importlib.metadata
+import inspect
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import ray
-import torch
 import typer
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RaySystemError, RayTaskError, TaskCancelledError
+from rich.console import Console
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
-from sere_dist.artifact import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics, check_output
+from calibration_jobs.finished_layers import FinishedLayers
+from sere_dist.artifact import MIN_TOKENS_PER_EXPERT, SCHEMA_VERSION, Artifact, ArtifactConfig, check_output
 from sere_dist.calibration import (
+    WITHOUT_DATA,
     ExpertInputs,
-    capture_expert_inputs,
-    empty_model,
-    load_model,
-    read_texts,
+    LayerResult,
+    Texts,
+    run_layer,
     score_layer,
-    tokenise,
+    text_blocks,
 )
-from sere_dist.moe import MoeShape, routed_experts
-from sere_dist.similarity import Kernel, Method, cka_bytes
+from sere_dist.checkpoint import Checkpoint
+from sere_dist.moe import MoeShape
+from sere_dist.plan import Plan
+from sere_dist.similarity import Kernel, Method
+from sere_dist.texts import read_texts, tokenise
 
 # Ray unpacks the --working-dir of a job below such a folder, and deletes it afterwards.
 RAY_WORKING_DIR = "working_dir_files"
-CKA_LIMIT = 8 * 2**30  # bytes
+FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+RETRIES = 5  # of a task whose worker or node died
 
 
 class CalibrationConfig(BaseModel):
@@ -44,110 +59,297 @@ class CalibrationConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model: str = Field(description="Checkpoint folder or Hugging Face model id.")
+    revision: str | None = Field(default=None, description="Of the model id: branch, tag or commit.")
     output: Path = Field(description="Folder of the artifact.")
-    dataset: Path = Field(description="Parquet file, or folder of them, with a column `text`.")
-    method: Method = "frobenius"
-    kernel: Kernel = Field(default="linear", description="Of method cka.")
-    num_samples: int = Field(default=400, ge=1, description="Texts to use.")
-    max_length: int = Field(default=128, ge=2, description="Tokens of each text; shorter texts are left out.")
     overwrite: bool = Field(default=False, description="Replace an artifact at --output.")
+    restart: bool = Field(default=False, description="Throw away the finished layers of a stopped job.")
+    dry_run: bool = Field(default=False, description="Print what it would take, and stop.")
+
+    method: Method = Field(default="frobenius", description="How similarity is measured.")
+    kernel: Kernel = Field(default="linear", description="Of method cka.")
+
+    dataset: str = Field(
+        default=FINEWEB, description="Parquet, JSON-lines or text file, a folder of them, or a datasets name."
+    )
+    subset: str | None = Field(default=None, description=f"Of a datasets name ({FINEWEB_SUBSET} of the default).")
+    split: str = Field(default="train", description="Of a datasets name.")
+    column: str = Field(default="text", description="That holds the texts.")
+    num_samples: int = Field(default=400, ge=1, description="Texts to use.")
+    max_length: int = Field(default=128, ge=2, description="Tokens that a text is cut to.")
+    min_length: int | None = Field(default=None, ge=1, description="Shorter texts are left out (default: max-length).")
+    max_tokens: int | None = Field(default=None, ge=1, description="Tokens of all texts together.")
+    seed: int | None = Field(default=None, ge=0, description="Shuffle the texts; draw method random.")
+    min_tokens_per_expert: int = Field(
+        default=MIN_TOKENS_PER_EXPERT, ge=0, description="Warn of experts that got fewer."
+    )
+
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs if the cluster has any.")
+    cpus_per_task: int = Field(default=1, ge=1, description="Of each task on CPUs.")
+    memory_per_task: float | None = Field(default=None, gt=0, description="GiB that Ray reserves for each task.")
+    block_tokens: int | None = Field(default=None, ge=1, description="Tokens a scoring task takes at a time.")
+
+    @model_validator(mode="after")
+    def _default_subset(self) -> "CalibrationConfig":
+        if self.dataset == FINEWEB and self.subset is None:
+            self.subset = FINEWEB_SUBSET
+        if self.min_length and self.min_length > self.max_length:
+            raise ValueError(f"--min-length {self.min_length} is greater than --max-length {self.max_length}")
+        return self
 
 
-def calibrate(config: CalibrationConfig) -> Artifact:
-    """Runs the calibration on the connected Ray cluster, or a local one, and saves the artifact.
+def calibrate(config: CalibrationConfig) -> Artifact | None:
+    """Runs the calibration on the connected Ray cluster, or a local one, and saves the artifact; None for a dry run.
 
     Raises:
-        ValueError: the model, the dataset or a setting can't be used; nothing was written.
+        ValueError: the model, the dataset or a setting can't be used.
         OSError: the output is already there, or can't be written; nothing was changed.
+        MemoryError: a task does not fit in memory.
+        RayError: tasks died again and again. Finished layers are kept; the same command goes on from them.
     """
     refuse_lost_output(config.output)
     check_output(config.output, config.overwrite)
-    model_config = AutoConfig.from_pretrained(config.model)
-    shape = MoeShape.from_config(model_config)
-    layer_names = {layer: name for layer, (name, _) in routed_experts(empty_model(model_config)).items()}
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    ids_BL = tokenise(read_texts(config.dataset), tokenizer, config.num_samples, config.max_length)
-    if len(ids_BL) < config.num_samples:
-        print(
-            f"only {len(ids_BL)} of the wanted {config.num_samples} texts have {config.max_length} tokens", flush=True
-        )
-
-    if config.method == "cka" and (needed := cka_bytes(shape.num_experts, ids_BL.numel())) > CKA_LIMIT:
-        raise ValueError(
-            f"--method cka compares all pairs of {ids_BL.numel()} tokens: {needed / 2**30:.0f} GiB a layer, over the "
-            f"limit of {CKA_LIMIT / 2**30:.0f}; lower --num-samples or --max-length"
-        )
-
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
-    on_gpu = ray.cluster_resources().get("GPU", 0) >= 1
-    resources, device = ({"num_gpus": 1}, "cuda") if on_gpu else ({"num_cpus": 1}, "cpu")
-    print(
-        f"calibrating {config.model}: {len(layer_names)} MoE layers of {shape.num_experts} experts, "
-        f"{ids_BL.numel()} tokens, a {device.upper()} task a layer",
-        flush=True,
+    checkpoint = Checkpoint(config.model, config.revision)
+    MoeShape.from_config(checkpoint.config)  # before any text is read
+    texts = [] if config.dry_run or config.method in WITHOUT_DATA else tokenised(config)
+    num_tokens = sum(map(len, texts)) or config.num_samples * config.max_length
+    workers = Workers.of_cluster(config)
+    plan = Plan.of(
+        checkpoint,
+        config.method,
+        config.kernel,
+        min(num_tokens, config.max_tokens or num_tokens),
+        config.max_length,
+        workers.device,
+        config.block_tokens,
     )
-    layers = sorted(layer_names)
-    inputs = capture_task.options(num_returns=len(layers), **resources).remote(config.model, ids_BL, layers, device)
-    tasks = {
-        score_task.options(**resources).remote(
-            model_config, layer, layer_inputs, config.method, config.kernel, device
-        ): layer
-        for layer, layer_inputs in zip(layers, [inputs] if len(layers) == 1 else inputs, strict=True)
-    }
-    similarity: dict[int, torch.Tensor] = {}
-    statistics: dict[int, LayerStatistics] = {}
-    with tqdm(total=len(tasks), unit="layer", disable=not sys.stderr.isatty()) as bar:
-        pending = list(tasks)
-        while pending:
-            (done,), pending = ray.wait(pending)
-            layer = tasks[done]
-            similarity[layer], statistics[layer] = ray.get(done)
-            bar.update()
-            if bar.disable:
-                print(progress_line(len(similarity), len(tasks), statistics[layer]), flush=True)
+    Console(width=None if sys.stdout.isatty() else 120).print(plan.table(str(workers)))
+    if config.dry_run:
+        return None
 
+    finished = FinishedLayers(config.output, what_decides(config, checkpoint, texts), config.restart)
+    results = {result.statistics.layer: result for result in finished}
+    if results:
+        print(f"{len(results)} of {len(plan.layer_names)} layers are finished already", flush=True)
+    remaining = sorted(plan.layer_names.keys() - results.keys())
+    with tqdm(total=len(plan.layer_names), initial=len(results), unit="layer", disable=not sys.stderr.isatty()) as bar:
+        for result in scored(config, checkpoint, plan, workers, text_blocks(texts), remaining):
+            finished.add(result)
+            results[result.statistics.layer] = result
+            bar.update()
+            report_layer(result, len(results), plan, config.min_tokens_per_expert, quiet=not bar.disable)
+
+    ordered = [results[layer] for layer in sorted(results)]
+    is_projection = config.method == "projection"
     artifact = Artifact(
         ArtifactConfig(
             schema_version=SCHEMA_VERSION,
             base_model=config.model,
-            revision=getattr(model_config, "_commit_hash", None),
-            **vars(shape),
-            layer_names=layer_names,
+            revision=checkpoint.revision,
+            **vars(plan.shape),
+            layer_names=plan.layer_names,
             method=config.method,
             kernel=config.kernel if config.method == "cka" else None,
-            dataset=str(config.dataset),
-            num_tokens=ids_BL.numel(),
+            dataset=config.dataset if texts else None,
+            num_tokens=sum(map(len, texts)),
             versions={name: importlib.metadata.version(name) for name in ("sere-dist", "torch", "transformers", "ray")},
         ),
-        similarity=dict(sorted(similarity.items())),
-        layers=[statistics[layer] for layer in layers],
-        settings=config.model_dump(mode="json"),
+        similarity={result.statistics.layer: result.similarity_EE for result in ordered},
+        coefficient={result.statistics.layer: result.coefficient_EE for result in ordered if is_projection},
+        size={result.statistics.layer: result.size_E for result in ordered if is_projection},
+        tokens_per_expert={result.statistics.layer: result.tokens_E.tolist() for result in ordered if texts},
+        layers=[result.statistics for result in ordered],
+        settings=config.model_dump(mode="json", exclude={"overwrite", "restart", "dry_run"}),
     )
     artifact.save(config.output, overwrite=config.overwrite)
+    finished.discard()
     return artifact
 
 
+def tokenised(config: CalibrationConfig) -> list[list[int]]:
+    """Returns the token ids of the texts to calibrate on."""
+    texts = read_texts(config.dataset, subset=config.subset, split=config.split, column=config.column, seed=config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+    kept = tokenise(
+        texts,
+        tokenizer,
+        config.num_samples,
+        config.max_length,
+        min_length=config.min_length,
+        max_tokens=config.max_tokens,
+    )
+    if len(kept) < config.num_samples:
+        print(f"{len(kept)} texts are used of the {config.num_samples} wanted: there are no more that fit", flush=True)
+    return kept
+
+
+def what_decides(config: CalibrationConfig, checkpoint: Checkpoint, texts: list[list[int]]) -> dict[str, Any]:
+    """Returns everything that the matrices depend on, by the name that a user knows it by."""
+    return {
+        "model": config.model,
+        "weights": checkpoint.fingerprint if config.method != "random" else None,
+        "method": config.method,
+        "kernel": config.kernel if config.method == "cka" else None,
+        "seed": config.seed if config.method == "random" else None,
+        "texts": hashlib.sha256(repr(texts).encode()).hexdigest(),
+        "versions": {name: importlib.metadata.version(name) for name in ("sere-dist", "torch", "transformers")},
+    }
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What the cluster has for the tasks of a calibration."""
+
+    device: Literal["cpu", "cuda"]
+    count: int  # tasks at a time
+    options: dict[str, Any]  # Ray's, of each task
+
+    @classmethod
+    def of_cluster(cls, config: CalibrationConfig) -> "Workers":
+        """Connects to the cluster, or starts Ray here, and counts; a dry run starts nothing."""
+        try:
+            ray.init(address="auto" if config.dry_run else None, ignore_reinit_error=True, log_to_driver=False)
+            resources = ray.cluster_resources()
+        except ConnectionError:  # of a dry run: no cluster is up
+            resources = {}
+        gpus = int(resources.get("GPU", 0))
+        options: dict[str, Any] = {}
+        if config.memory_per_task:
+            options["memory"] = int(config.memory_per_task * 2**30)
+        if config.device == "cuda" or (config.device == "auto" and gpus):
+            return cls("cuda", max(1, gpus), {"num_gpus": 1, **options})
+        count = max(1, int(resources.get("CPU", 0)) // config.cpus_per_task)
+        return cls("cpu", count, {"num_cpus": config.cpus_per_task, **options})
+
+    def __str__(self) -> str:
+        each = "1 GPU" if self.device == "cuda" else f"{self.options['num_cpus']} CPU"
+        nodes = (
+            f"{len([node for node in ray.nodes() if node['Alive']])} nodes" if ray.is_initialized() else "no cluster"
+        )
+        return f"{self.count} at a time, {each} each ({nodes})"
+
+
+def scored(
+    config: CalibrationConfig,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    workers: Workers,
+    blocks: list[Texts],
+    remaining: Sequence[int],
+) -> Iterator[LayerResult]:
+    """Yields the results of the remaining layers as they land.
+
+    Forward tasks run ahead of scoring by no more layers than there are workers, so that the object store holds the
+    states of few layers. Ray retries forward tasks, and runs them again when a lost node held what they left. Scoring
+    tasks are retried here: what is right to do depends on why one died.
+    """
+    where = (config.model, checkpoint.revision)
+    texts = ray.put(blocks)
+    score = score_task.options(max_retries=0, **workers.options)
+    forward = forward_task.options(max_retries=RETRIES, num_returns=2 * len(blocks), **workers.options)
+    inputs_of: dict[int, list[ray.ObjectRef]] = {}
+    block_of = dict.fromkeys(remaining, config.block_tokens)
+    deaths = dict.fromkeys(remaining, 0)
+    running: dict[ray.ObjectRef, int] = {}
+
+    def start(layer: int) -> None:
+        arguments = (*where, layer, config.method, config.kernel, config.seed or 0, block_of[layer], workers.device)
+        running[score.remote(*arguments, *inputs_of[layer])] = layer
+
+    def finish_one() -> Iterator[LayerResult]:
+        (done,), _ = ray.wait(list(running))
+        layer = running.pop(done)
+        try:
+            result = ray.get(done)
+        except RayTaskError as error:  # the task's own error: it would fail again
+            raise error.cause from error
+        except (GetTimeoutError, TaskCancelledError, RaySystemError):
+            raise
+        except RayError as error:
+            deaths[layer] += 1
+            if deaths[layer] > RETRIES:
+                raise
+            what = f"layer {layer}: lost its worker ({type(error).__name__}); again"
+            if isinstance(error, OutOfMemoryError) or deaths[layer] > 1:  # the kernel, too, kills what takes too much
+                block_of[layer] = max(1, (block_of[layer] or plan.block_tokens) // 2)
+                what += f", {block_of[layer]} tokens at a time"
+            print(what, flush=True)
+            start(layer)
+            return
+        del inputs_of[layer]
+        yield result
+
+    hidden: list[ray.ObjectRef] = []
+    if plan.needs_data:
+        wanted = set(remaining)
+        for layer in range(max(remaining, default=-1) + 1):
+            left = forward.remote(*where, layer, texts, workers.device, *hidden)
+            hidden, inputs = left[0::2], left[1::2]
+            if layer in wanted:
+                inputs_of[layer] = inputs
+                start(layer)
+            del left, inputs
+            while len(running) > workers.count:
+                yield from finish_one()
+    else:
+        for layer in remaining:
+            inputs_of[layer] = []
+            start(layer)
+    del hidden
+    while running:
+        yield from finish_one()
+
+
 @ray.remote
-def capture_task(model: str, ids_BL: torch.Tensor, layers: list[int], device: str) -> Any:
-    """Returns the ExpertInputs of each layer as an object of its own, so that a layer's task fetches only its own."""
-    captured = capture_expert_inputs(load_model(model, device), ids_BL)
-    results = [captured[layer] for layer in layers]
-    return results if len(results) > 1 else results[0]
+def forward_task(
+    model: str, revision: str | None, layer: int, blocks: list[Texts], device: str, *hidden_states: Any
+) -> Iterator[Any]:
+    """Yields, for each block of texts, its states [B, L, H] after the layer and the ExpertInputs of the layer."""
+    transformers_logging.disable_progress_bar()
+    for states, inputs in run_layer(Checkpoint(model, revision), layer, blocks, hidden_states or None, device):
+        yield states
+        yield inputs
 
 
 @ray.remote
 def score_task(
-    model_config, layer: int, inputs: ExpertInputs, method: Method, kernel: Kernel, device: str
-) -> tuple[torch.Tensor, LayerStatistics]:
-    return score_layer(model_config, layer, inputs, method, kernel, device)
+    model: str,
+    revision: str | None,
+    layer: int,
+    method: Method,
+    kernel: Kernel,
+    seed: int,
+    block_tokens: int | None,
+    device: str,
+    *inputs: ExpertInputs,
+) -> LayerResult:
+    transformers_logging.disable_progress_bar()
+    return score_layer(Checkpoint(model, revision), layer, inputs, method, kernel, seed, block_tokens, device)
 
 
-def progress_line(done: int, total: int, row: LayerStatistics) -> str:
-    return (
-        f"layer {row.layer} scored ({done}/{total}) in {row.seconds:.1f} s: similarity {row.similarity_mean:.3f} mean, "
-        f"{row.similarity_min:.3f} to {row.similarity_max:.3f}; tokens an expert {row.tokens_per_expert_min} fewest, "
-        f"{row.tokens_per_expert_median:g} median"
-    )
+def report_layer(result: LayerResult, done: int, plan: Plan, min_tokens: int, quiet: bool) -> None:
+    """Prints a line about a finished layer unless `quiet`, and in any case what should worry its user."""
+    row, total = result.statistics, len(plan.layer_names)
+    lines = []
+    if not quiet:
+        line = (
+            f"layer {row.layer} scored ({done}/{total}) in {row.seconds:.1f} s: similarity {row.similarity_mean:.3f} "
+            f"mean, {row.similarity_min:.3f} to {row.similarity_max:.3f}"
+        )
+        if result.tokens_E is not None:
+            line += f"; tokens an expert {row.tokens_per_expert_min} fewest, {row.tokens_per_expert_median:g} median"
+        lines.append(line)
+    if result.halved:
+        lines.append(f"layer {row.layer}: memory ran out; went on with {result.block_tokens} tokens at a time")
+    if result.tokens_E is not None and (few := (result.tokens_E < min_tokens).nonzero().flatten().tolist()):
+        counts = ", ".join(f"{expert} ({result.tokens_E[expert]})" for expert in few[:8])
+        more = f" and {len(few) - 8} more" if len(few) > 8 else ""
+        lines.append(
+            f"layer {row.layer}: {len(few)} experts got fewer than {min_tokens} tokens: {counts}{more}; "
+            "use more texts (--num-samples), or texts of more kinds"
+        )
+    for line in lines:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
 
 
 def refuse_lost_output(output: Path) -> None:
@@ -159,32 +361,42 @@ def refuse_lost_output(output: Path) -> None:
         )
 
 
-def main(
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of the other options.")] = None,
-    model: Annotated[str | None, typer.Option(help="Checkpoint folder or Hugging Face model id.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the artifact.")] = None,
-    dataset: Annotated[Path | None, typer.Option(help="Parquet file or folder with a column `text`.")] = None,
-    method: Annotated[str | None, typer.Option(help="frobenius (default), cosine or cka.")] = None,
-    kernel: Annotated[str | None, typer.Option(help="Of cka: linear (default), polynomial or rbf.")] = None,
-    num_samples: Annotated[int | None, typer.Option(help="Texts to use (default 400).")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens of each text (default 128).")] = None,
-    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace an artifact at --output.")] = None,
-) -> None:
-    flags = {name: value for name, value in locals().items() if name != "config" and value is not None}
+def main(config: Path | None, **flags: Any) -> None:
+    given = {name: value for name, value in flags.items() if value is not None}
     try:
         from_file = yaml.safe_load(config.read_text()) if config else {}
         if not isinstance(from_file, dict):
             raise ValueError(f"{config} must hold a mapping of options to values")
-        artifact = calibrate(CalibrationConfig.model_validate({str(k): v for k, v in from_file.items()} | flags))
+        artifact = calibrate(CalibrationConfig.model_validate({str(k): v for k, v in from_file.items()} | given))
     except ValidationError as error:
         problems = "; ".join(
-            f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" for e in error.errors(include_url=False)
+            f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" if e["loc"] else e["msg"]
+            for e in error.errors(include_url=False)
         )
         raise SystemExit(f"error: {problems}") from error
-    except (ValueError, OSError, yaml.YAMLError, ray.exceptions.RayError) as error:
+    except (ValueError, OSError, MemoryError, yaml.YAMLError, RayError) as error:
         raise SystemExit(f"error: {error}") from error
-    print(f"wrote {artifact.settings['output']}: similarity of {len(artifact.similarity)} layers", flush=True)
+    if artifact:
+        print(f"wrote {artifact.settings['output']}: similarity of {len(artifact.similarity)} layers", flush=True)
 
+
+def _signature() -> inspect.Signature:
+    """Every setting is an option of the command: the settings are written down once."""
+    parameters = {"config": Annotated[Path | None, typer.Option(help="YAML file with any of the other options.")]}
+    for name, field in CalibrationConfig.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        default = "" if field.default in (None, False) or field.is_required() else f" (default: {field.default})"
+        kind = bool if field.annotation is bool else str  # the settings parse and check what they are given
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        option = typer.Option(flag, help=f"{field.description}{default}", metavar="|".join(choices) or None)
+        parameters[name] = Annotated[kind | None, option]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in parameters.items()]
+    )
+
+
+main.__signature__ = _signature()
 
 if __name__ == "__main__":
     typer.run(main)

@@ -28,8 +28,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from sere_dist.artifact import Artifact
-from sere_dist.calibration import load_model, tokenise
 from sere_dist.evaluation.lockstep import LockstepResult, lockstep
+from sere_dist.moe import load_model
+from sere_dist.texts import tokenise
 from serve_apps.workers import worker_rpc
 
 TINY_MOE = Path(__file__).parent / "tiny_moe"
@@ -104,7 +105,7 @@ def main(
     artifact = Artifact.load(settings["artifact"])
     rows = pq.read_table(TINY_MOE / "heldout.parquet").to_pylist()
     tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
-    ids_BL = tokenise((row["text"] for row in rows), tokenizer, SCORED_TEXTS, SCORED_LENGTH)
+    ids_BL = torch.tensor(tokenise((row["text"] for row in rows), tokenizer, SCORED_TEXTS, SCORED_LENGTH))
 
     with console.status("decoding"):
         result = measure_serving(url, ids_BL[:BATCH, :PROMPT_TOKENS].tolist(), rounds, new_tokens)

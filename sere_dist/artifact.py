@@ -1,8 +1,8 @@
 """The artifact of a calibration: expert similarities of one model, in a folder of its own.
 
 Keep it apart from the model's weights: vLLM loads every safetensors file that it finds beside them. The files are
-`sere_config.json`, `similarity.safetensors`, `layers.csv`, `README.md` (a model card) and `calibration.yaml` (the job's
-resolved settings). Nothing is pickled.
+`sere_config.json`, `similarity.safetensors`, `layers.csv` and `experts.csv` (what was seen), `README.md` (a model card)
+and `calibration.yaml` (the job's resolved settings). Nothing is pickled.
 """
 
 import csv
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -27,8 +27,14 @@ from sere_dist.moe import MoeShape
 logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
+MIN_TOKENS_PER_EXPERT = 32  # an expert that got fewer in a calibration is worth a warning
 CONFIG_FILE, TENSORS_FILE, LAYERS_FILE = "sere_config.json", "similarity.safetensors", "layers.csv"
+EXPERTS_FILE = "experts.csv"  # tokens routed to each expert; absent where no token was looked at
 CARD_FILE, SETTINGS_FILE = "README.md", "calibration.yaml"
+
+
+_KINDS = ("similarity", "coefficient", "size")
+_EXPERTS_HEADER = ["layer", "expert", "tokens"]
 
 
 class ArtifactError(ValueError):
@@ -40,12 +46,22 @@ class LayerStatistics(BaseModel):
 
     layer: int
     name: str
-    tokens_per_expert_min: int
-    tokens_per_expert_median: float
+    tokens_per_expert_min: int | None  # None for a method that looks at no tokens
+    tokens_per_expert_median: float | None
     similarity_mean: float
     similarity_min: float
     similarity_max: float
     seconds: float
+
+    def cells(self) -> list[str]:
+        """The row as people read it: layer, fewest and median tokens an expert, similarity mean, min and max."""
+        tokens = (self.tokens_per_expert_min, self.tokens_per_expert_median)
+        similarity = (self.similarity_mean, self.similarity_min, self.similarity_max)
+        return [
+            str(self.layer),
+            *("-" if value is None else f"{value:g}" for value in tokens),
+            *(f"{value:.3f}" for value in similarity),
+        ]
 
 
 class ArtifactConfig(BaseModel):
@@ -64,7 +80,7 @@ class ArtifactConfig(BaseModel):
     layer_names: dict[int, str]  # the experts' module by decoder layer index; dense layers are absent
     method: str
     kernel: str | None = None
-    dataset: str
+    dataset: str | None  # None for a method without data
     num_tokens: int
     versions: dict[str, str]
     tensors_sha256: str = ""
@@ -75,6 +91,15 @@ class ArtifactConfig(BaseModel):
         if value != SCHEMA_VERSION:
             raise ValueError(f"this version of sere_dist reads schema {SCHEMA_VERSION}; calibrate again or upgrade")
         return value
+
+    @property
+    def data(self) -> str:
+        return f"{self.num_tokens} tokens of {self.dataset}" if self.dataset else "no data"
+
+    @property
+    def tensor_kinds(self) -> tuple[str, ...]:
+        """What `similarity.safetensors` holds for each layer."""
+        return _KINDS if self.method == "projection" else ("similarity",)
 
     @property
     def shape(self) -> MoeShape:
@@ -90,12 +115,19 @@ class Artifact:
         similarity: decoder layer index -> [E, E] float32, logical expert ids, diagonal 1.
         layers: a summary of each MoE layer, in order, for people.
         settings: the calibration job's resolved settings.
+        coefficient: decoder layer index -> [E, E] float32, diagonal 1: the multiple of expert j that stands in for
+            expert i. Of method `projection` alone, otherwise empty.
+        size: decoder layer index -> [E] float32: mean squared output relative to the layer's mean. Likewise.
+        tokens_per_expert: decoder layer index -> tokens routed to each expert; empty for a method without data.
     """
 
     config: ArtifactConfig
     similarity: dict[int, torch.Tensor]
     layers: list[LayerStatistics]
     settings: dict[str, Any] = field(default_factory=dict)
+    coefficient: dict[int, torch.Tensor] = field(default_factory=dict)
+    size: dict[int, torch.Tensor] = field(default_factory=dict)
+    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
 
     def check_serves(self, shape: MoeShape, model: str, revision: str | None = None) -> None:
         """Checks that the artifact is for the model being served.
@@ -136,11 +168,15 @@ class Artifact:
         """
         path = Path(path).resolve()
         check_output(path, overwrite)
-        tensors = {f"layers.{layer}.similarity": matrix.contiguous() for layer, matrix in self.similarity.items()}
+        tensors = {
+            f"layers.{layer}.{kind}": tensor.contiguous()
+            for kind in _KINDS
+            for layer, tensor in getattr(self, kind).items()
+        }
         payload = save_tensors(tensors)
         config = self.config.model_copy(update={"tensors_sha256": hashlib.sha256(payload).hexdigest()})
         _check_tensors(path, config, tensors)
-        _check_layers(path, config, self.layers)
+        _check_layers(path, config, self.layers, self.tokens_per_expert)
 
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
             written = Path(aside) / "new"
@@ -153,6 +189,12 @@ class Artifact:
                 writer = csv.DictWriter(file, list(LayerStatistics.model_fields))
                 writer.writeheader()
                 writer.writerows(row.model_dump() for row in self.layers)
+            if self.tokens_per_expert:
+                with (written / EXPERTS_FILE).open("w", newline="") as file:
+                    rows = csv.writer(file)
+                    rows.writerow(_EXPERTS_HEADER)
+                    for layer, tokens in sorted(self.tokens_per_expert.items()):
+                        rows.writerows((layer, expert, count) for expert, count in enumerate(tokens))
             _replace(path, written, overwrite)
 
     @classmethod
@@ -168,12 +210,14 @@ class Artifact:
             payload = (path / TENSORS_FILE).read_bytes()
             settings = yaml.safe_load((path / SETTINGS_FILE).read_text())
             with (path / LAYERS_FILE).open(newline="") as file:
-                layers = [LayerStatistics.model_validate(row) for row in csv.DictReader(file)]
+                rows = ({name: value or None for name, value in row.items()} for row in csv.DictReader(file))
+                layers = [LayerStatistics.model_validate(row) for row in rows]
+            tokens = _read_tokens(path / EXPERTS_FILE)
         except FileNotFoundError as error:
             raise ArtifactError(f"no artifact at {path}: {error.filename} is missing") from error
         except OSError as error:
             raise ArtifactError(f"no artifact can be read at {path}: {error}") from error
-        except (ValidationError, yaml.YAMLError, csv.Error, UnicodeDecodeError) as error:
+        except (ValueError, yaml.YAMLError, csv.Error) as error:
             raise ArtifactError(f"damaged artifact at {path}: {error}") from error
         digest = hashlib.sha256(payload).hexdigest()
         if digest != config.tensors_sha256:
@@ -186,9 +230,12 @@ class Artifact:
         except SafetensorError as error:
             raise ArtifactError(f"{path / TENSORS_FILE}: {error}") from error
         _check_tensors(path, config, tensors)
-        _check_layers(path, config, layers)
-        similarity = {layer: tensors[f"layers.{layer}.similarity"] for layer in sorted(config.layer_names)}
-        return cls(config, similarity, layers, settings or {})
+        _check_layers(path, config, layers, tokens)
+        kinds = {
+            kind: {layer: tensors[f"layers.{layer}.{kind}"] for layer in sorted(config.layer_names)}
+            for kind in config.tensor_kinds
+        }
+        return cls(config, layers=layers, settings=settings or {}, tokens_per_expert=tokens, **kinds)
 
 
 def _replace(path: Path, written: Path, overwrite: bool) -> None:
@@ -230,43 +277,61 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def _check_tensors(path: Path, config: ArtifactConfig, tensors: dict[str, torch.Tensor]) -> None:
-    expected = {f"layers.{layer}.similarity" for layer in config.layer_names}
+    expected = {f"layers.{layer}.{kind}" for layer in config.layer_names for kind in config.tensor_kinds}
     if not expected or set(tensors) != expected:
         missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
-        raise ArtifactError(f"{path}: similarity does not match layer_names: missing {missing}, unexpected {extra}")
+        raise ArtifactError(f"{path}: tensors do not match layer_names: missing {missing}, unexpected {extra}")
     if outside := [layer for layer in config.layer_names if not 0 <= layer < config.num_layers]:
         raise ArtifactError(f"{path}: layer_names has {outside}, but num_layers is {config.num_layers}")
-    square = (config.num_experts, config.num_experts)
     for name, tensor in tensors.items():
-        if tensor.shape != square or tensor.dtype != torch.float32:
+        shape = (config.num_experts,) if name.endswith(".size") else (config.num_experts, config.num_experts)
+        if tensor.shape != shape or tensor.dtype != torch.float32:
             raise ArtifactError(
-                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but num_experts calls for float32 {square}"
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but num_experts calls for float32 {shape}"
             )
         if not tensor.isfinite().all():
             raise ArtifactError(f"{path}: {name} holds NaN or infinity")
+        if not name.endswith(".similarity") and tensor.min() < 0:
+            raise ArtifactError(f"{path}: {name} holds negative numbers")
 
 
-def _check_layers(path: Path, config: ArtifactConfig, layers: list[LayerStatistics]) -> None:
-    if [row.layer for row in layers] != sorted(config.layer_names):
+def _check_layers(
+    path: Path, config: ArtifactConfig, layers: list[LayerStatistics], tokens: dict[int, list[int]]
+) -> None:
+    expected = sorted(config.layer_names)
+    if [row.layer for row in layers] != expected:
         raise ArtifactError(
-            f"{path}: {LAYERS_FILE} has rows for {[row.layer for row in layers]}, layer_names has "
-            f"{sorted(config.layer_names)}"
+            f"{path}: {LAYERS_FILE} has rows for {[row.layer for row in layers]}, layer_names has {expected}"
         )
+    if tokens and (sorted(tokens) != expected or any(len(each) != config.num_experts for each in tokens.values())):
+        raise ArtifactError(f"{path}: {EXPERTS_FILE} does not have a row for each of num_experts in layer_names")
+
+
+def _read_tokens(path: Path) -> dict[int, list[int]]:
+    if not path.exists():
+        return {}
+    tokens: dict[int, list[int]] = {}
+    with path.open(newline="") as file:
+        rows = csv.reader(file)
+        if (header := next(rows, [])) != _EXPERTS_HEADER:
+            raise ValueError(f"{path.name}: columns {header}, not {_EXPERTS_HEADER}")
+        for layer, expert, count in rows:
+            counts = tokens.setdefault(int(layer), [])
+            if int(expert) != len(counts):
+                raise ValueError(f"{path.name}: layer {layer} has expert {expert} where {len(counts)} is due")
+            counts.append(int(count))
+    return tokens
 
 
 def _card(config: ArtifactConfig, layers: list[LayerStatistics]) -> str:
     data = ModelCardData(base_model=config.base_model, library_name="sere_dist", tags=["sere", "mixture-of-experts"])
-    rows = "\n".join(
-        f"| {row.layer} | {row.tokens_per_expert_min} | {row.tokens_per_expert_median:g} | {row.similarity_mean:.3f} | "
-        f"{row.similarity_min:.3f} | {row.similarity_max:.3f} |"
-        for row in layers
-    )
+    rows = "\n".join(f"| {' | '.join(row.cells())} |" for row in layers)
     method = config.method + (f" ({config.kernel})" if config.kernel else "")
     return str(
         ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n# Expert similarities of {config.base_model}\n\n"
             f"{config.architecture}, {config.num_experts} experts a layer, {config.num_experts_per_token} a token; "
-            f"method {method}, {config.num_tokens} tokens of {config.dataset}.\n\nIn vLLM with sere_dist:\n\n"
+            f"method {method}, {config.data}.\n\nIn vLLM with sere_dist:\n\n"
             '```python\nLLM(model, additional_config={"sere": {"artifact": "this folder", "select_top_k": 2}})\n```\n\n'
             "| layer | fewest tokens of an expert | median | similarity mean | min | max |\n|---|---|---|---|---|---|\n"
             f"{rows}\n"

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sere_dist.artifact import Artifact, ArtifactError
+from sere_dist.report import write_report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -30,17 +31,25 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of an artifact.")]
     facts.add_row("architecture", f"{config.architecture}, {config.num_layers} layers, hidden {config.hidden_size}")
     facts.add_row("experts", f"{config.num_experts} a layer, {config.num_experts_per_token} a token")
     facts.add_row("method", config.method + (f", {config.kernel} kernel" if config.kernel else ""))
-    facts.add_row("calibrated on", f"{config.num_tokens} tokens of {config.dataset}")
+    facts.add_row("calibrated on", config.data)
     facts.add_row("with", ", ".join(f"{name} {version}" for name, version in config.versions.items()))
     facts.add_row("SHA-256", config.tensors_sha256)
     layers = Table("layer", "fewest tokens of an expert", "median", "similarity mean", "min", "max")
     for row in artifact.layers:
-        layers.add_row(
-            str(row.layer),
-            str(row.tokens_per_expert_min),
-            f"{row.tokens_per_expert_median:g}",
-            *(f"{value:.3f}" for value in (row.similarity_mean, row.similarity_min, row.similarity_max)),
-        )
+        layers.add_row(*row.cells())
     console = Console()
     console.print(facts)
     console.print(layers)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Draw an artifact: one HTML page with every layer's similarities."""
+    try:
+        write_report(Artifact.load(path), output)
+    except (ArtifactError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"wrote {output}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 # Names that the families' configurations use. Most map to the first by transformers' attribute_map.
 NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -99,6 +99,13 @@ def routed_experts(model: PreTrainedModel) -> dict[int, tuple[str, torch.nn.Modu
     return found
 
 
+def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
+    """Returns the list of decoder layers, dense ones included, and its name."""
+    name = next(iter(routed_experts(model).values()))[0]
+    stack = re.match(r"(.*?\.layers)\.\d+\.", name)[1]
+    return stack, model.get_submodule(stack)
+
+
 Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden_states_NH, top_k_index_NK, top_k_weights_NK
 
 
@@ -119,12 +126,18 @@ def hooked_experts(model: PreTrainedModel, hook: Callable[[int, Routing], Routin
 
 
 @torch.no_grad()
-def expert_outputs(experts: torch.nn.Module, hidden_states_NH: torch.Tensor) -> torch.Tensor:
-    """Returns [E, N, H]: the output of every expert of one layer on every token."""
-    ones = hidden_states_NH.new_ones(len(hidden_states_NH), 1)
-    return torch.stack(
-        [
-            experts(hidden_states_NH, torch.full_like(ones, e, dtype=torch.long), ones)
-            for e in range(experts.num_experts)
-        ]
-    )
+def expert_outputs(
+    experts: torch.nn.Module, hidden_states_NH: torch.Tensor, which: range | None = None
+) -> torch.Tensor:
+    """Returns [E, N, H]: the output of every expert of one layer, or of those in `which`, on every token."""
+    which = range(experts.num_experts) if which is None else which
+    weights_N1 = hidden_states_NH.new_ones(len(hidden_states_NH), 1)
+    outputs_ENH = hidden_states_NH.new_empty(len(which), *hidden_states_NH.shape)
+    for output_NH, expert in zip(outputs_ENH, which, strict=True):
+        output_NH.copy_(experts(hidden_states_NH, torch.full_like(weights_N1, expert, dtype=torch.long), weights_N1))
+    return outputs_ENH
+
+
+def load_model(name: str, device: str) -> PreTrainedModel:
+    """Returns a whole model in float32, ready to run."""
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()

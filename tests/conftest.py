@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from examples import demo
 from examples.local_cluster import LocalCluster
 from sere_dist.artifact import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
-from sere_dist.calibration import load_model, tokenise
+from sere_dist.moe import load_model
+from sere_dist.texts import tokenise
 
 MODEL = demo.MODEL
 TEXTS = MODEL.parent
@@ -48,7 +49,7 @@ def model():
 def heldout_ids() -> torch.Tensor:
     """Token ids [16, 96] of held-out texts."""
     rows = pq.read_table(TEXTS / "heldout.parquet").to_pylist()
-    return tokenise((row["text"] for row in rows), AutoTokenizer.from_pretrained(MODEL), 16, 96)
+    return torch.tensor(tokenise((row["text"] for row in rows), AutoTokenizer.from_pretrained(MODEL), 16, 96))
 
 
 def small_artifact(num_experts: int = 4, layers: tuple[int, ...] = (0, 1), **changes) -> Artifact:

@@ -9,7 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sere_dist.artifact import CONFIG_FILE, LAYERS_FILE, TENSORS_FILE, Artifact, ArtifactError, check_output
+from sere_dist.artifact import (
+    CONFIG_FILE,
+    EXPERTS_FILE,
+    LAYERS_FILE,
+    TENSORS_FILE,
+    Artifact,
+    ArtifactError,
+    check_output,
+)
 from sere_dist.cli import app
 from sere_dist.moe import MoeShape
 from tests.conftest import small_artifact
@@ -46,6 +54,85 @@ def test_round_trip(saved):
         ["README.md", "calibration.yaml", "layers.csv", "sere_config.json", "similarity.safetensors"]
     )
     assert os.listdir(path.parent) == ["artifact"], "something was left beside it"
+
+
+@pytest.fixture
+def projection(tmp_path):
+    """An artifact of method projection, with the tokens of each expert."""
+    artifact = small_artifact(method="projection")
+    artifact.coefficient = {layer: torch.rand(4, 4) for layer in (0, 1)}
+    artifact.size = {layer: torch.rand(4) for layer in (0, 1)}
+    artifact.tokens_per_expert = {0: [5, 0, 7, 9], 1: [3, 4, 4, 99]}
+    artifact.save(tmp_path / "projection")
+    return tmp_path / "projection", artifact
+
+
+def test_round_trip_of_a_projection(projection):
+    path, artifact = projection
+    loaded = Artifact.load(path)
+    for kind in ("similarity", "coefficient", "size"):
+        for layer, tensor in getattr(artifact, kind).items():
+            assert torch.equal(getattr(loaded, kind)[layer], tensor)
+    assert loaded.tokens_per_expert == artifact.tokens_per_expert
+
+
+def test_a_projection_without_its_coefficients(projection):
+    path, _ = projection
+    tensors = load_file(path / TENSORS_FILE)
+    del tensors["layers.1.coefficient"]
+    replace_tensors(path, tensors)
+    with pytest.raises(ArtifactError, match=r"missing \['layers.1.coefficient'\]"):
+        Artifact.load(path)
+
+
+def test_coefficients_of_another_method(projection):
+    path, _ = projection
+    edit_config(path, method="frobenius")
+    with pytest.raises(ArtifactError, match=r"unexpected \['layers.0.coefficient', "):
+        Artifact.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("layers.0.size", torch.ones(4, 4), r"layers.0.size is torch.float32 \(4, 4\), .* float32 \(4,\)"),
+        ("layers.0.coefficient", torch.full((4, 4), -1.0), "layers.0.coefficient holds negative numbers"),
+    ],
+)
+def test_wrong_projections(projection, name, tensor, message):
+    path, _ = projection
+    replace_tensors(path, load_file(path / TENSORS_FILE) | {name: tensor})
+    with pytest.raises(ArtifactError, match=message):
+        Artifact.load(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("1,3,99\r\n", "", "does not have a row for each of num_experts"),
+        ("1,2,4", "1,3,4", "layer 1 has expert 3 where 2 is due"),
+        ("layer,expert,tokens", "layer,tokens", "columns"),
+        ("0,0,5", "0,0,many", "invalid literal"),
+        ("0,0,5", "0,0", "not enough values"),
+    ],
+)
+def test_wrong_tokens_of_experts(projection, old, new, message):
+    path, _ = projection
+    content = (path / EXPERTS_FILE).read_bytes()
+    assert old.encode() in content
+    (path / EXPERTS_FILE).write_bytes(content.replace(old.encode(), new.encode()))
+    with pytest.raises(ArtifactError, match=message):
+        Artifact.load(path)
+
+
+def test_an_artifact_of_no_data(tmp_path):
+    artifact = small_artifact(method="random", dataset=None, num_tokens=0)
+    for row in artifact.layers:
+        row.tokens_per_expert_min = row.tokens_per_expert_median = None
+    artifact.save(tmp_path / "artifact")
+    loaded = Artifact.load(tmp_path / "artifact")
+    assert loaded.layers == artifact.layers and loaded.tokens_per_expert == {}
+    assert "| 0 | - | - | 0.500 |" in (tmp_path / "artifact" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("position", [0, 40, -1])

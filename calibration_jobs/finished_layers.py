@@ -1,0 +1,82 @@
+"""Layers that a calibration has finished, one file each, so that the same command goes on where it was stopped."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+
+from sere_dist.artifact import LayerStatistics
+from sere_dist.calibration import LayerResult
+
+JOB_FILE = "job.json"
+TENSORS = {"similarity": "similarity_EE", "coefficient": "coefficient_EE", "size": "size_E", "tokens": "tokens_E"}
+
+
+class FinishedLayers:
+    """The folder `<output>.partial`: which calibration it belongs to, and each layer's result as it lands."""
+
+    def __init__(self, output: Path, job: dict[str, Any], restart: bool):
+        """Opens the folder, or makes it.
+
+        `job` is whatever decides the results, as JSON. With `restart` the layers that are there, of whichever
+        calibration, are thrown away.
+
+        Raises:
+            ValueError: the folder holds the layers of another calibration; the message says what differs.
+        """
+        self.path = output.resolve().with_name(f"{output.name}.partial")
+        job = json.loads(json.dumps(job))
+        if restart and (self.path / JOB_FILE).exists():
+            self.discard()
+        if (self.path / JOB_FILE).exists():
+            there = json.loads((self.path / JOB_FILE).read_text())
+            if differing := sorted(name for name in {*there, *job} if there.get(name) != job.get(name)):
+                raise ValueError(
+                    f"{self.path} holds layers of another calibration (other: {', '.join(differing)}): finish that one "
+                    "with the command that began it, choose another --output, or throw its layers away with --restart"
+                )
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._write(self.path / JOB_FILE, json.dumps(job, indent=2).encode())
+
+    def add(self, result: LayerResult) -> None:
+        """Writes one layer's result; it is there whole or not at all."""
+        tensors = {
+            name: tensor.contiguous()
+            for name, field in TENSORS.items()
+            if (tensor := getattr(result, field)) is not None
+        }
+        metadata = {
+            "statistics": result.statistics.model_dump_json(),
+            "block_tokens": str(result.block_tokens),
+            "halved": str(result.halved),
+        }
+        self._write(self._file(result.statistics.layer), save(tensors, metadata))
+
+    def __iter__(self) -> Iterator[LayerResult]:
+        """Yields the finished layers in order."""
+        for path in sorted(self.path.glob("layer-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                found, metadata = set(file.keys()), file.metadata()
+                tensors = {field: file.get_tensor(name) if name in found else None for name, field in TENSORS.items()}
+            yield LayerResult(
+                **tensors,
+                statistics=LayerStatistics.model_validate_json(metadata["statistics"]),
+                block_tokens=int(metadata["block_tokens"]),
+                halved=int(metadata["halved"]),
+            )
+
+    def discard(self) -> None:
+        shutil.rmtree(self.path)
+
+    def _file(self, layer: int) -> Path:
+        return self.path / f"layer-{layer:04}.safetensors"
+
+    def _write(self, path: Path, content: bytes) -> None:
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_bytes(content)
+        aside.rename(path)
