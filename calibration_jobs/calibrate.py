@@ -110,7 +110,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     check_output(config.output, config.overwrite)
     checkpoint = Checkpoint(config.model, config.revision)
     MoeShape.from_config(checkpoint.config)  # before any text is read
-    texts = [] if config.dry_run or config.method in WITHOUT_DATA else tokenised(config)
+    texts = [] if config.dry_run or config.method in WITHOUT_DATA else tokenised(config, checkpoint)
     num_tokens = sum(map(len, texts)) or config.num_samples * config.max_length
     workers = Workers.of_cluster(config)
     plan = Plan.of(
@@ -165,10 +165,10 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     return artifact
 
 
-def tokenised(config: CalibrationConfig) -> list[list[int]]:
+def tokenised(config: CalibrationConfig, checkpoint: Checkpoint) -> list[list[int]]:
     """Returns the token ids of the texts to calibrate on."""
     texts = read_texts(config.dataset, subset=config.subset, split=config.split, column=config.column, seed=config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+    tokenizer = AutoTokenizer.from_pretrained(config.model, revision=checkpoint.revision)
     kept = tokenise(
         texts,
         tokenizer,

@@ -108,19 +108,21 @@ def run_layer(
     """
     model = checkpoint.empty_model()
     stack, layers = decoder_layers(model)
+    decoder_name = stack.rpartition(".")[0]
+    decoder = model.get_submodule(decoder_name)
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
 
     def needed(parameter: str) -> bool:
         if parameter.startswith(f"{stack}."):
             return parameter.startswith(f"{stack}.{layer}.")
-        in_base = parameter.startswith(f"{model.base_model_prefix}.")
-        return in_base and (layer == 0 or not parameter.startswith(f"{embedding}."))
+        in_decoder = parameter.startswith(f"{decoder_name}.")
+        return in_decoder and (layer == 0 or not parameter.startswith(f"{embedding}."))
 
     with_halving(1, lambda _: checkpoint.load(model, needed, device), f"loading layer {layer}")
     for buffer in model.buffers():
         if not buffer.is_meta:
             buffer.data = buffer.data.to(device)
-    # The model's own forward makes masks and positions and calls every layer: the others let the hidden states pass.
+    # The decoder's own forward makes masks and positions and calls every layer: the others let the hidden states pass.
     for index, other in enumerate(layers):
         if index != layer:
             other.forward = _pass
@@ -135,7 +137,7 @@ def run_layer(
                 part = slice(start, start + texts)
                 ids_BL = torch.from_numpy(block.ids_BL[part]).to(device)
                 given_BLH = None if states_BLH is None else states_BLH[part].to(device)
-                output_BLH, routing = _forward(model, layers[layer], ids_BL, given_BLH)
+                output_BLH, routing = _forward(model, decoder, layers[layer], ids_BL, given_BLH)
                 outputs.append(output_BLH.cpu())
                 if routing:
                     is_token_N = torch.from_numpy(block.is_token_BL[part].flatten())
@@ -158,7 +160,11 @@ def _joined(parts: list[list[torch.Tensor]]) -> Iterator[np.ndarray]:
 
 
 def _forward(
-    model: PreTrainedModel, layer: torch.nn.Module, ids_BL: torch.Tensor, hidden_BLH: torch.Tensor | None
+    model: PreTrainedModel,
+    decoder: torch.nn.Module,
+    layer: torch.nn.Module,
+    ids_BL: torch.Tensor,
+    hidden_BLH: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Routing | None]:
     """Returns the output of one decoder layer, and what its experts got."""
     outputs: list[torch.Tensor] = []
@@ -171,18 +177,20 @@ def _forward(
     handles = [layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))]
     if hidden_BLH is not None:
         handles.append(layer.register_forward_pre_hook(replace, with_kwargs=True))
+    why = "a decoder layer was not called just once, with a tensor for its output"
     try:
         with hooked_experts(model, lambda _layer, routing: routings.append(routing)):
             given = {"input_ids": ids_BL} if hidden_BLH is None else {"inputs_embeds": hidden_BLH}
-            model.base_model(**given, use_cache=False)
+            decoder(**given, use_cache=False)
+    except (ValueError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        why, outputs = f"{type(error).__name__}: {error}", []
     finally:
         for handle in handles:
             handle.remove()
     if not (len(outputs) == 1 and isinstance(outputs[0], torch.Tensor) and len(routings) <= 1):
-        raise ValueError(
-            f"{model.config.model_type} does not run layer by layer here: a decoder layer was called {len(outputs)} "
-            f"times and gave {type(outputs[0]).__name__ if outputs else 'nothing'}; expected one call and a tensor"
-        )
+        raise ValueError(f"{model.config.model_type} can't be run layer by layer here: {why}")
     return outputs[0], routings[0] if routings else None
 
 

@@ -143,7 +143,7 @@ class Checkpoint:
         except LocalEntryNotFoundError as error:
             raise FileNotFoundError(f"{what} is not in this machine's cache of the Hub: {error}") from error
         except HTTPError as error:
-            raise OSError(f"{what} can't be fetched from the Hub, try again: {error!r}") from error
+            raise OSError(f"{what} can't be fetched from the Hub: {error!r}") from error
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -294,10 +294,13 @@ class Checkpoint:
                 f"--model {self.name}: not in {self.files[parts[0]]}, as {INDEX_FILE} says: {error}"
             ) from error
         if scales:
-            scale = scales[0][...].to(device)
+            scale = _unpacked(scales[0][...]).to(device)
             if len(values.get_shape()) == 4:
                 return from_mxfp4(values, scale)
-            return from_float8(values[...].to(device), scale, self._block)
+            try:
+                return from_float8(values[...].to(device), scale, self._block)
+            except ValueError as error:
+                raise ValueError(f"--model {self.name}: {tensor}: {error}") from error
         if values.get_dtype() in QUANTISED_DTYPES:
             raise ValueError(
                 f"--model {self.name}: {tensor} is {values.get_dtype()} and has no scale: calibrate the checkpoint "
@@ -326,7 +329,6 @@ def from_float8(values: torch.Tensor, scales: torch.Tensor, block: tuple[int, in
     Raises:
         ValueError: there are more or fewer scales.
     """
-    scales = _unpacked(scales)
     if scales.numel() > 1:
         grid = [-(-size // step) for size, step in zip(values.shape[-2:], block, strict=True)]
         if list(scales.shape) != [*values.shape[:-2], *grid]:
@@ -347,7 +349,7 @@ def from_mxfp4(blocks_ERGB: torch.Tensor, scales_ERG: torch.Tensor) -> torch.Ten
     for expert in range(experts):
         bytes_RGB = blocks_ERGB[expert].to(scales_ERG.device, torch.int32)
         values_RGB2 = table[torch.stack([bytes_RGB & 15, bytes_RGB >> 4], dim=-1)]
-        values_RG32 = values_RGB2.flatten(2) * _unpacked(scales_ERG[expert])[:, :, None]
+        values_RG32 = values_RGB2.flatten(2) * scales_ERG[expert, :, :, None]
         weights_ECR[expert] = values_RG32.flatten(1).T
     return weights_ECR
 

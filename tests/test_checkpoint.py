@@ -294,7 +294,10 @@ def test_scales_of_another_block_size_are_refused(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = [64, 128]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"weights \(\d+, \d+\) in blocks of \(64, 128\) have scales \(\d, \d\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"--model .*_proj\.weight: weights \(\d+, \d+\) in blocks of \(64, 128\) have scales \(\d, \d\)",
+    ):
         calibrated(folder)
 
 

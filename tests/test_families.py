@@ -29,7 +29,7 @@ from vllm import LLM, SamplingParams
 from sere_dist.artifact import Artifact
 from sere_dist.calibration import ExpertInputs, expert_inputs, run_layer, score_layer, text_blocks
 from sere_dist.checkpoint import Checkpoint
-from sere_dist.moe import MoeShape, routed_experts
+from sere_dist.moe import MoeShape, expert_outputs, routed_experts
 from tests.conftest import small_artifact
 
 EXPERTS = 8
@@ -187,6 +187,15 @@ def test_experts_get_what_they_get_in_the_whole_model(calibrated):
             assert (ours - theirs).abs().max() < 1e-4
 
 
+def test_outputs_of_experts_are_those_of_their_weights(calibrated):
+    for layer in calibrated.moe_layers:
+        _, experts = routed_experts(calibrated.model)[layer]
+        expected_ENH = direct_outputs(calibrated, layer)
+        outputs_ENH = expert_outputs(experts, calibrated.direct[layer][0])
+        assert (outputs_ENH - expected_ENH).abs().max() < 1e-5 * expected_ENH.abs().max()
+        assert torch.equal(expert_outputs(experts, calibrated.direct[layer][0], range(2, 5)), outputs_ENH[2:5])
+
+
 def frobenius(outputs_ENH: torch.Tensor, _routing_weights_NE: torch.Tensor) -> torch.Tensor:
     distance_EE = torch.tensor([[(left - right).norm() for right in outputs_ENH] for left in outputs_ENH])
     return 1 - distance_EE / distance_EE.max()
@@ -244,9 +253,7 @@ def test_each_step_reads_its_own_tensors_alone(calibrated, tmp_path):
         its_experts = with_only(tensors, rf"model\.layers\.{layer}\..*\bexperts\.", tmp_path / f"experts-{layer}")
         result = score_layer(its_experts, layer, inputs, "frobenius")
         assert torch.equal(result.similarity_EE, score_layer(whole, layer, inputs, "frobenius").similarity_EE)
-        with pytest.raises(
-            OSError, match="the folder has no model.embed_tokens" if layer == 0 else "the folder has no model.layers"
-        ):
+        with pytest.raises(OSError, match=r"the folder has no model\.(embed_tokens|layers|norm)"):
             list(run_layer(its_experts, layer, blocks, states))
 
 
@@ -296,9 +303,11 @@ def test_calibrated_and_rerouted(family, tmp_path):
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
 
     checkpoint = Checkpoint(str(tmp_path / "model"))
+    inputs = dict(expert_inputs(checkpoint, text_blocks(torch.randint(2, 512, (4, 32)).tolist())))
+    assert tuple(inputs) == layers
     artifact = small_artifact(layers=layers, **vars(MoeShape.from_config(checkpoint.config)))
-    for layer, inputs in expert_inputs(checkpoint, text_blocks(torch.randint(2, 512, (4, 32)).tolist())):
-        artifact.similarity[layer] = score_layer(checkpoint, layer, inputs, "frobenius").similarity_EE
+    for layer in layers:
+        artifact.similarity[layer] = score_layer(checkpoint, layer, inputs[layer], "frobenius").similarity_EE
     artifact.save(tmp_path / "artifact")
 
     llm = LLM(
