@@ -2,6 +2,7 @@
 # make serve  calibrate, serve, stay up until Ctrl-C (PORT=8000)
 # make test   lint and tests
 # make tradeoff  redraw the figure of the README
+# make bench-calibration  what the README says of calibration's speed and memory (25 minutes, idle machine)
 # make lock   rewrite the lock from pyproject.toml
 # Each makes .venv first if it is missing.
 
@@ -12,7 +13,7 @@ LOCK := requirements/cpu.lock
 TORCH := $(shell grep '^torch==' $(LOCK))
 BIN := .venv/bin
 
-.PHONY: demo serve test tradeoff lock clean
+.PHONY: demo serve test tradeoff bench-calibration lock clean
 
 demo: .venv/.ready
 	$(BIN)/python -m examples.demo --port $(PORT)
@@ -27,6 +28,9 @@ test: .venv/.ready
 
 tradeoff: .venv/.ready
 	$(BIN)/python -m benchmarks.tradeoff
+
+bench-calibration: .venv/.ready
+	$(BIN)/python -m benchmarks.calibration
 
 # Torch comes first: from wherever pip is told to look if that has the CPU build, else from PyTorch's own CPU index, which
 # uv knows by name. The lock is whole, so nothing pulls in a requirement that it leaves out (cpu.exclude).

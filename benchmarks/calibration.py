@@ -77,12 +77,12 @@ class Sizes:
     experts: tuple[int, ...] = (32, 64, 128)
     tokens: int = 1024
     hidden: int = 512
-    all_pairs_seconds: float = 60  # a loop that takes longer is timed on a sample of pairs,
-    once_seconds: float = 150  # and once on all of them, up to here
+    all_pairs_seconds: float = 10  # a loop that takes longer is timed on a sample of pairs,
+    once_seconds: float = 30  # and once on all of them, up to here
 
     scaling_rounds: int = 2
     scaling_model: Moe = Moe(layers=8, experts=64, hidden=512, intermediate=256)
-    scaling_texts: int = 256
+    scaling_texts: int = 192
     scaling_length: int = 128
 
     # Few weights, so that what a peak holds is a block's; no peak so short that all looks miss it.

@@ -6,10 +6,10 @@ nothing that grows with the number of tokens is ever in memory at once.
 
 No method loops over pairs of experts. Frobenius, cosine and projection are sums over tokens of something made of one
 token's Gram matrix [E, E] of expert outputs; CKA is a sum over pairs of tokens, taken over pairs of blocks. Products
-within a token are float32; sums over tokens are float64.
+within a few tokens are float32, except CKA's; sums over tokens are float64.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Literal, Protocol, get_args
 
@@ -19,8 +19,9 @@ Method = Literal["frobenius", "cosine", "cka", "projection", "weights", "random"
 Kernel = Literal["linear", "polynomial", "rbf"]
 
 BLOCK_BYTES = 2**30  # what a block's outputs and Gram matrices take, unless told otherwise
-COLUMN_TOKENS = 128  # of a kernel matrix, at a time, beside a block of rows
-FLOAT32_ERROR = 1e-6  # of an inner product over one token's hidden state, relative to the factors' sizes, with room
+GRAM_TOKENS = 64  # whose products are summed in float32, or whose Gram matrices exist at a time
+COLUMN_TOKENS = 256  # of a kernel matrix, at a time, beside a block of rows
+FLOAT32_ERROR = 1e-6  # of an inner product over GRAM_TOKENS, relative to the factors' sizes; 5e-8 is usual
 TOLERANCE = 1e-5  # of a similarity
 
 
@@ -67,40 +68,44 @@ def expert_similarity(
 
 
 def tokens_a_block(num_experts: int, hidden_size: int, method: Method, block_bytes: int = BLOCK_BYTES) -> int:
-    """Returns how many tokens' outputs and Gram matrices fit into `block_bytes`, at least 1."""
+    """Returns how many tokens' outputs, or for CKA rows of kernel matrices, fit into `block_bytes`, at least 1."""
     if method == "cka":  # rows, also while they are made float64; columns in a few forms; their kernel values
         columns = 20 * COLUMN_TOKENS * hidden_size
         return max(1, (block_bytes // num_experts - columns) // (12 * hidden_size + 8 * COLUMN_TOKENS))
-    return max(1, block_bytes // (4 * num_experts * (hidden_size + 3 * num_experts)))
+    return max(1, block_bytes // (4 * num_experts * hidden_size))
 
 
 def _blocks(count: int, block: int) -> list[slice]:
     """Cuts `count` into the fewest pieces of at most `block`, as even as can be."""
     pieces = -(-count // block)
-    edges = [count * i // pieces for i in range(pieces + 1)]
+    edges = [count * i // max(1, pieces) for i in range(pieces + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
-def _token_grams(outputs_EBH: torch.Tensor) -> torch.Tensor:
-    """Returns [B, E, E]: the inner products of all experts' outputs, token by token."""
-    outputs_BEH = outputs_EBH.transpose(0, 1)
-    return outputs_BEH @ outputs_BEH.transpose(1, 2)
+def _token_grams(outputs_ENH: torch.Tensor | Outputs, block: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields tokens, and [B, E, E], the inner products of all experts' outputs on each of them in float32."""
+    for tokens in _blocks(outputs_ENH.shape[1], block):
+        outputs_EBH = outputs_ENH[:, tokens].float()
+        for part in _blocks(tokens.stop - tokens.start, GRAM_TOKENS):
+            outputs_BEH = outputs_EBH[:, part].transpose(0, 1)
+            yield slice(tokens.start + part.start, tokens.start + part.stop), outputs_BEH @ outputs_BEH.transpose(1, 2)
 
 
 def _frobenius(outputs_ENH: torch.Tensor | Outputs, block: int) -> torch.Tensor:
-    num_tokens = outputs_ENH.shape[1]
-    gram_EE = sum(
-        _token_grams(outputs_ENH[:, tokens].float()).sum(dim=0, dtype=torch.float64)
-        for tokens in _blocks(num_tokens, block)
-    )
+    gram_EE = 0
+    for tokens in _blocks(outputs_ENH.shape[1], block):
+        for outputs_EBH in outputs_ENH[:, tokens].float().split(GRAM_TOKENS, dim=1):
+            flat = outputs_EBH.flatten(1)
+            gram_EE += (flat @ flat.T).double()
     distance_EE, rounding = _distances(gram_EE)
     if rounding > TOLERANCE:
         # Experts that are nearly equal, as in upcycled models: their distance is what is left of a difference of large
         # numbers. Once more in float64, without what all experts share at a token, which no distance depends on.
         gram_EE = 0
-        for tokens in _blocks(num_tokens, block):
-            outputs_EBH = outputs_ENH[:, tokens].double()
-            gram_EE += _token_grams(outputs_EBH - outputs_EBH.mean(dim=0)).sum(dim=0)
+        for tokens in _blocks(outputs_ENH.shape[1], block):
+            outputs_EBH = outputs_ENH[:, tokens].to(torch.float64, copy=True)
+            flat = outputs_EBH.sub_(outputs_EBH.mean(dim=0)).flatten(1)
+            gram_EE += flat @ flat.T
         distance_EE, _ = _distances(gram_EE)
     largest = distance_EE.max()
     return 1 - distance_EE / largest if largest > 0 else torch.ones_like(distance_EE)
@@ -117,13 +122,11 @@ def _distances(gram_EE: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def _cosine(outputs_ENH: torch.Tensor | Outputs, block: int) -> torch.Tensor:
-    num_tokens = outputs_ENH.shape[1]
     cosine_EE = 0
-    for tokens in _blocks(num_tokens, block):
-        gram_BEE = _token_grams(outputs_ENH[:, tokens].float())
+    for _, gram_BEE in _token_grams(outputs_ENH, block):
         length_BE = gram_BEE.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12)
         cosine_EE += gram_BEE.div_(length_BE[:, :, None]).div_(length_BE[:, None, :]).sum(dim=0, dtype=torch.float64)
-    return (cosine_EE / num_tokens + 1) / 2
+    return (cosine_EE / outputs_ENH.shape[1] + 1) / 2
 
 
 def expert_projection(
@@ -148,8 +151,8 @@ def expert_projection(
     block = block_tokens or tokens_a_block(num_experts, hidden_size, "projection")
     reached_E = sum((routing_weights_NE[tokens, :] != 0).sum(dim=0) for tokens in _blocks(num_tokens, block)) > 0
     product_EE, squared_EE, size_E = 0, 0, 0  # sums of r^2 <O_i, O_j>, of r^2 |O_j|^2, and of |O_i|^2
-    for tokens in _blocks(num_tokens, block):
-        gram_BEE = _token_grams(outputs_ENH[:, tokens].float()).double()
+    for tokens, gram_BEE in _token_grams(outputs_ENH, block):
+        gram_BEE = gram_BEE.double()
         squared_BE = gram_BEE.diagonal(dim1=1, dim2=2).clone()
         importance_BE = torch.where(reached_E, routing_weights_NE[tokens, :].double() ** 2, 1.0)
         product_EE += gram_BEE.mul_(importance_BE[:, :, None]).sum(dim=0)
@@ -201,33 +204,50 @@ def _cka(outputs_ENH: torch.Tensor | Outputs, kernel: Kernel, block: int) -> tor
     Centring needs no centred matrix: <HKH, HLH> = <K, L> - 2/N sum_t k_t l_t + k l / N^2, with K's row sums k_t and its
     sum k. A constant added to K drops out, so the kernels below lack their 1: what varies keeps its digits.
     """
-    num_tokens = outputs_ENH.shape[1]
+    num_tokens, width = outputs_ENH.shape[1], min(block, COLUMN_TOKENS)
     # Linear and rbf do not depend on where the origin is. Among the outputs less has to cancel.
     origin_E1H = 0 if kernel == "polynomial" else outputs_ENH[:, :1].double()
     scale_E11 = _rbf_scale(outputs_ENH, origin_E1H, block)[:, None, None] if kernel == "rbf" else None
     product_EE, rows_EE, total_E = 0, 0, 0
     for rows in _blocks(num_tokens, block):
         x_EBH = outputs_ENH[:, rows].to(torch.float64, copy=True).sub_(origin_E1H)
-        if kernel == "rbf":
-            x_size_EB1 = scale_E11 * torch.linalg.vector_norm(x_EBH, dim=2, keepdim=True).square()
-        row_sums_EB = 0
-        for columns in _blocks(num_tokens, min(block, COLUMN_TOKENS)):
+        row_sums_EB = x_EBH.new_zeros(x_EBH.shape[:2])
+        after = [slice(rows.stop + c.start, rows.stop + c.stop) for c in _blocks(num_tokens - rows.stop, width)]
+        for columns in [*_blocks(rows.start, width), *after]:
             y_ECH = outputs_ENH[:, columns].to(torch.float64, copy=True).sub_(origin_E1H)
-            if kernel == "rbf":  # exp(-|x - y|^2 / (2 v)) - 1
-                kernel_EBC = x_size_EB1 + scale_E11 * y_ECH.square().sum(dim=2)[:, None, :]
-                kernel_EBC.baddbmm_(x_EBH, (-2 * scale_E11 * y_ECH).transpose(1, 2)).expm1_()
-            else:
-                kernel_EBC = x_EBH @ y_ECH.transpose(1, 2)
-                if kernel == "polynomial":  # (x.y + 1)^2 - 1
-                    kernel_EBC.addcmul_(kernel_EBC, kernel_EBC, value=0.5).mul_(2)
-            flat = kernel_EBC.flatten(1)
-            product_EE += flat @ flat.T
+            kernel_EBC = _kernel_values(x_EBH, y_ECH, kernel, scale_E11)
+            product_EE += _products(kernel_EBC)
             row_sums_EB += kernel_EBC.sum(dim=2)
+        for columns in _blocks(x_EBH.shape[1], width):  # among the rows themselves: what is above is below
+            size = columns.stop - columns.start
+            kernel_EBC = _kernel_values(x_EBH[:, columns.start :], x_EBH[:, columns], kernel, scale_E11)
+            product_EE += _products(kernel_EBC[:, :size]) + 2 * _products(kernel_EBC[:, size:])
+            row_sums_EB[:, columns.start :] += kernel_EBC.sum(dim=2)
+            row_sums_EB[:, columns] += kernel_EBC[:, size:].sum(dim=1)
         rows_EE += row_sums_EB @ row_sums_EB.T
         total_E += row_sums_EB.sum(dim=1)
-        del x_EBH, y_ECH, kernel_EBC, flat  # before the next rows: two blocks would be twice the memory
+        x_EBH = y_ECH = kernel_EBC = None  # before the next rows: two blocks would be twice the memory
     centred_EE = product_EE - 2 / num_tokens * rows_EE + total_E[:, None] * total_E / num_tokens**2
     return _alignment(centred_EE, product_EE.diagonal())
+
+
+def _kernel_values(
+    x_EBH: torch.Tensor, y_ECH: torch.Tensor, kernel: Kernel, scale_E11: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the kernel of every x with every y [E, B, C], without its constant."""
+    if kernel == "rbf":  # exp(-|x - y|^2 / (2 v)) - 1
+        x_size_EB, y_size_EC = (torch.linalg.vector_norm(z, dim=2).square() for z in (x_EBH, y_ECH))
+        kernel_EBC = scale_E11 * x_size_EB[:, :, None] + scale_E11 * y_size_EC[:, None, :]
+        return kernel_EBC.baddbmm_(x_EBH, (-2 * scale_E11 * y_ECH).transpose(1, 2)).expm1_()
+    kernel_EBC = x_EBH @ y_ECH.transpose(1, 2)
+    if kernel == "polynomial":  # (x.y + 1)^2 - 1
+        kernel_EBC.addcmul_(kernel_EBC, kernel_EBC, value=0.5).mul_(2)
+    return kernel_EBC
+
+
+def _products(kernel_EBC: torch.Tensor) -> torch.Tensor:
+    flat = kernel_EBC.flatten(1)
+    return flat @ flat.T
 
 
 def _rbf_scale(outputs_ENH: torch.Tensor | Outputs, origin_E1H: torch.Tensor, block: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from sere_dist.artifact import (
     CONFIG_FILE,
@@ -299,9 +300,18 @@ def test_what_would_not_load_is_not_saved(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_inspect(saved):
-    from typer.testing import CliRunner
+def test_report(saved, tmp_path):
+    path, _ = saved
+    page = tmp_path / "page.html"
+    assert CliRunner().invoke(app, ["report", str(path), "--output", str(page)]).exit_code == 0
+    assert page.read_text().count("data:image/png") == 3, "two layers and a summary"
+    page.unlink()
+    (path / TENSORS_FILE).unlink()
+    failed = CliRunner().invoke(app, ["report", str(path), "--output", str(page)])
+    assert failed.exit_code == 1 and not page.exists()
 
+
+def test_inspect(saved):
     path, _ = saved
     shown = CliRunner().invoke(app, ["inspect", str(path)], terminal_width=200)
     assert shown.exit_code == 0

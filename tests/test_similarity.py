@@ -60,9 +60,10 @@ def cka(outputs: torch.Tensor, kernel: str) -> torch.Tensor:
     return pairwise(outputs, score).clamp(0, 1)
 
 
-@pytest.mark.parametrize("block", [None, 7, 1])
+@pytest.mark.parametrize(("block", "columns"), [(None, 128), (None, 6), (17, 5), (7, 128), (1, 1)])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_cka(outputs, kernel, block):
+def test_cka(outputs, kernel, block, columns, monkeypatch):
+    monkeypatch.setattr(similarity, "COLUMN_TOKENS", columns)
     matrix = expert_similarity(outputs, "cka", kernel, block)
     assert torch.allclose(matrix.double(), cka(outputs, kernel), atol=1e-6)
 
