@@ -141,7 +141,12 @@ class Plan:
         if self.of_features:
             tiles = ceil(self.shape.num_experts / max(1, int((BLOCK_BYTES / 8) ** 0.5) // self.shape.hidden_size))
             return tiles + 1
-        return 1 + ceil(self.num_tokens / self.block_tokens) + (self.kernel == "rbf")
+        return self.row_blocks + (self.kernel == "rbf")
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of rows of CKA's kernel matrices: each takes all other tokens for its columns."""
+        return ceil(self.num_tokens / self.block_tokens)
 
     @property
     def of_features(self) -> bool:
@@ -168,7 +173,8 @@ class Plan:
         if self.of_features:
             return experts * (experts + 1) * tokens * hidden**2
         moments = 2 * experts * tokens * hidden**2 if self.kernel == "rbf" else 0
-        return 2 * experts * tokens**2 * (hidden + experts) + moments
+        pairs = tokens**2 * (1 - 0.5 / self.row_blocks)  # within a block of rows, each pair once
+        return 2 * experts * pairs * (hidden + experts) + moments
 
     def seconds(self, device: Device, count: int) -> float:
         """Expected on `count` devices: forward passes follow one another; scoring goes on beside them."""
