@@ -1,20 +1,38 @@
 """Re-routing (SERE, arXiv 2602.07616): send each token's lesser experts to similar ones that the batch runs anyway.
 
 Pure functions on tensors: no Ray, vLLM, CUDA or files. Shape suffixes: T tokens in the step, K experts a token,
-E experts of the layer. Every comparison is in float32, so that all backends agree to the bit.
+E experts of the layer. Every comparison is in float32, so that all backends agree to the bit;
+`kernels/reroute.cu` computes the same on a GPU.
 """
 
 import torch
 
+# What `step_counts` counts in a step. Experts are those of valid rows; "before" is what the router chose, "after" what
+# runs; remote domains are summed over tokens.
+COUNTERS = (
+    "steps",
+    "rows",
+    "rerouted_slots",
+    "critical_slots",
+    "dropped_slots",
+    "active_experts_before",
+    "active_experts_after",
+    "remote_domains_before",
+    "remote_domains_after",
+)
 
-def primary_slots(topk_weights_TK: torch.Tensor, select_top_k: int) -> torch.Tensor:
-    """Returns bool [T, K]: each token's `select_top_k` slots of largest weight (equal weights: the lower slot).
+
+def slots_by_weight(topk_weights_TK: torch.Tensor) -> torch.Tensor:
+    """Returns int64 [T, K]: each token's slots, the largest weight first (equal weights: the lower slot).
 
     The columns need not be sorted by weight: vLLM's CPU router and its grouped router return them unsorted.
     """
-    order_TK = topk_weights_TK.float().sort(dim=1, descending=True, stable=True).indices
-    rank_TK = order_TK.argsort(dim=1)
-    return rank_TK < select_top_k
+    return topk_weights_TK.float().sort(dim=1, descending=True, stable=True).indices
+
+
+def primary_slots(topk_weights_TK: torch.Tensor, select_top_k: int) -> torch.Tensor:
+    """Returns bool [T, K]: each token's `select_top_k` slots of largest weight."""
+    return slots_by_weight(topk_weights_TK).argsort(dim=1) < select_top_k
 
 
 def active_experts(topk_ids_TK: torch.Tensor, counted_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -71,3 +89,134 @@ def reroute(
     experts_TK = topk_ids_TK.clamp(min=0).long()
     moves_TK = filled_TK & ~primary_TK & moves_E[experts_TK]
     return torch.where(moves_TK, best_E.indices[experts_TK].to(topk_ids_TK.dtype), topk_ids_TK)
+
+
+def reroute_projection(
+    topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    similarity_EE: torch.Tensor,
+    coefficient_EE: torch.Tensor,
+    size_E: torch.Tensor,
+    *,
+    select_top_k: int,
+    threshold: float = 0.0,
+    traffic_price: float = 0.0,
+    domain_E: torch.Tensor | None = None,
+    home_T: torch.Tensor | None = None,
+    valid_T: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Re-routes one decode step of one layer by what each change costs, in error of the output and in traffic.
+
+    Primary and critical slots are those of `reroute`, and stay. A token's other slots are settled in order of weight,
+    each by the cheapest of: substitute a primary expert p, at (w w) size[e] (1 - similarity[e, p]), the squared error
+    that remains, plus `traffic_price` if the token has no other business in p's domain; or drop the slot, at
+    (w w) size[e]. Equal costs: the larger similarity, then the lower id, dropping last. A substituted slot's weight
+    becomes w coefficient[e, p]. This policy is not in the paper.
+
+    Args:
+        topk_weights_TK, topk_ids_TK, select_top_k, threshold, valid_T: as in `reroute`.
+        similarity_EE, coefficient_EE, size_E: of `similarity.expert_projection`; diagonals count as 1.
+        traffic_price: what one more visited domain costs, in the unit of (w w) size; 0: quality alone.
+        domain_E: int [E], where each expert lives: a rank or a node. None: one domain, nothing has a price.
+        home_T: int [T], the domain where a token's attention ran, which it visits anyway; None: none.
+
+    Returns:
+        New weights and ids [T, K], in the dtypes given. A dropped slot has id -1 and weight 0. The inputs are not
+        changed.
+    """
+    num_slots = topk_ids_TK.shape[1]
+    weights_TK, ids_TK = topk_weights_TK.float(), topk_ids_TK.clone()
+    if not 0 < select_top_k < num_slots:
+        return topk_weights_TK.clone(), ids_TK
+    num_experts = similarity_EE.shape[0]
+    itself_EE = torch.eye(num_experts, dtype=torch.bool, device=similarity_EE.device)
+    similarity_EE = similarity_EE.float().masked_fill(itself_EE, 1)
+    coefficient_EE = coefficient_EE.float().masked_fill(itself_EE, 1)
+    filled_TK = topk_ids_TK >= 0
+    if valid_T is not None:
+        filled_TK = filled_TK & valid_T[:, None]
+
+    order_TK = slots_by_weight(weights_TK)
+    primary_TK = order_TK.argsort(dim=1) < select_top_k
+    primary_E = active_experts(topk_ids_TK, primary_TK & filled_TK, num_experts)
+    candidates_EE = similarity_EE.masked_fill(~primary_E, -torch.inf)
+    rho = torch.tensor(threshold, dtype=torch.float32, device=similarity_EE.device)
+    critical_E = ~primary_E & (rho > 0) & (candidates_EE.amax(dim=1) < rho)
+    experts_TK = topk_ids_TK.clamp(min=0).long()
+    settles_TK = filled_TK & ~primary_TK & ~critical_E[experts_TK] & primary_E.any()
+
+    if domain_E is not None:
+        price = torch.tensor(traffic_price, dtype=torch.float32, device=similarity_EE.device)
+        neighbour_EE = domain_E[:, None] == domain_E[None]  # lives in the same domain
+        kept_TKE = neighbour_EE[experts_TK] & (filled_TK & ~settles_TK)[:, :, None]
+        visited_TE = kept_TKE.any(dim=1)  # token t goes to the domain of expert e anyway
+        if home_T is not None:
+            visited_TE = visited_TE | (home_T[:, None] == domain_E[None])
+
+    weights_TK = weights_TK.clone()
+    for slot_T1 in order_TK[:, select_top_k:].split(1, dim=1):
+        expert_T, weight_T = (tensor.gather(1, slot_T1).squeeze(1) for tensor in (experts_TK, weights_TK))
+        loss_T = (weight_T * weight_T) * size_E.float()[expert_T]
+        cost_TE = loss_T[:, None] * (1 - similarity_EE[expert_T])
+        if domain_E is not None:
+            cost_TE = cost_TE + torch.where(visited_TE, torch.zeros_like(price), price)
+        least_T = cost_TE.masked_fill(~primary_E, torch.inf).amin(dim=1)
+        cheapest_TE = candidates_EE[expert_T].masked_fill(cost_TE > least_T[:, None], -torch.inf)
+        substitute_T = cheapest_TE.max(dim=1).indices  # of equal values, the first: the lowest id
+
+        settles_T = settles_TK.gather(1, slot_T1).squeeze(1)
+        drops_T = settles_T & (loss_T < least_T)
+        takes_T = settles_T & ~drops_T
+        new_weight_T = torch.where(takes_T, weight_T * coefficient_EE[expert_T, substitute_T], weight_T)
+        new_id_T = torch.where(takes_T, substitute_T.to(ids_TK.dtype), ids_TK.gather(1, slot_T1).squeeze(1))
+        weights_TK.scatter_(1, slot_T1, new_weight_T.masked_fill(drops_T, 0)[:, None])
+        ids_TK.scatter_(1, slot_T1, new_id_T.masked_fill(drops_T, -1)[:, None])
+        if domain_E is not None:
+            visited_TE = visited_TE | (neighbour_EE[substitute_T] & takes_T[:, None])
+    return weights_TK.to(topk_weights_TK.dtype), ids_TK
+
+
+def remote_domains(
+    topk_ids_TK: torch.Tensor, domain_E: torch.Tensor, home_T: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns int64 [T]: the distinct domains other than its home that each token visits; -1 visits none."""
+    domains_TK = torch.where(topk_ids_TK >= 0, domain_E[topk_ids_TK.clamp(min=0).long()], -1)
+    if home_T is not None:
+        domains_TK = domains_TK.masked_fill(domains_TK == home_T[:, None], -1)
+    in_order_TK = domains_TK.sort(dim=1).values
+    new_TK = in_order_TK != torch.nn.functional.pad(in_order_TK[:, :-1], (1, 0), value=-1)
+    return (new_TK & (in_order_TK >= 0)).sum(dim=1)
+
+
+def step_counts(
+    topk_weights_TK: torch.Tensor,
+    ids_TK: torch.Tensor,
+    new_ids_TK: torch.Tensor,
+    *,
+    select_top_k: int,
+    num_experts: int,
+    valid_T: torch.Tensor | None = None,
+    domain_E: torch.Tensor | None = None,
+    home_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns int64 [len(COUNTERS)]: what one step of one layer adds to its counters.
+
+    `topk_weights_TK` and `ids_TK` are the router's, `new_ids_TK` what became of them. A step without a valid row
+    counts nothing. Without `domain_E` no domain is remote.
+    """
+    valid_TK = torch.ones_like(ids_TK, dtype=torch.bool) if valid_T is None else valid_T[:, None].expand_as(ids_TK)
+    before_E = active_experts(ids_TK, valid_TK, num_experts)
+    after_E = active_experts(new_ids_TK, valid_TK, num_experts)
+    changed_TK = ids_TK != new_ids_TK
+    dropped_TK = changed_TK & (new_ids_TK < 0)
+    # What still runs outside the primary union stayed there because nothing was similar enough.
+    primary_E = active_experts(ids_TK, primary_slots(topk_weights_TK, select_top_k) & valid_TK, num_experts)
+    is_on = primary_E.any() & (0 < select_top_k < ids_TK.shape[1])
+    critical_TK = valid_TK & (new_ids_TK >= 0) & ~primary_E[new_ids_TK.clamp(min=0).long()] & is_on
+    remote = [torch.zeros((), dtype=torch.int64, device=ids_TK.device)] * 2
+    if domain_E is not None:
+        remote = [(remote_domains(ids, domain_E, home_T) * valid_TK[:, 0]).sum() for ids in (ids_TK, new_ids_TK)]
+    rows = valid_TK[:, 0].sum()
+    slots = [(changed_TK & ~dropped_TK).sum(), critical_TK.sum(), dropped_TK.sum()]
+    counts = torch.stack([torch.ones_like(rows), rows, *slots, before_E.sum(), after_E.sum(), *remote])
+    return counts * (rows > 0)

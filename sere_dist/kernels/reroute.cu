@@ -1,0 +1,417 @@
+// Re-routes one step of one MoE layer in place, and counts what that did. The same in torch: sere_dist/rerouting.py.
+//
+// A step is T tokens (rows) of K slots, each a weight and the id of one of E experts. A token's slots are neighbouring
+// lanes of a warp: K rounded up to a power of two is the `width` of such a group.
+//
+//   1. vote        every valid token marks the experts of its slots: `chosen`, and `primary` in its S heaviest slots
+//   2. substitute  for each chosen expert: the first of its neighbours, in order of falling similarity, that is primary
+//   3. settle      every token rewrites its slots and counts
+//
+// Up to 1,024 rows one block does it all (`reroute`). More rows take two launches over many blocks (`reroute_vote`,
+// `reroute_settle`), which hand over the marks in a workspace that is all zero before and after.
+//
+// Whatever a CUDA graph must not freeze is read from memory here: the policy, the tables, the rows' masks.
+// Compiled by NVRTC through reroute.py, and by g++ against tests/cuda_on_host.h. No fused multiply-add: results equal
+// torch's to the bit. Macros choose the types: IDS_64; one of BFLOAT16, FLOAT16 (default: float32).
+
+constexpr int MAX_EXPERTS = 1024;
+constexpr int MAX_THREADS = 1024;
+constexpr int PREFETCHED = 4;  // experts a warp whose first 32 neighbours it loads before it needs them
+constexpr unsigned ALL = 0xffffffffu;
+constexpr unsigned short NO_SUBSTITUTE = 0xffff;
+constexpr int NOWHERE = -1;
+
+#ifdef IDS_64
+typedef long long Id;
+#else
+typedef int Id;
+#endif
+
+#if defined(BFLOAT16)
+typedef unsigned short Weight;
+
+__device__ float to_float(Weight bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
+
+__device__ Weight to_weight(float value) {
+    if (value != value) return 0x7fc0;
+    unsigned bits = __float_as_uint(value);
+    return static_cast<Weight>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+#elif defined(FLOAT16)
+typedef unsigned short Weight;
+
+__device__ float to_float(Weight bits) {
+    unsigned sign = static_cast<unsigned>(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 0x3ff;
+    if (exponent == 0) return __uint_as_float(sign | __float_as_uint(fraction * 0x1p-24f));
+    return __uint_as_float(sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | fraction << 13);
+}
+
+__device__ Weight to_weight(float value) {
+    unsigned bits = __float_as_uint(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return static_cast<Weight>(sign | 0x7e00);
+    if (magnitude >= 0x47800000) return static_cast<Weight>(sign | 0x7c00);  // 65536 and more
+    if (magnitude < 0x38800000)  // subnormal: a multiple of 2^-24, rounded to even
+        return static_cast<Weight>(sign | static_cast<unsigned>(rintf(__uint_as_float(magnitude) * 0x1p24f)));
+    return static_cast<Weight>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+#else
+typedef float Weight;
+
+__device__ float to_float(Weight value) { return value; }
+__device__ Weight to_weight(float value) { return value; }
+#endif
+
+// One per model, changed between steps; reroute.py writes it.
+struct Policy {
+    int on;
+    int select_top_k;
+    int least_rows, most_rows;  // valid rows of a step between which re-routing is on
+    float traffic_price;
+};
+
+enum Counter {  // COUNTERS of rerouting.py
+    STEPS, ROWS, REROUTED, CRITICAL, DROPPED, ACTIVE_BEFORE, ACTIVE_AFTER, REMOTE_BEFORE, REMOTE_AFTER, NUM_COUNTERS
+};
+
+// What the valid tokens of a step chose.
+struct Votes {
+    unsigned char primary[MAX_EXPERTS], chosen[MAX_EXPERTS];
+    int rows;
+    unsigned finished_blocks;
+};
+
+struct Experts {
+    float size[MAX_EXPERTS];
+    float similarity[MAX_EXPERTS];  // to the substitute
+    unsigned short substitute[MAX_EXPERTS];
+    unsigned short cutoff[MAX_EXPERTS];  // neighbours that are similar enough
+    short domain[MAX_EXPERTS];
+    int totals[NUM_COUNTERS];
+};
+
+// One step of one layer. A pointer marked ? may be null.
+struct Step {
+    Weight *weights_TK;
+    Id *ids_TK;
+    int T, K, E;
+    const Policy *policy;
+    const unsigned char *valid_T;         // ? all rows are valid
+    const unsigned short *neighbors_EE;   // every row: all experts, the most similar first
+    const unsigned short *cutoff_E;       // how many of them are similar enough
+    const float *ranked_similarity_EE;    // in the order of the neighbors
+    const float *coefficient_EE;          // ? with it the policy is projection, else the paper's
+    const float *size_E;                  // ? goes with coefficient_EE
+    const short *domain_E;                // ?
+    const int *home_T;                    // ? -1: none
+    unsigned long long *counters;
+    Votes *workspace;
+};
+
+// All kernels take the members of Step, one by one: cuda.core passes no structs.
+#define PARAMETERS                                                                                                \
+    Weight *weights_TK, Id *ids_TK, int T, int K, int E, const Policy *policy, const unsigned char *valid_T,      \
+        const unsigned short *neighbors_EE, const unsigned short *cutoff_E, const float *ranked_similarity_EE,    \
+        const float *coefficient_EE, const float *size_E, const short *domain_E, const int *home_T,               \
+        unsigned long long *counters, Votes *workspace
+#define ARGUMENTS                                                                                                 \
+    weights_TK, ids_TK, T, K, E, policy, valid_T, neighbors_EE, cutoff_E, ranked_similarity_EE, coefficient_EE,   \
+        size_E, domain_E, home_T, counters, workspace
+
+__device__ int warp_index() { return threadIdx.x / 32; }
+__device__ int lane_index() { return threadIdx.x % 32; }
+__device__ int group_width(int K) { return K == 1 ? 1 : 1 << (32 - __clz(K - 1)); }
+
+// One lane's slot. Lanes without a token, an expert or a vote have expert -1.
+struct Slot {
+    int token, column;
+    bool votes;  // the slot of a valid token
+    int expert;
+    float weight;
+};
+
+__device__ Slot read_slot(const Step &step, int token, int column) {
+    Slot slot = {token, column, false, -1, 0.0f};
+    slot.votes = token < step.T && column < step.K && (!step.valid_T || step.valid_T[token]);
+    if (slot.votes) {
+        Id id = step.ids_TK[token * step.K + column];
+        slot.expert = id >= 0 && id < step.E ? static_cast<int>(id) : -1;
+        slot.weight = to_float(step.weights_TK[token * step.K + column]);
+    }
+    return slot;
+}
+
+// How many of the token's slots come before this lane's: the heavier ones, and of equal ones those further left.
+__device__ int rank_in_group(Slot slot, int K, int width) {
+    // Weights as integers in the same order; like torch, -0 equals 0, and NaN comes first.
+    unsigned bits = __float_as_uint(slot.weight + 0.0f);
+    unsigned mine = slot.weight != slot.weight ? ALL : bits & 0x80000000 ? ~bits : bits | 0x80000000;
+    int rank = 0;
+#pragma unroll 4
+    for (int column = 0; column < K; ++column) {
+        unsigned other = __shfl_sync(ALL, mine, column, width);
+        rank += (other > mine) | ((other == mine) & (column < slot.column));
+    }
+    return rank;
+}
+
+// Whether one of the group's lanes, or the home, has `domain` among the places that its token visits.
+__device__ bool is_visited(int domain, int visits, int home, int K, int width) {
+    bool visited = domain == home;
+#pragma unroll 4
+    for (int column = 0; column < K; ++column) visited |= __shfl_sync(ALL, visits, column, width) == domain;
+    return visited;
+}
+
+// 1 if this lane's slot is its token's first in a domain that is not its home.
+__device__ int is_first_visit(int visits, int home, int column, int K, int width) {
+    bool first = visits != NOWHERE && visits != home;
+#pragma unroll 4
+    for (int other = 0; other < K; ++other)
+        first &= (__shfl_sync(ALL, visits, other, width) != visits) | (other >= column);
+    return first;
+}
+
+// Marks what the tokens of `blocks` blocks chose. Returns whether this thread marked a primary expert.
+__device__ bool vote(const Step &step, Votes *votes, int block, int blocks) {
+    int width = group_width(step.K), tokens = 32 / width, warps = blockDim.x / 32, lane = lane_index();
+    int select_top_k = step.policy->select_top_k;
+    bool marked = false;
+#pragma unroll 1
+    for (int first = (block * warps + warp_index()) * tokens; first < step.T; first += blocks * warps * tokens) {
+        Slot slot = read_slot(step, first + lane / width, lane % width);
+        int rank = rank_in_group(slot, step.K, width);
+        if (slot.expert >= 0) {
+            votes->chosen[slot.expert] = 1;
+            if (rank < select_top_k) votes->primary[slot.expert] = marked = true;
+        }
+        int rows = __popc(__ballot_sync(ALL, slot.votes && slot.column == 0));
+        if (lane == 0 && rows) atomicAdd(&votes->rows, rows);
+    }
+    return marked;
+}
+
+// By a warp: finds the substitute of one expert. `neighbor` is this lane's of the first 32.
+__device__ void find_substitute(const Step &step, const Votes &votes, Experts &experts, int expert, int neighbor) {
+    int lane = lane_index();
+    if (!votes.chosen[expert]) return;
+    if (!step.coefficient_EE && votes.primary[expert]) return;  // it stays
+#pragma unroll 1
+    for (int first = 0; first < experts.cutoff[expert]; first += 32) {
+        int place = first + lane;
+        if (first) neighbor = place < step.E ? step.neighbors_EE[expert * step.E + place] : 0;
+        unsigned found = __ballot_sync(ALL, place < experts.cutoff[expert] && votes.primary[neighbor]);
+        if (found) {
+            int best = __ffs(found) - 1;
+            neighbor = __shfl_sync(ALL, neighbor, best);
+            if (lane == 0) {
+                experts.substitute[expert] = static_cast<unsigned short>(neighbor);
+                experts.similarity[expert] = step.ranked_similarity_EE[expert * step.E + first + best];
+            }
+            return;
+        }
+    }
+    if (lane == 0) experts.substitute[expert] = NO_SUBSTITUTE;
+}
+
+// Finds out for the tokens of a warp what each settling slot becomes: an expert, or -1 (drop). The slots of a token are
+// settled in order of weight. Only two substitutes can be the cheapest: the most similar expert of all, and the most
+// similar one in a domain that the token visits anyway, since costs rise as similarity falls.
+__device__ int settle_by_price(const Step &step, const Policy &policy, const Votes &votes, const Experts &experts,
+                               Slot slot, bool settles, int rank, int home, int &visits) {
+    float price = policy.traffic_price;
+    int width = group_width(step.K), lane = lane_index(), first_lane = lane / width * width;
+    unsigned group = (width == 32 ? ALL : (1u << width) - 1) << first_lane;
+    int substitute = settles ? experts.substitute[slot.expert] : -1;
+    float similarity = settles ? experts.similarity[slot.expert] : 0.0f;
+    float loss = settles ? (slot.weight * slot.weight) * experts.size[slot.expert] : 0.0f;
+    if (!step.domain_E || !(price > 0)) return loss < loss * (1 - similarity) ? -1 : substitute;
+
+    int outcome = substitute;
+#pragma unroll 1
+    for (int turn = policy.select_top_k; turn < step.K; ++turn) {
+        unsigned ready = __ballot_sync(ALL, settles && rank == turn);
+        if (!ready) continue;
+        bool active = ready & group;  // else this token's slot of the turn stays as it is
+        int from = active ? __ffs(ready & group) - 1 : lane;
+        int expert = __shfl_sync(ALL, slot.expert, from);
+        int choice = __shfl_sync(ALL, substitute, from);
+        float choice_similarity = __shfl_sync(ALL, similarity, from), whole = __shfl_sync(ALL, loss, from);
+        int domain = active ? experts.domain[choice] : NOWHERE;
+        bool visited = is_visited(domain, visits, home, step.K, width);
+        float least = whole * (1 - choice_similarity) + (visited ? 0.0f : price);
+
+        bool searching = active && !visited;
+#pragma unroll 1
+        for (int first = 0; __ballot_sync(ALL, searching); first += width) {
+            int place = first + lane - first_lane;
+            searching &= first < step.E;
+            int neighbor = searching && place < step.E ? step.neighbors_EE[expert * step.E + place] : -1;
+            bool near = is_visited(neighbor >= 0 ? experts.domain[neighbor] : NOWHERE - 1, visits, home, step.K, width);
+            unsigned found = __ballot_sync(ALL, near && votes.primary[neighbor]) & group;
+            int nearest = __shfl_sync(ALL, neighbor, found ? __ffs(found) - 1 : lane);
+            if (searching && found) {
+                int its_place = first + __ffs(found) - 1 - first_lane;
+                float cost = whole * (1 - step.ranked_similarity_EE[expert * step.E + its_place]);
+                // Of equal costs the larger similarity wins, then the lower id: the choice so far came first.
+                if (cost < least) {
+                    least = cost;
+                    choice = nearest;
+                }
+                searching = false;
+            }
+        }
+        if (whole < least) choice = -1;
+        if (active && lane == from) {
+            outcome = choice;
+            if (choice >= 0) visits = experts.domain[choice];
+        }
+    }
+    return outcome;
+}
+
+__device__ void load_experts(const Step &step, Experts &experts) {
+    for (int e = threadIdx.x; e < step.E; e += blockDim.x) {
+        experts.cutoff[e] = step.cutoff_E[e];
+        if (step.size_E) experts.size[e] = step.size_E[e];
+        if (step.domain_E) experts.domain[e] = step.domain_E[e];
+    }
+    if (threadIdx.x < NUM_COUNTERS) experts.totals[threadIdx.x] = 0;
+}
+
+// The first neighbours of this warp's first experts, asked for before they are needed.
+__device__ void prefetch(const Step &step, int (&neighbors)[PREFETCHED]) {
+#pragma unroll
+    for (int i = 0; i < PREFETCHED; ++i) {
+        int expert = warp_index() + i * (blockDim.x / 32), lane = lane_index();
+        neighbors[i] = expert < step.E && lane < step.E ? step.neighbors_EE[expert * step.E + lane] : 0;
+    }
+}
+
+__device__ void find_substitutes(const Step &step, const Votes &votes, Experts &experts,
+                                 const int (&neighbors)[PREFETCHED]) {
+    int warps = blockDim.x / 32, warp = warp_index(), lane = lane_index();
+#pragma unroll 1
+    for (int expert = warp, turn = 0; expert < step.E; expert += warps, ++turn) {
+        int neighbor = 0;
+        if (turn >= PREFETCHED && lane < step.E) neighbor = step.neighbors_EE[expert * step.E + lane];
+#pragma unroll
+        for (int i = 0; i < PREFETCHED; ++i) neighbor = turn == i ? neighbors[i] : neighbor;  // stays in registers
+        find_substitute(step, votes, experts, expert, neighbor);
+    }
+}
+
+// Rewrites the slots of the block's tokens. `acts`: the policy is on in this step.
+__device__ void settle_slots(const Step &step, const Policy &policy, const Votes &votes, const Experts &experts,
+                             bool acts, int block, int blocks, int (&counts)[NUM_COUNTERS]) {
+    int width = group_width(step.K), tokens = 32 / width, warps = blockDim.x / 32, lane = lane_index();
+    bool priced = step.coefficient_EE;
+#pragma unroll 1
+    for (int first = (block * warps + warp_index()) * tokens; first < step.T; first += blocks * warps * tokens) {
+        Slot slot = read_slot(step, first + lane / width, lane % width);
+        // Lanes beyond the token's slots need its home too: they search for it.
+        int home = step.home_T && slot.token < step.T ? step.home_T[slot.token] : NOWHERE;
+        int visits = step.domain_E && slot.expert >= 0 ? experts.domain[slot.expert] : NOWHERE;
+        if (step.domain_E) counts[REMOTE_BEFORE] += is_first_visit(visits, home, slot.column, step.K, width);
+        if (acts) {
+            int rank = priced ? rank_in_group(slot, step.K, width) : 0;
+            bool settles = slot.expert >= 0 && (priced ? rank >= policy.select_top_k : !votes.primary[slot.expert]);
+            bool critical = settles && experts.substitute[slot.expert] == NO_SUBSTITUTE;
+            settles &= !critical;
+            int outcome = settles ? experts.substitute[slot.expert] : slot.expert;
+            if (priced) {
+                int kept = settles ? NOWHERE : visits;
+                int cheapest = settle_by_price(step, policy, votes, experts, slot, settles, rank, home, kept);
+                if (settles) outcome = cheapest;
+            }
+            if (outcome != slot.expert) {
+                int at = slot.token * step.K + slot.column;
+                step.ids_TK[at] = outcome;
+                if (outcome < 0)
+                    step.weights_TK[at] = to_weight(0.0f);
+                else if (priced)
+                    step.weights_TK[at] = to_weight(slot.weight * step.coefficient_EE[slot.expert * step.E + outcome]);
+            }
+            counts[REROUTED] += outcome != slot.expert && outcome >= 0;
+            counts[DROPPED] += outcome != slot.expert && outcome < 0;
+            counts[CRITICAL] += critical;
+            visits = step.domain_E && outcome >= 0 ? experts.domain[outcome] : NOWHERE;
+        }
+        if (step.domain_E) counts[REMOTE_AFTER] += is_first_visit(visits, home, slot.column, step.K, width);
+    }
+}
+
+// Everything after the vote. `votes` and `experts` are the block's own, in shared memory.
+__device__ void settle(const Step &step, const Votes &votes, Experts &experts, const int (&neighbors)[PREFETCHED],
+                       bool any_primary, int block, int blocks) {
+    Policy policy = *step.policy;
+    if (votes.rows == 0) return;  // all threads, or none; so with `acts`
+    bool acts = policy.on && any_primary && policy.select_top_k < step.K && policy.least_rows <= votes.rows &&
+                votes.rows <= policy.most_rows;
+    if (acts) {
+        find_substitutes(step, votes, experts, neighbors);
+        __syncthreads();
+    }
+    int counts[NUM_COUNTERS] = {};
+    if (acts || step.domain_E) settle_slots(step, policy, votes, experts, acts, block, blocks, counts);
+    if (block == 0) {
+        if (threadIdx.x == 0) counts[STEPS] = 1, counts[ROWS] = votes.rows;
+        for (int e = threadIdx.x; e < step.E; e += blockDim.x) {
+            if (!votes.chosen[e]) continue;
+            counts[ACTIVE_BEFORE] += 1;
+            counts[ACTIVE_AFTER] += !acts || votes.primary[e] || experts.substitute[e] == NO_SUBSTITUTE;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < NUM_COUNTERS; ++i) {
+        int sum = __reduce_add_sync(ALL, counts[i]);
+        if (lane_index() == 0 && sum) atomicAdd(&experts.totals[i], sum);
+    }
+    __syncthreads();
+    if (threadIdx.x < NUM_COUNTERS && experts.totals[threadIdx.x])
+        atomicAdd(&step.counters[threadIdx.x], static_cast<unsigned long long>(experts.totals[threadIdx.x]));
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute(PARAMETERS) {
+    const Step step = {ARGUMENTS};
+    __shared__ Votes votes;
+    __shared__ Experts experts;
+    int neighbors[PREFETCHED];
+    prefetch(step, neighbors);
+    load_experts(step, experts);
+    for (int e = threadIdx.x; e < E; e += blockDim.x) votes.primary[e] = votes.chosen[e] = 0;
+    if (threadIdx.x == 0) votes.rows = 0;
+    __syncthreads();
+    bool any_primary = __syncthreads_or(vote(step, &votes, 0, 1));
+    settle(step, votes, experts, neighbors, any_primary, 0, 1);
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_vote(PARAMETERS) {
+    const Step step = {ARGUMENTS};
+    vote(step, workspace, blockIdx.x, gridDim.x);
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_settle(PARAMETERS) {
+    const Step step = {ARGUMENTS};
+    __shared__ Votes votes;
+    __shared__ Experts experts;
+    __shared__ bool is_last;
+    int neighbors[PREFETCHED];
+    prefetch(step, neighbors);
+    load_experts(step, experts);
+    bool marked = false;
+    for (int e = threadIdx.x; e < E; e += blockDim.x) {
+        marked |= votes.primary[e] = workspace->primary[e];
+        votes.chosen[e] = workspace->chosen[e];
+    }
+    if (threadIdx.x == 0) votes.rows = workspace->rows;
+    bool any_primary = __syncthreads_or(marked);
+    settle(step, votes, experts, neighbors, any_primary, blockIdx.x, gridDim.x);
+
+    // All blocks have read the workspace once the last one gets here: it leaves zeros for the next step.
+    __threadfence();
+    if (threadIdx.x == 0) is_last = atomicAdd(&workspace->finished_blocks, 1u) == gridDim.x - 1;
+    __syncthreads();
+    if (!is_last) return;
+    for (int e = threadIdx.x; e < E; e += blockDim.x) workspace->primary[e] = workspace->chosen[e] = 0;
+    if (threadIdx.x == 0) workspace->rows = 0, workspace->finished_blocks = 0;
+}

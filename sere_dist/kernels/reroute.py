@@ -1,0 +1,231 @@
+"""The re-routing kernel: `reroute.cu`, compiled by NVRTC for the device at hand and launched on torch's current stream.
+
+    policy = Policy("cuda", select_top_k=2)
+    layer = Layer(similarity_EE.cuda(), policy)
+    layer.reroute(topk_weights_TK, topk_ids_TK, valid_T)  # in place
+    dict(zip(COUNTERS, layer.counters.tolist()))
+
+A step allocates nothing and waits for nothing, so it can be captured in a CUDA graph. What a replay may change lies in
+device memory: the policy, the tables of a layer, the mask of valid rows. Shape suffixes as in `rerouting.py`, which
+computes the same, to the bit.
+"""
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, launch
+from cuda.core.utils import FileStreamProgramCache
+
+from sere_dist.rerouting import COUNTERS
+
+SOURCE = Path(__file__).with_name("reroute.cu")
+MAX_EXPERTS, MAX_TOP_K = 1024, 32
+ONE_LAUNCH_ROWS = 1024  # more rows than this take two launches
+MAX_THREADS = 1024
+THREADS_OF_TWO, BLOCKS_OF_TWO = 512, 264  # two blocks for each multiprocessor of an H200
+VOTES_BYTES = 2 * MAX_EXPERTS + 8  # struct Votes
+NO_LIMIT = 2**31 - 1
+
+# What the kernel's types are called in reroute.cu.
+MACROS = {
+    torch.float32: (),
+    torch.bfloat16: ("BFLOAT16",),
+    torch.float16: ("FLOAT16",),
+    torch.int32: (),
+    torch.int64: ("IDS_64",),
+}
+ENTRIES = ("reroute", "reroute_vote", "reroute_settle")
+
+
+class Policy:
+    """What may change while a model runs, one block of device memory for all its layers.
+
+    `set` takes effect in the steps that the current stream runs after it, replays of captured graphs too.
+    """
+
+    def __init__(self, device: torch.device | str, **settings: Any):
+        self.block = torch.zeros(5, dtype=torch.int32, device=device)  # struct Policy
+        self.set(**settings)
+
+    def set(
+        self,
+        *,
+        select_top_k: int,
+        enabled: bool = True,
+        min_rows: int = 0,
+        max_rows: int = NO_LIMIT,
+        traffic_price: float = 0.0,
+    ) -> None:
+        """Sets S, on or off, the valid rows of a step between which re-routing is on, and the price of a domain."""
+        numbers = torch.tensor([enabled, select_top_k, min_rows, max_rows, 0], dtype=torch.int32)
+        numbers[4:] = torch.tensor([traffic_price], dtype=torch.float32).view(torch.int32)
+        self.block.copy_(numbers)
+
+
+class Layer:
+    """One MoE layer's tables and counters on a device.
+
+    Attributes:
+        counters: int64 [len(COUNTERS)], summed over the steps; see `rerouting.COUNTERS`.
+    """
+
+    def __init__(
+        self,
+        similarity_EE: torch.Tensor,
+        policy: Policy,
+        *,
+        threshold: float = 0.0,
+        coefficient_EE: torch.Tensor | None = None,
+        size_E: torch.Tensor | None = None,
+        domain_E: torch.Tensor | None = None,
+    ):
+        """With `coefficient_EE` and `size_E` the layer follows the policy of `reroute_projection`, otherwise that of
+        `reroute`. `domain_E` [E]: where each expert lives; without it no domain is counted and none has a price.
+
+        Raises:
+            ValueError: more experts than MAX_EXPERTS, or tables that don't fit one another.
+        """
+        num_experts = len(similarity_EE)
+        if num_experts > MAX_EXPERTS:
+            raise ValueError(f"the kernel takes at most {MAX_EXPERTS} experts, not {num_experts}")
+        if (coefficient_EE is None) != (size_E is None):
+            raise ValueError("policy projection needs both coefficient and size")
+        device = policy.block.device
+        similarity_EE = similarity_EE.to(device, torch.float32)
+        if coefficient_EE is not None:
+            itself_EE = torch.eye(num_experts, dtype=torch.bool, device=device)
+            similarity_EE = similarity_EE.masked_fill(itself_EE, 1)
+            self.coefficient_EE = coefficient_EE.to(device, torch.float32).masked_fill(itself_EE, 1).contiguous()
+            self.size_E = size_E.to(device, torch.float32).contiguous()
+        else:
+            self.coefficient_EE = self.size_E = None
+        self.policy = policy
+        # Equal similarities keep their order: the lowest id first.
+        ranked = similarity_EE.sort(dim=1, descending=True, stable=True)
+        self.ranked_similarity_EE = ranked.values.contiguous()
+        self.neighbors_EE = ranked.indices.to(torch.int16).contiguous()
+        self.cutoff_E = torch.zeros(num_experts, dtype=torch.int16, device=device)
+        self.domain_E = None if domain_E is None else domain_E.to(device, torch.int16).contiguous()
+        self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
+        self.workspace = torch.zeros(VOTES_BYTES, dtype=torch.uint8, device=device)
+        self.set_threshold(threshold)
+
+    def set_threshold(self, threshold: float) -> None:
+        """Sets rho: only new cut-offs, in place. 0 or less: every neighbour is similar enough."""
+        rho = torch.tensor(threshold, dtype=torch.float32, device=self.cutoff_E.device)
+        self.cutoff_E.copy_(((self.ranked_similarity_EE >= rho) | (rho <= 0)).sum(dim=1))
+
+    def reroute(
+        self,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        valid_T: torch.Tensor | None = None,
+        home_T: torch.Tensor | None = None,
+    ) -> None:
+        """Re-routes one step in place and counts it: one launch up to ONE_LAUNCH_ROWS rows, two above.
+
+        Steps of one layer must follow one another (one stream, or events between); different layers need not.
+
+        Args:
+            topk_weights_TK: contiguous [T, K], float32, bfloat16 or float16. Changed by policy projection alone.
+            topk_ids_TK: contiguous [T, K], int32 or int64; -1: an empty slot.
+            valid_T: bool, at least T long: the rows that change and vote. None: all.
+            home_T: int32, at least T long: the domain where a token's attention ran, -1: none.
+        """
+        num_rows, top_k = topk_ids_TK.shape
+        if num_rows == 0:
+            return
+        assert topk_weights_TK.is_contiguous() and topk_ids_TK.is_contiguous() and top_k <= MAX_TOP_K
+        kernels = kernels_for(topk_ids_TK.device, topk_weights_TK.dtype, topk_ids_TK.dtype)
+        tensors = [topk_weights_TK, topk_ids_TK, num_rows, top_k, len(self.cutoff_E), self.policy.block, valid_T]
+        tensors += [self.neighbors_EE, self.cutoff_E, self.ranked_similarity_EE, self.coefficient_EE, self.size_E]
+        tensors += [self.domain_E, home_T, self.counters, self.workspace]
+        lanes = num_rows << (top_k - 1).bit_length()  # as many for each token as the next power of two
+        if num_rows <= ONE_LAUNCH_ROWS:
+            threads = min(MAX_THREADS, max(256, -(-lanes // 32) * 32))
+            kernels.launch("reroute", 1, threads, tensors)
+        else:
+            blocks = min(BLOCKS_OF_TWO, -(-lanes // THREADS_OF_TWO))
+            kernels.launch("reroute_vote", blocks, THREADS_OF_TWO, tensors)
+            kernels.launch("reroute_settle", blocks, THREADS_OF_TWO, tensors)
+
+
+def compile_options(arch: str, weight_dtype: torch.dtype, id_dtype: torch.dtype) -> ProgramOptions:
+    """Returns NVRTC's options. All of them are part of the key in cuda.core's cache."""
+    macros = [*MACROS[weight_dtype], *MACROS[id_dtype]]
+    return ProgramOptions(name=SOURCE.name, arch=arch, std="c++17", fma=False, define_macro=macros or None)
+
+
+def compile_kernels(
+    arch: str, weight_dtype: torch.dtype, id_dtype: torch.dtype, cache_folder: Path | None = None
+) -> ObjectCode:
+    """Returns the cubin for an architecture ("sm_90"), from cuda.core's file cache if it is there.
+
+    Replicas of a node that start together share the cache: entries are written whole. Where its folder can't be
+    written (default: `$XDG_CACHE_HOME/cuda-python`), the kernel is compiled anyway, with a warning.
+
+    Raises:
+        cuda.core's NVRTC error: the compiler refused the source, its log is in the message.
+    """
+
+    def compile_with(cache: FileStreamProgramCache | None) -> ObjectCode:
+        options = compile_options(arch, weight_dtype, id_dtype)
+        return Program(SOURCE.read_text(), "c++", options).compile("cubin", cache=cache)
+
+    try:
+        return compile_with(FileStreamProgramCache(cache_folder))
+    except OSError as error:
+        warnings.warn(
+            f"the compiled re-routing kernel can't be kept ({error}): every replica compiles its own. Set "
+            "XDG_CACHE_HOME to a folder that can be written",
+            stacklevel=2,
+        )
+        return compile_with(None)
+
+
+class Kernels:
+    """The kernels of one device for one pair of dtypes."""
+
+    def __init__(self, device: torch.device, weight_dtype: torch.dtype, id_dtype: torch.dtype):
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ValueError(f"the re-routing kernel needs compute capability 8.0, {device} has {major}.{minor}")
+        module = compile_kernels(f"sm_{major}{minor}", weight_dtype, id_dtype)
+        with torch.cuda.device(device):
+            self.entries: dict[str, Kernel] = {name: module.get_kernel(name) for name in ENTRIES}
+        self.device = device
+
+    def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[torch.Tensor | int | None]) -> None:
+        with torch.cuda.device(self.device):
+            # Asked for at each call: a stream remembered from before would capture an empty graph.
+            stream = _Stream(torch.cuda.current_stream().cuda_stream)
+            launch(
+                stream, LaunchConfig(grid=blocks, block=threads), self.entries[name], *map(_kernel_argument, arguments)
+            )
+
+
+class _Stream:
+    """A stream of torch as cuda.core takes it."""
+
+    def __init__(self, handle: int):
+        self.handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+def _kernel_argument(value: torch.Tensor | int | None) -> Any:
+    """Tensors are passed as pointers (a Python int to cuda.core), None as a null pointer, numbers as int."""
+    if isinstance(value, int):
+        return ctypes.c_int(value)
+    return 0 if value is None else value.data_ptr()
+
+
+@functools.cache
+def kernels_for(device: torch.device, weight_dtype: torch.dtype, id_dtype: torch.dtype) -> Kernels:
+    return Kernels(device, weight_dtype, id_dtype)
