@@ -15,10 +15,8 @@ import gc
 import hashlib
 import json
 import os
-import platform
 import random
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -28,30 +26,28 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from itertools import combinations_with_replacement
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import psutil
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.common import ROOT, keep, machine, physical_cores, progress, ranged, rounded, spread, tables, versions
 from examples.local_cluster import LocalCluster
 from sere_dist.similarity import expert_projection, expert_similarity
 
 # What else a part needs is imported there: `similarity` also runs on a GPU machine that has torch and little else.
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY_MOE = ROOT / "examples" / "tiny_moe"
 Part = Literal["all", "similarity", "scaling", "memory"]
 
+PACKAGES = ("sere-dist", "torch", "ray", "transformers", "numpy")
 TOLERANCE = 1e-4  # between the loop, in float32, and ours
 OURS_A_TURN = 3  # timings of ours for each of the loop
 SAMPLED_PAIRS = 60
@@ -512,56 +508,6 @@ def memory_table(result: dict[str, Any]) -> Table:
     return table
 
 
-# what the parts share
-
-
-def rounded(number: float, digits: int = 4) -> float:
-    return float(f"{number:.{digits}g}")
-
-
-def spread(numbers: list[float]) -> dict[str, float]:
-    values = {"median": statistics.median(numbers), "min": min(numbers), "max": max(numbers)}
-    return {name: rounded(value) for name, value in values.items()}
-
-
-def ranged(values: dict[str, float]) -> str:
-    return f"{values['median']:.3g} ({values['min']:.3g}-{values['max']:.3g})"
-
-
-def progress() -> Console:
-    return Console(stderr=True)
-
-
-def physical_cores() -> int:
-    """Returns how many cores this process may use, those that two of its CPUs share counted once."""
-    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    return len({Path(topology.format(cpu)).read_text() for cpu in os.sched_getaffinity(0)})
-
-
-def machine() -> dict[str, Any]:
-    name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    found = {
-        "cpu": name[1] if name else platform.machine(),
-        "cores": physical_cores(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-    }
-    if torch.cuda.is_available():
-        query = [shutil.which("nvidia-smi") or "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0]
-        found |= {"gpu": torch.cuda.get_device_name(), "driver": driver}
-    return found
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("sere-dist", "torch", "ray", "transformers", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # a GPU machine without Ray measures `similarity`
-            continue
-    return found
-
-
 def main(
     part: Annotated[Part, typer.Option(help="What to measure.")] = "all",
     threads: Annotated[int | None, typer.Option(help="Of similarity on a CPU (default: physical cores).")] = None,
@@ -577,17 +523,15 @@ def main(
         "scaling": (lambda: measure_scaling(sizes), scaling_table),
         "memory": (lambda: measure_memory(sizes), memory_table),
     }
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = tables()
     measured = {}
     for name in parts if part == "all" else (part,):
         measure, table = parts[name]
         command = f"python -m benchmarks.calibration --part {name}" + " --quick" * quick
         # Beside each part, not once for all: they need not be measured on one machine.
-        measured[name] = {"command": command, "machine": machine(), "versions": versions(), **measure()}
+        measured[name] = {"command": command, "machine": machine(), "versions": versions(*PACKAGES), **measure()}
         console.print(table(measured[name]))
-        kept = json.loads(results.read_text()) if results.exists() else {}
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.write_text(json.dumps(kept | {name: measured[name]}, indent=1) + "\n")
+        keep(results, {name: measured[name]})
     print(json.dumps(measured))
 
 

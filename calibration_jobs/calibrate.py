@@ -24,7 +24,7 @@ import ray
 import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RaySystemError, RayTaskError, TaskCancelledError
+from ray.exceptions import OutOfMemoryError, RayError, RaySystemError, RayTaskError
 from rich.console import Console
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -262,7 +262,7 @@ def scored(
             result = ray.get(done)
         except RayTaskError as error:  # the task's own error: it would fail again
             raise error.cause from error
-        except (GetTimeoutError, TaskCancelledError, RaySystemError):
+        except RaySystemError:
             raise
         except RayError as error:
             deaths[layer] += 1

@@ -43,6 +43,7 @@ def calibrate(cluster: LocalCluster, artifact: Path = ARTIFACT) -> None:
         *("calibration_jobs/runtime_env.yaml", "--", "python", "-m", "calibration_jobs.calibrate"),
         *("--model", str(MODEL), "--dataset", "examples/tiny_moe/calibration.parquet"),
         *("--num-samples", "64", "--output", str(artifact), "--overwrite"),
+        *("--cpus-per-task", "4"),  # two workers: more would start one after the other on a small machine
     ]
     if cluster.run(command, cwd=ROOT).returncode:
         raise SystemExit("error: the calibration job failed; its log is above")

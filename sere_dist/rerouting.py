@@ -125,9 +125,9 @@ def reroute_projection(
         changed.
     """
     num_slots = topk_ids_TK.shape[1]
-    weights_TK, ids_TK = topk_weights_TK.float(), topk_ids_TK.clone()
     if not 0 < select_top_k < num_slots:
-        return topk_weights_TK.clone(), ids_TK
+        return topk_weights_TK.clone(), topk_ids_TK.clone()
+    weights_TK, ids_TK = topk_weights_TK.float().clone(), topk_ids_TK.clone()
     num_experts = similarity_EE.shape[0]
     itself_EE = torch.eye(num_experts, dtype=torch.bool, device=similarity_EE.device)
     similarity_EE = similarity_EE.float().masked_fill(itself_EE, 1)
@@ -153,7 +153,6 @@ def reroute_projection(
         if home_T is not None:
             visited_TE = visited_TE | (home_T[:, None] == domain_E[None])
 
-    weights_TK = weights_TK.clone()
     for slot_T1 in order_TK[:, select_top_k:].split(1, dim=1):
         expert_T, weight_T = (tensor.gather(1, slot_T1).squeeze(1) for tensor in (experts_TK, weights_TK))
         loss_T = (weight_T * weight_T) * size_E.float()[expert_T]
@@ -173,7 +172,8 @@ def reroute_projection(
         ids_TK.scatter_(1, slot_T1, new_id_T.masked_fill(drops_T, -1)[:, None])
         if domain_E is not None:
             visited_TE = visited_TE | (neighbour_EE[substitute_T] & takes_T[:, None])
-    return weights_TK.to(topk_weights_TK.dtype), ids_TK
+    changed_TK = weights_TK != topk_weights_TK.float()
+    return torch.where(changed_TK, weights_TK.to(topk_weights_TK.dtype), topk_weights_TK), ids_TK
 
 
 def remote_domains(

@@ -1,8 +1,9 @@
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_dist.rerouting import reroute
+from sere_dist.rerouting import COUNTERS, remote_domains, reroute, reroute_projection, step_counts
 
 
 def oracle(weights, ids, similarity, select_top_k, threshold, valid):
@@ -126,3 +127,159 @@ def test_does_not_loop_over_tokens():
         return sum(event.count for event in profiled.key_averages())
 
     assert operations(4096) == operations(4)
+
+
+def projection_oracle(step, size, coefficient, domain, home, price):
+    """The definition of policy projection, slot by slot, in float32."""
+    weights, ids, similarity = step["weights"].float().numpy(), step["ids"].tolist(), step["similarity"].numpy()
+    select_top_k, valid, num_slots = step["select_top_k"], step["valid"].tolist(), len(ids[0]) if ids else 0
+    new_weights, new_ids = weights.copy(), [list(row) for row in ids]
+    if not 0 < select_top_k < num_slots:
+        return new_weights, new_ids
+    order = [sorted(range(num_slots), key=lambda k, row=row: (-row[k], k)) for row in weights]
+    primary = {ids[t][k] for t in range(len(ids)) if valid[t] for k in order[t][:select_top_k]} - {-1}
+    rho, price = np.float32(step["threshold"]), np.float32(price)
+
+    def similar(e, p):
+        return np.float32(1) if e == p else similarity[e][p]
+
+    def is_critical(e):
+        return e not in primary and rho > 0 and max(similar(e, p) for p in primary) < rho
+
+    for t, row in enumerate(ids):
+        if not valid[t] or not primary:
+            continue
+        settling = [k for k in order[t][select_top_k:] if row[k] >= 0 and not is_critical(row[k])]
+        visited = {domain[row[k]] for k in range(num_slots) if row[k] >= 0 and k not in settling} if domain else set()
+        if domain and home:
+            visited.add(home[t])
+        for k in settling:
+            e, loss = row[k], weights[t][k] * weights[t][k] * size[row[k]]
+            options = [(loss, 1, 0, -1)]  # cost; dropping is last; the larger similarity; the lower id
+            for p in primary:
+                traffic = price if domain and domain[p] not in visited else np.float32(0)
+                options.append((loss * (1 - similar(e, p)) + traffic, 0, -similar(e, p), p))
+            choice = min(options)[-1]
+            new_ids[t][k] = choice
+            if choice < 0:
+                new_weights[t][k] = 0
+            else:
+                new_weights[t][k] = weights[t][k] * (np.float32(1) if choice == e else coefficient[e][choice])
+                visited.add(domain[choice] if domain else None)
+    return new_weights, new_ids
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    steps(),
+    st.integers(0, 2**32),
+    st.sampled_from([0.0, 0.01, 0.1, 1.0, 5.0]),
+    st.sampled_from([0, 1, 2, 5]),
+    st.booleans(),
+)
+def test_projection_equals_the_definition(step, seed, price, domains, has_home):
+    generator = torch.Generator().manual_seed(seed)
+    num_experts, num_tokens = len(step["similarity"]), len(step["ids"])
+    size = torch.rand(num_experts, generator=generator) * 2
+    coefficient = torch.rand(num_experts, num_experts, generator=generator) * 2
+    domain = torch.randint(domains, (num_experts,), generator=generator) if domains else None
+    home = torch.randint(-1, domains, (num_tokens,), generator=generator) if domains and has_home else None
+    before = {name: value.clone() for name, value in step.items() if isinstance(value, torch.Tensor)}
+    weights, ids = reroute_projection(
+        step["weights"],
+        step["ids"],
+        step["similarity"],
+        coefficient,
+        size,
+        select_top_k=step["select_top_k"],
+        threshold=step["threshold"],
+        traffic_price=price,
+        domain_E=domain,
+        home_T=home,
+        valid_T=step["valid"],
+    )
+    lists = [None if tensor is None else tensor.tolist() for tensor in (domain, home)]
+    expected_weights, expected_ids = projection_oracle(step, size.numpy(), coefficient.numpy(), *lists, price)
+    assert ids.tolist() == expected_ids
+    expected = torch.from_numpy(expected_weights)
+    changed = expected != step["weights"].float()
+    assert torch.equal(weights, torch.where(changed, expected.to(weights.dtype), step["weights"]))
+    assert weights.dtype == step["weights"].dtype and ids.dtype == step["ids"].dtype
+    assert all(torch.equal(step[name], value) for name, value in before.items()), "inputs were changed"
+
+
+# With S = 1 the primary experts are 0, 1 and 2; tokens 0 and 1 settle expert 3. Two ranks hold two experts each.
+PRICED_WEIGHTS, PRICED_IDS = torch.tensor([[0.5, 0.4], [0.6, 0.5], [0.7, 0.3]]), torch.tensor([[0, 3], [1, 3], [2, -1]])
+PRICED = {
+    "similarity_EE": torch.tensor([[1.0] * 4, [1.0] * 4, [1.0] * 4, [0.5, 0.6, 0.9, 1.0]]),
+    "coefficient_EE": torch.full((4, 4), 2.0),
+    "size_E": torch.ones(4),
+    "domain_E": torch.tensor([0, 0, 1, 1]),
+    "select_top_k": 1,
+}
+
+
+def test_a_priced_step_by_hand():
+    def rerouted(price):
+        weights, ids = reroute_projection(PRICED_WEIGHTS, PRICED_IDS, **PRICED, traffic_price=price)
+        return [(round(w, 6), i) for w, i in zip(weights[:2, 1].tolist(), ids[:2, 1].tolist(), strict=True)]
+
+    # Quality alone: 3 is most like 2, and its weight doubles.
+    assert rerouted(0) == [(0.8, 2), (1.0, 2)]
+    # Going to rank 1 costs more than the likeness of 2 saves: 0.16 (0.4 - 0.1) < 0.06 < 0.25 (0.4 - 0.1) = 0.075.
+    assert rerouted(0.06) == [(0.8, 1), (1.0, 2)]
+    assert rerouted(0.08) == [(0.8, 1), (1.0, 1)]
+    # Rank 0 is dear only for a token that has no other business there; nobody drops.
+    weights, ids = reroute_projection(
+        PRICED_WEIGHTS, PRICED_IDS, **PRICED | {"domain_E": torch.tensor([0, 1, 2, 3])}, traffic_price=0.2
+    )
+    assert ids.tolist() == [[0, 0], [1, 1], [2, -1]] and weights[2].tolist() == PRICED_WEIGHTS[2].tolist()
+
+
+def test_a_slot_is_dropped_where_every_substitute_costs_more():
+    weights, ids = reroute_projection(
+        torch.tensor([[0.5, 0.4], [0.6, -1.0]]),
+        torch.tensor([[0, 3], [1, -1]]),
+        **PRICED | {"similarity_EE": torch.eye(4), "domain_E": torch.tensor([0, 1, 2, 3])},
+        traffic_price=0.5,
+    )
+    # No likeness: substituting by 0, where the token is anyway, costs what dropping does; dropping comes last.
+    assert ids.tolist() == [[0, 0], [1, -1]]
+    weights, ids = reroute_projection(
+        torch.tensor([[0.5, 0.4], [0.6, 0.5]]),
+        torch.tensor([[-1, 3], [1, -1]]),
+        **PRICED | {"domain_E": torch.tensor([0, 1, 2, 3])},
+        traffic_price=0.5,
+    )
+    assert ids.tolist() == [[-1, -1], [1, -1]] and weights.tolist()[0][1] == 0
+
+
+def test_remote_domains_of_uniform_routing():
+    """Design check: with 8 of 128 experts chosen uniformly a token visits 3.63 of 4 ranks, and 5.34 of 8."""
+    ids = torch.rand(20_000, 128, generator=torch.Generator().manual_seed(0)).topk(8).indices
+    for ranks, expected in ((4, 3.63), (8, 5.34)):
+        visited = remote_domains(ids, torch.arange(128) // (128 // ranks)).double()
+        assert abs(visited.mean() - expected) < 4 * visited.std() / len(ids) ** 0.5 + 0.005
+
+
+def test_step_counts_by_hand():
+    ids, new = torch.tensor([[0, 3], [1, 2], [2, 3]]), torch.tensor([[0, 1], [1, -1], [2, 3]])
+    weights = torch.tensor([[0.6, 0.4]] * 3)
+    valid, domain = torch.tensor([True, True, False]), torch.tensor([0, 0, 1, 1])
+    counts = step_counts(
+        weights, ids, new, select_top_k=1, num_experts=4, valid_T=valid, domain_E=domain, home_T=torch.zeros(3)
+    )
+    assert dict(zip(COUNTERS, counts.tolist(), strict=True)) == {
+        "steps": 1,
+        "rows": 2,
+        "rerouted_slots": 1,
+        "critical_slots": 0,
+        "dropped_slots": 1,
+        "active_experts_before": 4,
+        "active_experts_after": 2,
+        "remote_domains_before": 2,
+        "remote_domains_after": 0,
+    }
+    critical = step_counts(weights, ids, ids, select_top_k=1, num_experts=4, valid_T=valid)
+    assert dict(zip(COUNTERS, critical.tolist(), strict=True))["critical_slots"] == 2
+    assert not step_counts(weights, ids, ids, select_top_k=1, num_experts=4, valid_T=~valid & False).any()

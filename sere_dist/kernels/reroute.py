@@ -1,6 +1,7 @@
 """The re-routing kernel: `reroute.cu`, compiled by NVRTC for the device at hand and launched on torch's current stream.
 
-    policy = Policy("cuda", select_top_k=2)
+    policy = Policy("cuda")
+    policy.set(select_top_k=2)
     layer = Layer(similarity_EE.cuda(), policy)
     layer.reroute(topk_weights_TK, topk_ids_TK, valid_T)  # in place
     dict(zip(COUNTERS, layer.counters.tolist()))
@@ -39,18 +40,15 @@ MACROS = {
     torch.int32: (),
     torch.int64: ("IDS_64",),
 }
+Argument = torch.Tensor | int | float | None
 ENTRIES = ("reroute", "reroute_vote", "reroute_settle")
 
 
 class Policy:
-    """What may change while a model runs, one block of device memory for all its layers.
+    """What may change while a model runs, one block of device memory for all its layers. Off until it is set."""
 
-    `set` takes effect in the steps that the current stream runs after it, replays of captured graphs too.
-    """
-
-    def __init__(self, device: torch.device | str, **settings: Any):
+    def __init__(self, device: torch.device | str):
         self.block = torch.zeros(5, dtype=torch.int32, device=device)  # struct Policy
-        self.set(**settings)
 
     def set(
         self,
@@ -61,7 +59,10 @@ class Policy:
         max_rows: int = NO_LIMIT,
         traffic_price: float = 0.0,
     ) -> None:
-        """Sets S, on or off, the valid rows of a step between which re-routing is on, and the price of a domain."""
+        """Sets S, on or off, the valid rows of a step between which re-routing is on, and the price of a domain.
+
+        Takes effect in the steps that the current stream runs afterwards, replays of captured graphs too.
+        """
         numbers = torch.tensor([enabled, select_top_k, min_rows, max_rows, 0], dtype=torch.int32)
         numbers[4:] = torch.tensor([traffic_price], dtype=torch.float32).view(torch.int32)
         self.block.copy_(numbers)
@@ -200,13 +201,18 @@ class Kernels:
             self.entries: dict[str, Kernel] = {name: module.get_kernel(name) for name in ENTRIES}
         self.device = device
 
-    def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[torch.Tensor | int | None]) -> None:
-        with torch.cuda.device(self.device):
-            # Asked for at each call: a stream remembered from before would capture an empty graph.
-            stream = _Stream(torch.cuda.current_stream().cuda_stream)
-            launch(
-                stream, LaunchConfig(grid=blocks, block=threads), self.entries[name], *map(_kernel_argument, arguments)
-            )
+    def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
+        launch_kernel(self.entries[name], self.device, blocks, threads, arguments)
+
+
+def launch_kernel(
+    kernel: Kernel, device: torch.device, blocks: int, threads: int, arguments: Sequence[Argument]
+) -> None:
+    """Launches a kernel on torch's current stream of the device. Tensors are passed as pointers, None as a null one."""
+    with torch.cuda.device(device):
+        # Asked for at each call: a stream remembered from before would capture an empty graph.
+        stream = _Stream(torch.cuda.current_stream().cuda_stream)
+        launch(stream, LaunchConfig(grid=blocks, block=threads), kernel, *map(_kernel_argument, arguments))
 
 
 class _Stream:
@@ -219,11 +225,11 @@ class _Stream:
         return 0, self.handle
 
 
-def _kernel_argument(value: torch.Tensor | int | None) -> Any:
-    """Tensors are passed as pointers (a Python int to cuda.core), None as a null pointer, numbers as int."""
-    if isinstance(value, int):
-        return ctypes.c_int(value)
-    return 0 if value is None else value.data_ptr()
+def _kernel_argument(value: Argument) -> Any:
+    """cuda.core takes a Python int for a pointer, and a Python float for a double."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    return {int: ctypes.c_int, float: ctypes.c_float, type(None): lambda _: 0}[type(value)](value)
 
 
 @functools.cache

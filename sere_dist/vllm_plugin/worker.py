@@ -21,13 +21,9 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from sere_dist.artifact import Artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.moe import by_layer
-from sere_dist.rerouting import active_experts, primary_slots, reroute
+from sere_dist.rerouting import COUNTERS, reroute, step_counts
 
 logger = init_logger(__name__)
-
-# Per layer, summed over steps with at least one valid row. Experts are those of valid rows; "before" is what the
-# router chose, "after" what runs.
-COUNTERS = ("steps", "rows", "rerouted_slots", "critical_slots", "active_experts_before", "active_experts_after")
 
 # What `sere_policy` may change in a running engine.
 CHANGEABLE = ("enabled", "rows", "select_top_k", "threshold")
@@ -58,7 +54,9 @@ def _reroute_step(
     new_ids = reroute(
         topk_weights, topk_ids, similarity, select_top_k=select_top_k, threshold=threshold, valid_T=valid_T
     )
-    counters += step_counts(topk_weights, topk_ids, new_ids, valid_T, select_top_k, len(similarity))
+    counters += step_counts(
+        topk_weights, topk_ids, new_ids, select_top_k=select_top_k, num_experts=len(similarity), valid_T=valid_T
+    )
     return new_ids
 
 
@@ -69,30 +67,6 @@ def _reroute_step_fake(topk_weights, topk_ids, similarity, policy, valid_rows, n
 direct_register_custom_op(
     "reroute", _reroute_step, mutates_args=["counters"], fake_impl=_reroute_step_fake, target_lib=_library
 )
-
-
-def step_counts(
-    topk_weights_TK: torch.Tensor,
-    ids_TK: torch.Tensor,
-    new_ids_TK: torch.Tensor,
-    valid_T: torch.Tensor,
-    select_top_k: int,
-    num_experts: int,
-) -> torch.Tensor:
-    """Returns what one step adds to the COUNTERS, int64."""
-    valid_TK = valid_T[:, None].expand_as(ids_TK)
-    before_E = active_experts(ids_TK, valid_TK, num_experts)
-    rerouted = critical = 0
-    after_E = before_E
-    if 0 < select_top_k < ids_TK.shape[1]:
-        after_E = active_experts(new_ids_TK, valid_TK, num_experts)
-        rerouted = int((ids_TK != new_ids_TK).sum())
-        # What still runs outside the primary union stayed there because nothing was similar enough.
-        primary_E = active_experts(ids_TK, primary_slots(topk_weights_TK, select_top_k) & valid_TK, num_experts)
-        outside_TK = valid_TK & (new_ids_TK >= 0) & ~primary_E[new_ids_TK.clamp(min=0).long()]
-        critical = int(outside_TK.sum()) if primary_E.any() else 0
-    counts = [1, int(valid_T.sum()), rerouted, critical, int(before_E.sum()), int(after_E.sum())]
-    return torch.tensor(counts, dtype=torch.int64)
 
 
 class StepState:
