@@ -2,9 +2,9 @@
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Every environment variable of this project, and what it does. A malformed value raises.
 ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"  # 1: start on a vLLM release that the plugin was not tested with
@@ -21,7 +21,15 @@ class ReroutingConfig(BaseModel):
         default=0.0, ge=0.0, le=1.0, description="rho: an expert with no active substitute this similar stays; 0: none."
     )
     rows: Literal["decode", "all"] = Field(default="decode", description="Re-route decode rows only, or prefill too.")
+    min_rows: int = Field(default=1, ge=0, description="Leave steps alone in which fewer rows could be re-routed.")
+    max_rows: int | None = Field(default=None, ge=0, description="Leave steps alone in which more rows could be.")
     enabled: bool = Field(default=True, description="Start with re-routing on; it can be switched while serving.")
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> "ReroutingConfig":
+        if self.max_rows is not None and self.max_rows < self.min_rows:
+            raise ValueError(f"max_rows ({self.max_rows}) must not be less than min_rows ({self.min_rows})")
+        return self
 
     def check_top_k(self, num_experts_per_token: int) -> None:
         """Raises ValueError if `select_top_k` is more than the experts that the model uses a token."""
@@ -42,3 +50,14 @@ def environment_flag(name: str) -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"{name} must be 0 or 1, not {value!r}")
     return value == "1"
+
+
+OPT_OUT = "sere"  # a request's own `extra_args` (`vllm_xargs` over HTTP)
+
+
+def opts_out(extra_args: dict[str, Any] | None) -> bool:
+    """Says whether a request's extra arguments have `sere` off: its rows then neither change nor vote.
+
+    Off is "off", "false", 0 or False. Anything else leaves re-routing as it is: a request can't switch it on.
+    """
+    return bool(extra_args) and str(extra_args.get(OPT_OUT, "")).lower() in ("off", "false", "0")

@@ -1,5 +1,6 @@
 """What the tests share: the example model, one Ray cluster, one calibration by a Ray job."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from transformers import AutoTokenizer
 from examples import demo
 from examples.local_cluster import LocalCluster
 from sere_dist.artifact import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
+from sere_dist.kernels import reroute as kernel
 from sere_dist.moe import load_model
 from sere_dist.texts import tokenise
+from tests.host_kernels import HostKernels, compile_on_host
 
 MODEL = demo.MODEL
 TEXTS = MODEL.parent
@@ -38,6 +41,15 @@ def artifact_path(cluster, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("calibration") / "tiny-moe-sere"
     demo.calibrate(cluster, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def host_kernels(tmp_path_factory) -> dict[tuple[torch.dtype, torch.dtype], HostKernels]:
+    source = kernel.SOURCE.read_text()
+    return {
+        types: compile_on_host(tmp_path_factory.mktemp("reroute"), source, *types)
+        for types in itertools.product(kernel.WEIGHT_DTYPES, kernel.ID_DTYPES)
+    }
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def watch(_worker) -> int:
     import os
 
     global _library
-    from sere_dist.vllm_plugin import worker as plugin
+    from sere_dist.vllm_plugin import backends as plugin
 
     kernel = torch.library.get_kernel(KERNEL, "CPU")
 
@@ -47,3 +47,24 @@ def take(_worker) -> tuple[list, list]:
     kernel_ids.clear()
     rerouted.clear()
     return seen
+
+
+def run_the_kernel(worker, library: str) -> None:
+    """Has the worker re-route by `KernelBackend`, as on a GPU; the kernel itself is the build for this CPU."""
+    from pathlib import Path
+
+    from sere_dist.kernels import reroute as kernel
+    from sere_dist.moe import MoeShape
+    from sere_dist.reference import load_artifact
+    from sere_dist.vllm_plugin.backends import KernelBackend
+    from sere_dist.vllm_plugin.worker import rerouted_layers
+    from tests.host_kernels import HostKernels
+
+    kernels = HostKernels(Path(library))
+    kernel.kernels_for = lambda *_: kernels
+    shape = MoeShape.from_config(worker.vllm_config.model_config.hf_config)
+    artifact = load_artifact(worker.sere_settings.artifact, shape, "")
+    worker.sere_backend = KernelBackend(artifact, worker.sere_rows)
+    routers = rerouted_layers(worker.model_runner.get_model(), artifact)
+    worker.sere_layers = {layer: worker.sere_backend.attach(router, layer) for layer, router in routers.items()}
+    worker.sere_backend.set_policy(worker.sere_settings)

@@ -7,6 +7,7 @@ import sys
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
@@ -74,7 +75,15 @@ def llm(eager, stock_tokens, artifact_path):
 @pytest.fixture
 def fresh(llm):
     """The engine with its policy and counters as at the start."""
-    llm.collective_rpc("sere_policy", kwargs={"select_top_k": 2, "threshold": 0.0, "enabled": True, "rows": "decode"})
+    as_started = {
+        "select_top_k": 2,
+        "threshold": 0.0,
+        "enabled": True,
+        "rows": "decode",
+        "min_rows": 1,
+        "max_rows": None,
+    }
+    llm.collective_rpc("sere_policy", kwargs=as_started)
     llm.collective_rpc("sere_counters", kwargs={"reset": True})
     return llm
 
@@ -117,10 +126,38 @@ def test_a_threshold_keeps_critical_experts(fresh, prompts, stock_tokens):
 
 def test_policies_out_of_range_change_nothing(fresh):
     before = fresh.collective_rpc("sere_policy")
-    for change in ({"select_top_k": 0}, {"select_top_k": TOP_K + 1}, {"threshold": -1.0}, {"artifact": "x"}):
+    for change in (
+        {"select_top_k": 0},
+        {"select_top_k": TOP_K + 1},
+        {"threshold": -1.0},
+        {"artifact": "x"},
+        {"max_rows": -1},
+    ):
         with pytest.raises(Exception, match=next(iter(change))):
             fresh.collective_rpc("sere_policy", kwargs=change)
         assert fresh.collective_rpc("sere_policy") == before
+
+
+@pytest.mark.parametrize("gate", [{"min_rows": BATCH + 1}, {"max_rows": BATCH - 1}])
+def test_steps_outside_the_gates_are_left_alone(fresh, prompts, stock_tokens, gate):
+    fresh.collective_rpc("sere_policy", kwargs=gate)
+    assert greedy(fresh, prompts) == stock_tokens
+    assert all(layer["rerouted_slots"] == 0 < layer["rows"] for layer in counters(fresh))
+    fresh.collective_rpc("sere_policy", kwargs={"min_rows": BATCH, "max_rows": BATCH})
+    assert greedy(fresh, prompts) != stock_tokens
+
+
+def test_a_request_can_opt_out(fresh, prompts, stock_tokens):
+    """Its rows neither change nor vote: the others are re-routed as if they were alone."""
+    opted_out = [i % 2 == 0 for i in range(BATCH)]
+    parameters = [
+        SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, extra_args={"sere": "off"} if out else None)
+        for out in opted_out
+    ]
+    mixed = [list(answer.outputs[0].token_ids) for answer in fresh.generate(prompts, parameters, use_tqdm=False)]
+    assert all(layer["rows"] == BATCH // 2 * (NEW - 1) for layer in counters(fresh))
+    assert [t for t, out in zip(mixed, opted_out, strict=True) if out] == stock_tokens[::2]
+    assert [t for t, out in zip(mixed, opted_out, strict=True) if not out] == greedy(fresh, prompts[1::2])
 
 
 # From here on the workers are watched: keep these last.
@@ -186,16 +223,37 @@ def test_a_restart_follows_the_policy(llm, eager, artifact_path, prompts, stock_
     assert kept_tokens == stock_tokens != rerouted_tokens
 
 
-def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, prompts, monkeypatch):
+def test_model_runner_v2(artifact_path, prompts, stock_tokens, eager, monkeypatch):
+    """The other model runner of vLLM: prefill in chunks, decode rows, switching off."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    again = start(eager, artifact=str(artifact_path), select_top_k=2)
+    rerouted_tokens = greedy(again, prompts)
+    counted = counters(again)
+    again.collective_rpc("sere_policy", kwargs={"enabled": False})
+    kept_tokens = greedy(again, prompts)
+    again.llm_engine.engine_core.shutdown()
+    assert all(layer["steps"] == NEW - 1 and layer["rows"] == BATCH * (NEW - 1) for layer in counted)
+    assert all(layer["rerouted_slots"] > 0 for layer in counted)
+    assert kept_tokens == stock_tokens != rerouted_tokens
+
+
+def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, prompts, host_kernels, monkeypatch):
+    """And so does the backend of GPUs, with the kernel's build for this CPU."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     sere = {"artifact": str(artifact_path), "select_top_k": 2}
     llm = LLM(**options(eager=True), tensor_parallel_size=2, additional_config={"sere": sere})
-    greedy(llm, prompts)
+    tokens = greedy(llm, prompts)
     first, second = llm.collective_rpc("sere_counters")
+    library = host_kernels[torch.float32, torch.int32].library._name
+    llm.collective_rpc(engine_spy.run_the_kernel, args=(library,))
+    by_kernel = greedy(llm, prompts)
+    counted = llm.collective_rpc("sere_counters")
     llm.llm_engine.engine_core.shutdown()
     assert (first["rank"], second["rank"]) == (0, 1)
     assert first["layers"] == second["layers"]
     assert all(layer["rerouted_slots"] > 0 for layer in first["layers"].values())
+    assert by_kernel == tokens
+    assert counted == [first, second]
 
 
 # Start-up errors: each stops LLM(...) in this process, before a worker starts.

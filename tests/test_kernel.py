@@ -1,6 +1,5 @@
 """The kernel of reroute.cu against the torch functions, run on the CPU (cuda_on_host.h), and compiled for real GPUs."""
 
-import ctypes
 import itertools
 import json
 import re
@@ -18,51 +17,10 @@ from hypothesis import HealthCheck, given, settings
 
 from sere_dist.kernels import reroute as kernel
 from sere_dist.kernels.random_steps import CHOICES, RandomStep, assert_equal
+from tests.host_kernels import compile_on_host
 
 HERE = Path(__file__).parent
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
-IDS = (torch.int32, torch.int64)
-
-
-class HostKernels:
-    """What `kernel.Kernels` is on a GPU: the same launches with the same arguments, run by the CPU."""
-
-    def __init__(self, library: Path):
-        self.library = ctypes.CDLL(str(library))
-        self.launches: list[str] = []
-        self.seed = 0
-
-    def launch(self, name, blocks, threads, arguments):
-        self.launches.append(name)
-        function = self.library[f"{name}_on_host"]
-        function.restype = ctypes.c_char_p
-        passed = [
-            ctypes.c_int(v) if isinstance(v, int) else ctypes.c_void_p(v.data_ptr() if v is not None else None)
-            for v in arguments
-        ]
-        if error := function(ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.c_uint(self.seed), *passed):
-            raise RuntimeError(error.decode())
-
-
-def compile_on_host(folder: Path, source: str, weight_dtype=torch.float32, id_dtype=torch.int32) -> HostKernels:
-    """Compiles `source` in place of reroute.cu."""
-    (folder / "reroute.cu").write_text(source)
-    library = folder / "reroute.so"
-    macros = [f"-D{name}" for name in (*kernel.MACROS[weight_dtype], *kernel.MACROS[id_dtype])]
-    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas", *macros]
-    command += ["-I", str(folder), "-I", str(HERE), str(HERE / "reroute_on_host.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return HostKernels(library)
-
-
-@pytest.fixture(scope="session")
-def host_kernels(tmp_path_factory):
-    source = kernel.SOURCE.read_text()
-    return {
-        types: compile_on_host(tmp_path_factory.mktemp("reroute"), source, *types)
-        for types in itertools.product(WEIGHTS, IDS)
-    }
 
 
 @pytest.fixture
@@ -217,7 +175,7 @@ def local_memory(cubin: bytes, tmp_path: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("weight_dtype", "id_dtype"), list(itertools.product(WEIGHTS, IDS)))
+@pytest.mark.parametrize(("weight_dtype", "id_dtype"), list(itertools.product(kernel.WEIGHT_DTYPES, kernel.ID_DTYPES)))
 def test_compiles_without_spills(tmp_path, arch, weight_dtype, id_dtype):
     cubin = kernel.compile_kernels(arch, weight_dtype, id_dtype, tmp_path / "cache").code
     frames = local_memory(cubin, tmp_path)

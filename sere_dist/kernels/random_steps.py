@@ -9,7 +9,7 @@ from random import Random
 
 import torch
 
-from sere_dist.kernels.reroute import NO_LIMIT, Layer, Policy
+from sere_dist.kernels.reroute import ID_DTYPES, NO_LIMIT, WEIGHT_DTYPES, Layer, Policy
 from sere_dist.rerouting import COUNTERS, reroute, reroute_projection, step_counts
 
 
@@ -160,8 +160,8 @@ CHOICES = {
     "valid_share": [None, None, 0.0, 0.3, 0.9, 0.9],
     "ties": [False, True],
     "empty_share": [0.0, 0.1, 0.9],
-    "weight_dtype": [torch.float32, torch.bfloat16, torch.float16],
-    "id_dtype": [torch.int32, torch.int64],
+    "weight_dtype": WEIGHT_DTYPES,
+    "id_dtype": ID_DTYPES,
 }
 
 

@@ -32,7 +32,9 @@ THREADS_OF_TWO, BLOCKS_OF_TWO = 512, 264  # two blocks for each multiprocessor o
 VOTES_BYTES = 2 * MAX_EXPERTS + 8  # struct Votes
 NO_LIMIT = 2**31 - 1
 
-# What the kernel's types are called in reroute.cu.
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ID_DTYPES = (torch.int32, torch.int64)
+# What these types are called in reroute.cu.
 MACROS = {
     torch.float32: (),
     torch.bfloat16: ("BFLOAT16",),

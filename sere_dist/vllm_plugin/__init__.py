@@ -1,7 +1,8 @@
 """The vLLM plugin, front-end half: reads `additional_config["sere"]`, checks it, and picks the worker that re-routes.
 
-This package is the only place that touches vLLM's internals: here `EngineArgs.create_engine_config`, in `worker` the
-MoE layers' routers and the model runner's batch. vLLM finds `register` by the entry point `vllm.general_plugins`.
+This package is the only place that touches vLLM's internals: here `EngineArgs.create_engine_config`, in `worker` and
+`backends` the MoE layers' routers, in `rows` the model runner's batch. vLLM finds `register` by the entry point
+`vllm.general_plugins`.
 """
 
 # vLLM logs a plugin whose import fails and goes on without it. So what could fail is imported when it is needed, where
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 TESTED_VLLM = ("0.32.0",)
-CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
-REROUTING_CPU_WORKER = "sere_dist.vllm_plugin.worker.ReroutingCPUWorker"
+# vLLM's workers, and ours that take their place.
+WORKERS = {
+    "vllm.v1.worker.cpu_worker.CPUWorker": "sere_dist.vllm_plugin.worker.ReroutingCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "sere_dist.vllm_plugin.worker.ReroutingGPUWorker",
+}
 
 
 def register() -> None:
@@ -30,6 +34,10 @@ def register() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args, **kwargs) -> VllmConfig:
+        from sere_dist.reference import settings_from_overrides
+
+        if translated := settings_from_overrides(self.hf_overrides, self.additional_config or {}, self.model):
+            self.hf_overrides, self.additional_config = translated
         vllm_config = original(self, *args, **kwargs)
         if isinstance(vllm_config.additional_config, dict) and "sere" in vllm_config.additional_config:
             configure_engine(vllm_config)
@@ -46,9 +54,9 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         ValueError: a setting, the artifact or a feature of the engine rules re-routing out. Nothing is ever served
             un-re-routed in silence.
     """
-    from sere_dist.artifact import Artifact
     from sere_dist.config import ALLOW_UNTESTED_VLLM, ReroutingConfig, environment_flag
     from sere_dist.moe import MoeShape
+    from sere_dist.reference import load_artifact
 
     if vllm.__version__ not in TESTED_VLLM and not environment_flag(ALLOW_UNTESTED_VLLM):
         raise ValueError(
@@ -60,12 +68,14 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     model = vllm_config.model_config
     shape = MoeShape.from_config(model.hf_config)
     settings.check_top_k(shape.num_experts_per_token)
-    Artifact.load(settings.artifact).check_serves(shape, model.model, getattr(model.hf_config, "_commit_hash", None))
+    artifact = load_artifact(settings.artifact, shape, model.model)
+    artifact.check_serves(shape, model.model, getattr(model.hf_config, "_commit_hash", None))
 
     for unsupported, advice in unsupported_features(vllm_config):
         if unsupported:
             raise ValueError(f"sere_dist does not re-route yet with {advice}, or remove 'sere' from additional_config")
-    vllm_config.parallel_config.worker_cls = REROUTING_CPU_WORKER
+    parallel = vllm_config.parallel_config
+    parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     vllm_config.additional_config["sere"] = settings.model_dump(mode="json")
 
 
@@ -77,9 +87,13 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
         (parallel.enable_expert_parallel, "expert parallelism: set enable_expert_parallel=False"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set pipeline_parallel_size=1"),
         (vllm_config.speculative_config is not None, "speculative decoding: remove speculative_config"),
-        (vllm_config.use_v2_model_runner, "model runner V2: set VLLM_USE_V2_MODEL_RUNNER=0"),
         (
-            parallel.worker_cls not in (CPU_WORKER, REROUTING_CPU_WORKER),
-            f"the worker {parallel.worker_cls}: use vLLM's CPU backend with its own worker",
+            parallel.prefill_context_parallel_size > 1,
+            "prefill context parallelism: set prefill_context_parallel_size=1",
+        ),
+        (parallel.use_ubatching, "micro-batches: remove enable_dbo and ubatch_size"),
+        (
+            parallel.worker_cls not in {*WORKERS, *WORKERS.values()},
+            f"the worker {parallel.worker_cls}: use vLLM's CPU or CUDA worker",
         ),
     ]

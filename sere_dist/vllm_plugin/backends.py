@@ -1,0 +1,149 @@
+"""How a router's choice is replaced: by the torch functions on a CPU, by the kernel on a GPU; one interface.
+
+On a CPU `torch.compile` traces straight through vLLM's router, and anything that Python looked at there would be baked
+in. So re-routing is a registered custom op there, whose every input is a tensor: what may change between steps lies in
+tensors that the op reads. On a GPU the router runs inside vLLM's own opaque `moe_forward` op; Python runs at capture
+alone, and what may change lies in device memory that the kernel reads.
+"""
+
+import types
+from typing import Protocol
+
+import torch
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from sere_dist.artifact import Artifact
+from sere_dist.config import ReroutingConfig
+from sere_dist.rerouting import COUNTERS, reroute, step_counts
+from sere_dist.vllm_plugin.rows import Rows
+
+
+class Backend(Protocol):
+    """Re-routes the layers of one worker."""
+
+    def set_policy(self, settings: ReroutingConfig) -> None:
+        """Takes effect in the next step."""
+
+    def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
+        """Makes a router return re-routed ids from now on. Returns its counters, int64 [len(COUNTERS)]."""
+
+
+_library = torch.library.Library("sere_dist", "DEF")
+
+
+def _reroute_step(
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    similarity: torch.Tensor,
+    policy: torch.Tensor,
+    valid_rows: torch.Tensor,
+    num_rows: torch.Tensor,
+    counters: torch.Tensor,
+) -> torch.Tensor:
+    """Re-routes one layer of one step; see `TorchBackend` for the arguments. Returns new ids, never an alias."""
+    rows, num_valid = num_rows.tolist()
+    if num_valid == 0:  # a profiling or dummy run, or a step of prefill only
+        return topk_ids.clone()
+    if rows != len(topk_ids):
+        raise RuntimeError(
+            f"the router got {len(topk_ids)} rows in a step of {rows} tokens: their re-routing masks do not line up"
+        )
+    valid_T = valid_rows[:rows]
+    select_top_k, threshold, min_rows, max_rows = policy.tolist()
+    select_top_k = int(select_top_k) if min_rows <= num_valid <= max_rows else 0
+    new_ids = reroute(
+        topk_weights, topk_ids, similarity, select_top_k=select_top_k, threshold=threshold, valid_T=valid_T
+    )
+    counters += step_counts(
+        topk_weights, topk_ids, new_ids, select_top_k=select_top_k, num_experts=len(similarity), valid_T=valid_T
+    )
+    return new_ids
+
+
+def _reroute_step_fake(topk_weights, topk_ids, similarity, policy, valid_rows, num_rows, counters) -> torch.Tensor:
+    return torch.empty_like(topk_ids)
+
+
+direct_register_custom_op(
+    "reroute", _reroute_step, mutates_args=["counters"], fake_impl=_reroute_step_fake, target_lib=_library
+)
+
+
+class TorchBackend:
+    """The torch functions, on a CPU.
+
+    Attributes:
+        policy: float64 [4]: S (0 when switched off), rho, least and most valid rows of a step that is re-routed.
+    """
+
+    def __init__(self, artifact: Artifact, rows: Rows):
+        self.artifact, self.rows = artifact, rows
+        self.policy = torch.zeros(4, dtype=torch.float64)
+
+    def set_policy(self, settings: ReroutingConfig) -> None:
+        select_top_k = settings.select_top_k if settings.enabled else 0
+        most = torch.inf if settings.max_rows is None else settings.max_rows
+        self.policy.copy_(torch.tensor([select_top_k, settings.threshold, settings.min_rows, most]))
+
+    def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
+        counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
+        compute_routing = type(router)._compute_routing
+        # Plain tensor attributes: torch.compile takes them as inputs of the graph, whichever layer it compiles.
+        router.sere_similarity, router.sere_counters = self.artifact.similarity[layer], counters
+        router.sere_policy, router.sere_valid_rows, router.sere_num_rows = self.policy, self.rows.valid, self.rows.count
+
+        def rerouted(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+            weights, ids = compute_routing(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
+            ids = torch.ops.sere_dist.reroute(
+                weights,
+                ids,
+                self.sere_similarity,
+                self.sere_policy,
+                self.sere_valid_rows,
+                self.sere_num_rows,
+                self.sere_counters,
+            )
+            return weights, ids
+
+        router._compute_routing = types.MethodType(rerouted, router)
+        return counters
+
+
+class KernelBackend:
+    """The kernel of `sere_dist.kernels`, on a GPU."""
+
+    def __init__(self, artifact: Artifact, rows: Rows):
+        from sere_dist.kernels.reroute import Layer, Policy
+
+        self.rows = rows
+        self.policy = Policy(rows.valid.device)
+        self.layers = {layer: Layer(similarity, self.policy) for layer, similarity in artifact.similarity.items()}
+
+    def set_policy(self, settings: ReroutingConfig) -> None:
+        from sere_dist.kernels.reroute import NO_LIMIT
+
+        self.policy.set(
+            select_top_k=settings.select_top_k,
+            enabled=settings.enabled,
+            min_rows=settings.min_rows,
+            max_rows=NO_LIMIT if settings.max_rows is None else settings.max_rows,
+        )
+        for layer in self.layers.values():
+            layer.set_threshold(settings.threshold)
+
+    def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
+        compute_routing, rows, kernel = type(router)._compute_routing, self.rows, self.layers[layer]
+
+        def rerouted(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+            weights, ids = compute_routing(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
+            if len(ids) > len(rows.valid):
+                raise RuntimeError(
+                    f"the router got {len(ids)} rows, a step has {len(rows.valid)} at most: not the batch's rows"
+                )
+            weights, ids = weights.contiguous(), ids.contiguous()
+            kernel.reroute(weights, ids, rows.valid)
+            return weights, ids
+
+        router._compute_routing = types.MethodType(rerouted, router)
+        return kernel.counters

@@ -1,0 +1,84 @@
+"""Which rows of a step may be re-routed, read from vLLM's model runner before each step."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from sere_dist.config import ReroutingConfig, opts_out
+
+
+class Rows:
+    """The rows of the current step: a mask at one place in memory, so that captured graphs and compiled code see it.
+
+    Attributes:
+        valid: bool [most tokens of a step] on the model's device: rows that re-routing may change and that vote. Rows
+            behind those of the step are padding, and False.
+        count: int64 [2] on the CPU: rows of the step, and valid ones; 0 in profiling and dummy runs.
+    """
+
+    def __init__(self, max_tokens: int, device: torch.device | str = "cpu"):
+        self.valid = torch.zeros(max_tokens, dtype=torch.bool, device=device)
+        self.count = torch.zeros(2, dtype=torch.int64)
+        self.which: str = "decode"
+        self.opted_out: set[str] = set()
+
+    def set_policy(self, settings: ReroutingConfig) -> None:
+        self.which = settings.rows
+
+    def follow(self, runner: Any) -> None:
+        """Keeps up with the batch of vLLM's model runner, V1 or V2, from now on."""
+        is_v2 = hasattr(runner, "req_states")
+        hook = "prepare_inputs" if is_v2 else "_prepare_inputs"
+        prepare_inputs, dummy_run = getattr(runner, hook), runner._dummy_run
+
+        def prepare(scheduler_output, *args, **kwargs):
+            prepared = prepare_inputs(scheduler_output, *args, **kwargs)
+            for request in scheduler_output.scheduled_new_reqs:
+                if request.sampling_params is not None and opts_out(request.sampling_params.extra_args):
+                    self.opted_out.add(request.req_id)
+            if is_v2:
+                prompts = runner.req_states.prompt_len.np[prepared.idx_mapping_np]
+                batch = (prepared.req_ids, prompts, prepared.num_computed_tokens_np, prepared.num_scheduled_tokens)
+                live = runner.req_states.req_id_to_index
+            else:
+                of = runner.input_batch
+                batch = (of.req_ids, of.num_prompt_tokens, of.num_computed_tokens_cpu, args[0])
+                live = runner.requests
+            self.start_step(*(each[: len(scheduler_output.num_scheduled_tokens)] for each in batch), live)
+            return prepared
+
+        def dummy(*args, **kwargs):
+            self.count.zero_()
+            self.valid.zero_()
+            return dummy_run(*args, **kwargs)
+
+        setattr(runner, hook, prepare)
+        runner._dummy_run = dummy
+
+    def start_step(
+        self,
+        requests: Sequence[str],
+        prompt_tokens: np.ndarray,
+        computed_tokens: np.ndarray,
+        scheduled_tokens: np.ndarray,
+        live: Mapping[str, Any],
+    ) -> None:
+        """Takes over a batch: for each request, in the order of its rows, prompt tokens, tokens computed before this
+        step, and tokens of this step. A row decodes if its request's whole prompt was computed before."""
+        valid = np.ones(len(requests), dtype=bool) if self.which == "all" else computed_tokens >= prompt_tokens
+        if self.opted_out:
+            self.opted_out.intersection_update(live)
+            valid = valid & [request not in self.opted_out for request in requests]
+        rows = np.repeat(valid, scheduled_tokens)
+        if len(rows) > len(self.valid):
+            raise RuntimeError(f"a step has {len(rows)} rows, re-routing expected {len(self.valid)} at most")
+        mask = torch.from_numpy(rows)
+        if self.valid.is_cuda:
+            # Pinned memory is handed back to torch's allocator, which keeps it until this copy is done.
+            self.valid[: len(rows)].copy_(mask.pin_memory(), non_blocking=True)
+        else:
+            self.valid[: len(rows)] = mask
+        self.valid[len(rows) :] = False
+        self.count[0], self.count[1] = len(rows), int(rows.sum())

@@ -1,0 +1,124 @@
+"""Which rows may be re-routed, from the batch of the model runner (V1 and V2): no engine needed."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from vllm import SamplingParams
+
+from sere_dist.config import ReroutingConfig, opts_out
+from sere_dist.vllm_plugin.rows import Rows
+
+# Four requests: decoding, within its prompt, at its beginning, and one prompt token before decoding.
+REQUESTS, PROMPT, COMPUTED = ["a", "b", "c", "d"], [30, 24, 6, 10], [30, 20, 0, 9]
+
+
+class Runner:
+    """What `Rows` reads of a model runner; buffers are longer than the batch, and hold leftovers."""
+
+    def __init__(self, version: int):
+        self.dummies = 0
+        if version == 1:
+            self.input_batch = SimpleNamespace(
+                req_ids=[*REQUESTS, None],
+                num_prompt_tokens=np.array([*PROMPT, 5]),
+                num_computed_tokens_cpu=np.array([*COMPUTED, 77]),
+            )
+            self.requests = dict.fromkeys(REQUESTS)
+            self._prepare_inputs = lambda _scheduled, _tokens: "prepared"
+        else:
+            in_states = [3, 0, 4, 1]  # where each request's state lies
+            prompts = np.zeros(6, dtype=np.int32)
+            prompts[in_states] = PROMPT
+            self.req_states = SimpleNamespace(
+                prompt_len=SimpleNamespace(np=prompts), req_id_to_index=dict(zip(REQUESTS, in_states, strict=True))
+            )
+            self.prepare_inputs = lambda _scheduled, tokens: SimpleNamespace(
+                req_ids=REQUESTS,
+                idx_mapping_np=np.array(in_states),
+                num_computed_tokens_np=np.array(COMPUTED),
+                num_scheduled_tokens=tokens,
+            )
+
+    def _dummy_run(self, _tokens: int) -> str:
+        return "dummy"
+
+    def step(self, tokens: list[int], **of_new_requests):
+        new = [SimpleNamespace(req_id=name, sampling_params=given) for name, given in of_new_requests.items()]
+        scheduled = SimpleNamespace(
+            scheduled_new_reqs=new, num_scheduled_tokens=dict(zip(REQUESTS, tokens, strict=True))
+        )
+        prepare = self.prepare_inputs if hasattr(self, "req_states") else self._prepare_inputs
+        return prepare(scheduled, np.array(tokens))
+
+
+@pytest.fixture(params=[1, 2])
+def runner(request) -> Runner:
+    return Runner(request.param)
+
+
+def follow(runner: Runner, **settings) -> Rows:
+    rows = Rows(32)
+    rows.set_policy(ReroutingConfig(artifact="a", select_top_k=2, **settings))
+    rows.valid.fill_(True)  # as if left over from a larger step
+    rows.follow(runner)
+    return rows
+
+
+def valid(rows: Rows) -> list[int]:
+    return rows.valid.nonzero().flatten().tolist()
+
+
+def test_only_rows_of_computed_prompts_decode(runner):
+    rows = follow(runner)
+    assert runner.step([1, 4, 6, 1])
+    assert rows.count.tolist() == [12, 1]
+    assert valid(rows) == [0]
+
+
+def test_rows_that_verify_speculated_tokens_decode(runner):
+    rows = follow(runner)
+    runner.step([3, 4, 6, 1])
+    assert rows.count.tolist() == [14, 3]
+    assert valid(rows) == [0, 1, 2]
+
+
+def test_all_rows(runner):
+    rows = follow(runner, rows="all")
+    runner.step([1, 4, 6, 1])
+    assert rows.count.tolist() == [12, 12]
+    assert valid(rows) == list(range(12))
+
+
+def test_dummy_runs_have_no_rows(runner):
+    rows = follow(runner)
+    runner.step([1, 4, 6, 1])
+    assert runner._dummy_run(8) == "dummy"
+    assert rows.count.tolist() == [0, 0] and not valid(rows)
+
+
+def test_rows_of_a_request_that_opts_out(runner):
+    rows = follow(runner, rows="all")
+    out = {"b": SamplingParams(extra_args={"sere": "off"}), "c": SamplingParams(), "d": None}  # d: a pooling request
+    for new in (out, {}):  # in later steps it is no new request
+        runner.step([1, 4, 6, 1], **new)
+        assert rows.count.tolist() == [12, 8]
+        assert valid(rows) == [0, *range(5, 12)]
+    del (runner.requests if hasattr(runner, "requests") else runner.req_states.req_id_to_index)["b"]
+    runner.step([1, 4, 6, 1])
+    assert not rows.opted_out, "a finished request is forgotten"
+
+
+def test_a_step_that_is_too_long_is_an_error(runner):
+    follow(runner)
+    with pytest.raises(RuntimeError, match="a step has 33 rows, re-routing expected 32 at most"):
+        runner.step([20, 6, 6, 1])
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "out"),
+    [(None, False), ({}, False), ({"sere": "on"}, False), ({"other": 0}, False)]
+    + [({"sere": value}, True) for value in ("off", "OFF", False, 0, "0", "false")],
+)
+def test_what_opts_out(extra_args, out):
+    assert opts_out(extra_args) is out
