@@ -1,16 +1,17 @@
-"""What re-routing costs inside a CUDA graph: beside nothing, beside the method in three launches, beside the router.
+"""What re-routing costs inside a CUDA graph: beside nothing, beside the method in three launches, beside a router.
 
     python -m benchmarks.kernel                        # checks, then times
     python -m benchmarks.kernel --dry-run              # no GPU: compiles, lists what it would do
-    compute-sanitizer --tool racecheck python -m benchmarks.kernel --part check --steps 100
+    compute-sanitizer --tool racecheck python -m benchmarks.kernel --part check --steps 100   # and memcheck, synccheck
 
-Needs torch, cuda.core and an NVIDIA GPU of compute capability 8.0 or more; no vLLM. check: random steps of all kinds
+Needs torch, cuda.core, typer, rich, psutil and an NVIDIA GPU of compute capability 8.0 or more; no vLLM. check: random steps of all kinds
 against the torch functions, replays of one captured graph while the policy changes, two streams at once. time: a graph
 of many calls of each kind, each call with tokens of its own and each layer with its own tables, replayed in turns; ids
-are put back between replays, outside the timed part. Prints a table and one JSON line last; writes
-`benchmarks/results/kernel.json`.
+are put back between replays, outside the timed part. The tables stay in the L2 cache, from which a model's weights would
+push them. Prints a table and one JSON line last; writes `benchmarks/results/kernel.json` after each part.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +30,10 @@ from sere_dist.kernels.reroute import ENTRIES, Layer, Policy, compile_kernels, l
 OTHERS = Path(__file__).with_name("three_launches.cu")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 SHAPES = ((60, 4), (64, 8), (128, 8), (256, 8))  # experts, experts a token
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 LAYERS, CALLS_A_LAYER = 48, 5
 SELECT_TOP_K, DOMAINS, PRICE = 2, 8, 0.02
-KINDS = ("empty", "re-routing", "off", "projection", "priced", "three launches", "softmax, top-k")
+KINDS = ("empty", "re-routing", "off", "projection", "priced", "three launches", "torch softmax, top-k")
 Part = Literal["all", "check", "time"]
 
 
@@ -53,9 +54,10 @@ def check(steps: int) -> dict[str, Any]:
 def check_replays() -> int:
     """One captured graph; what a replay does follows the policy, the threshold and the tokens of its moment."""
     count = 0
-    for projection in (False, True):
+    random = torch.Generator().manual_seed(0)
+    for projection, rows in itertools.product((False, True), (64, 2048)):  # one launch and two
         step = RandomStep(
-            1, 64, 8, 128, 2, projection, traffic_price=0.02, domains=8, ties=False, valid_share=0.9, empty_share=0
+            1, rows, 8, 128, 2, projection, traffic_price=0.02, domains=8, ties=False, valid_share=0.9, empty_share=0
         )
         layer = step.layer("cuda")
         weights_TK, ids_TK = step.weights_TK.cuda(), step.ids_TK.cuda()
@@ -66,10 +68,10 @@ def check_replays() -> int:
         total = torch.zeros_like(layer.counters).cpu()
         for turn in range(40):
             step.select_top_k, step.threshold = turn % 9, (0.0, 0.5, 0.9, 0.99)[turn % 4]
-            step.enabled, step.min_rows, step.traffic_price = turn % 5 != 3, (0, 60)[turn % 7 == 6], 0.01 * (turn % 3)
+            step.enabled, step.min_rows, step.traffic_price = turn % 5 != 3, (0, rows)[turn % 7 == 6], 0.01 * (turn % 3)
             step.set(layer.policy)
             layer.set_threshold(step.threshold)
-            step.valid_T = torch.rand(len(step.valid_T)) < 0.9
+            step.valid_T = torch.rand(len(step.valid_T), generator=random) < 0.9
             for there, here in ((weights_TK, step.weights_TK), (ids_TK, step.ids_TK), (valid_T, step.valid_T)):
                 there.copy_(here)
             graph.replay()
@@ -90,6 +92,9 @@ def check_two_streams() -> int:
     layers[0].counters.zero_()
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
+    for stream in streams:  # both wait until all is queued
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)
     for i, (layer, (weights_TK, ids_TK)) in enumerate(zip(layers, tensors, strict=True)):
         with torch.cuda.stream(streams[i % 2]):
             layer.reroute(weights_TK, ids_TK)
@@ -160,7 +165,7 @@ class Calls:
             "projection": of_layers(policy(SELECT_TOP_K), **projection),
             "priced": of_layers(policy(SELECT_TOP_K, PRICE), **projection, domain_E=domain),
             "three launches": [lambda i=i: three_launches(i) for i in range(count)],
-            "softmax, top-k": [lambda i=i: logits[i].softmax(-1).topk(top_k) for i in range(count)],
+            "torch softmax, top-k": [lambda i=i: logits[i].softmax(-1).topk(top_k) for i in range(count)],
         }
 
     def put_back(self) -> None:
@@ -191,6 +196,7 @@ def measure(rounds: int) -> dict[str, Any]:
         for turn in range(rounds + 2):
             for kind, graph in graphs.items():
                 calls.put_back()
+                torch.cuda._sleep(2_000_000)  # a millisecond, in which the host hands the whole graph over
                 start.record()
                 graph.replay()
                 end.record()
@@ -251,11 +257,12 @@ def main(
     if part in ("all", "check"):
         command = f"python -m benchmarks.kernel --part check --steps {steps}"
         measured["check"] = {"command": command, **about, **check(steps)}
+        keep(results, measured)
     if part in ("all", "time"):
         command = f"python -m benchmarks.kernel --part time --rounds {rounds}"
         measured["time"] = {"command": command, **about, **measure(rounds)}
         tables().print(time_table(measured["time"]))
-    keep(results, measured)
+        keep(results, measured)
     print(json.dumps(measured))
 
 

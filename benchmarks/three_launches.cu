@@ -22,7 +22,8 @@ extern "C" __global__ void find_substitutes(const float *similarity_EE, int E, c
     best[p] = p;
     for (int half = blockDim.x / 2; half > 0; half /= 2) {
         __syncthreads();
-        if (p < half && best_similarity[p + half] > best_similarity[p]) {
+        if (p < half && (best_similarity[p + half] > best_similarity[p] ||
+                         (best_similarity[p + half] == best_similarity[p] && best[p + half] < best[p]))) {
             best_similarity[p] = best_similarity[p + half];
             best[p] = best[p + half];
         }

@@ -53,6 +53,28 @@ class LayerStatistics(BaseModel):
     similarity_max: float
     seconds: float
 
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        name: str,
+        similarity_EE: torch.Tensor,
+        tokens_E: torch.Tensor | None = None,
+        seconds: float = 0.0,
+    ) -> "LayerStatistics":
+        """Sums up a layer's matrix, and the tokens routed to each expert where there were any."""
+        different = similarity_EE[~torch.eye(len(similarity_EE), dtype=torch.bool)]
+        return cls(
+            layer=layer,
+            name=name,
+            tokens_per_expert_min=None if tokens_E is None else int(tokens_E.min()),
+            tokens_per_expert_median=None if tokens_E is None else float(tokens_E.double().quantile(0.5)),
+            similarity_mean=float(different.mean()),
+            similarity_min=float(different.min()),
+            similarity_max=float(different.max()),
+            seconds=round(seconds, 3),
+        )
+
     def cells(self) -> list[str]:
         """The row as people read it: layer, fewest and median tokens an expert, similarity mean, min and max."""
         tokens = (self.tokens_per_expert_min, self.tokens_per_expert_median)

@@ -309,17 +309,7 @@ def score_layer(
         index = (torch.from_numpy(block.top_k_index_NK.flatten()) for block in inputs)
         tokens_E = sum(torch.bincount(each, minlength=num_experts) for each in index)
     similarity_EE = similarity_EE.cpu()
-    different = similarity_EE[~torch.eye(len(similarity_EE), dtype=torch.bool)]
-    statistics = LayerStatistics(
-        layer=layer,
-        name=name,
-        tokens_per_expert_min=None if tokens_E is None else int(tokens_E.min()),
-        tokens_per_expert_median=None if tokens_E is None else float(tokens_E.double().quantile(0.5)),
-        similarity_mean=float(different.mean()),
-        similarity_min=float(different.min()),
-        similarity_max=float(different.max()),
-        seconds=round(time.perf_counter() - started, 3),
-    )
+    statistics = LayerStatistics.of(layer, name, similarity_EE, tokens_E, time.perf_counter() - started)
     return LayerResult(similarity_EE, coefficient_EE, size_E, tokens_E, statistics, block_tokens, halved)
 
 

@@ -37,17 +37,18 @@ def load_artifact(path: Path, shape: MoeShape, model: str) -> Artifact:
     if matrices is None:
         return Artifact.load(path)  # which says what is missing
     similarity = {layer: _checked(path, layer, matrix, shape.num_experts) for layer, matrix in sorted(matrices.items())}
+    names = {layer: f"model.layers.{layer}.mlp" for layer in similarity}
     about = ArtifactConfig(
         schema_version=SCHEMA_VERSION,
         base_model=model,
         **vars(shape),
-        layer_names={layer: f"model.layers.{layer}.mlp" for layer in similarity},
+        layer_names=names,
         method="reference",
         dataset=None,
         num_tokens=0,
         versions={},
     )
-    return Artifact(about, similarity, [_statistics(layer, matrix) for layer, matrix in similarity.items()])
+    return Artifact(about, similarity, [LayerStatistics.of(layer, names[layer], similarity[layer]) for layer in names])
 
 
 def settings_from_overrides(
@@ -119,17 +120,3 @@ def _checked(path: Path, layer: int, matrix: torch.Tensor, num_experts: int) -> 
     if not matrix.isfinite().all():
         raise ArtifactError(f"{path}: the matrix of layer {layer} holds NaN or infinity")
     return matrix
-
-
-def _statistics(layer: int, similarity_EE: torch.Tensor) -> LayerStatistics:
-    different = similarity_EE[~torch.eye(len(similarity_EE), dtype=torch.bool)]
-    return LayerStatistics(
-        layer=layer,
-        name=f"model.layers.{layer}.mlp",
-        tokens_per_expert_min=None,
-        tokens_per_expert_median=None,
-        similarity_mean=float(different.mean()),
-        similarity_min=float(different.min()),
-        similarity_max=float(different.max()),
-        seconds=0,
-    )

@@ -31,13 +31,14 @@ def watch(_worker) -> int:
     _library = torch.library.Library("_C", "IMPL")
     _library.impl("cpu_fused_moe", spy, "CPU", with_keyset=True, allow_override=True)
 
-    original = plugin.reroute
+    original = plugin.reroute_step
 
-    def spied_reroute(topk_weights, topk_ids, similarity, *, valid_T, **settings):
-        rerouted.append((topk_weights.float().tolist(), topk_ids.tolist(), valid_T.tolist()))
-        return original(topk_weights, topk_ids, similarity, valid_T=valid_T, **settings)
+    def spied(topk_weights, topk_ids, *tables, valid_T, **settings):
+        valid = [True] * len(topk_ids) if valid_T is None else valid_T.tolist()
+        rerouted.append((topk_weights.float().tolist(), topk_ids.tolist(), valid))
+        return original(topk_weights, topk_ids, *tables, valid_T=valid_T, **settings)
 
-    plugin.reroute = spied_reroute
+    plugin.reroute_step = spied
     return os.getpid()
 
 

@@ -217,13 +217,27 @@ def test_what_does_not_fit_is_refused():
         kernel.Layer(torch.eye(1025), policy)
     with pytest.raises(ValueError, match="both coefficient and size"):
         kernel.Layer(torch.eye(4), policy, coefficient_EE=torch.eye(4))
+    with pytest.raises(ValueError, match=r"domain is \(3,\), 4 experts"):
+        kernel.Layer(torch.eye(4), policy, domain_E=torch.zeros(3))
+    layer, weights, ids = kernel.Layer(torch.eye(4), policy), torch.rand(6, 2), torch.zeros(6, 2, dtype=torch.int32)
+    for arguments, message in [
+        ((weights.double(), ids), "topk_weights is torch.float64"),
+        ((weights, ids.short()), "topk_ids is torch.int16"),
+        ((weights, ids.T.contiguous().T), "contiguous torch.int32"),
+        ((weights[:5], ids), "must be alike"),
+        ((weights, ids, torch.ones(5, dtype=torch.bool)), "valid has 5 rows, the step 6"),
+        ((weights, ids, torch.ones(6)), "valid is torch.float32"),
+        ((weights, ids, None, torch.zeros(6)), "home is torch.float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer.reroute(*arguments)
 
 
 def test_the_benchmark_says_what_it_would_measure():
     command = [sys.executable, "-m", "benchmarks.kernel"]
     run = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True, cwd=HERE.parent)
     would = json.loads(run.stdout.splitlines()[-1])["dry_run"]
-    assert would["shapes"] == 40 and would["cubin_bytes"].keys() == set(ARCHITECTURES)
+    assert would["shapes"] == 48 and would["cubin_bytes"].keys() == set(ARCHITECTURES)
     if not torch.cuda.is_available():
         without = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
         assert without.returncode and "--dry-run" in without.stderr

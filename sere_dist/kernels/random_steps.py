@@ -1,4 +1,4 @@
-"""Random decode steps, re-routed by the kernel and by the torch functions: they must agree to the bit.
+"""Random decode steps, re-routed by the kernels and by the torch functions: they must agree to the bit.
 
 Used by the tests, on a CPU (tests/cuda_on_host.h), and by `python -m benchmarks.kernel`, on a GPU.
 """
@@ -10,6 +10,7 @@ from random import Random
 import torch
 
 from sere_dist.kernels.reroute import ID_DTYPES, NO_LIMIT, WEIGHT_DTYPES, Layer, Policy
+from sere_dist.kernels.reroute_cpu import ranked_neighbors, reroute_step
 from sere_dist.rerouting import COUNTERS, reroute, reroute_projection, step_counts
 
 
@@ -68,10 +69,7 @@ class RandomStep:
 
     def by_torch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns weights, ids and counts by the functions of `rerouting.py`."""
-        valid_T = None if self.valid_T is None else self.valid_T[: self.rows]
-        home_T = None if self.home_T is None else self.home_T[: self.rows]
-        votes = self.rows if valid_T is None else int(valid_T.sum())
-        select_top_k = self.select_top_k if self.enabled and self.min_rows <= votes <= self.max_rows else 0
+        select_top_k, valid_T, home_T = self._in_force()
         common = {"select_top_k": select_top_k, "threshold": self.threshold, "valid_T": valid_T}
         weights_TK = self.weights_TK
         if self.projection:
@@ -99,6 +97,22 @@ class RandomStep:
             home_T=home_T,
         )
         return weights_TK, ids_TK, counts
+
+    def by_cpu(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the same by `reroute_cpu`, which knows neither projection nor domains."""
+        select_top_k, valid_T, _ = self._in_force()
+        counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
+        tables = ranked_neighbors(self.similarity_EE)
+        common = {"select_top_k": select_top_k, "threshold": self.threshold, "valid_T": valid_T}
+        ids_TK = reroute_step(self.weights_TK, self.ids_TK, *tables, counters, **common)
+        return self.weights_TK, ids_TK, counters
+
+    def _in_force(self) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+        """Returns S (0 where gates or switch leave the step alone), and the masks cut to the step."""
+        valid_T = None if self.valid_T is None else self.valid_T[: self.rows]
+        home_T = None if self.home_T is None else self.home_T[: self.rows]
+        votes = self.rows if valid_T is None else int(valid_T.sum())
+        return self.select_top_k if self.enabled and self.min_rows <= votes <= self.max_rows else 0, valid_T, home_T
 
     def layer(self, device: torch.device | str) -> Layer:
         """Returns the layer of this step, with a policy of its own."""

@@ -16,7 +16,7 @@
 
 constexpr int MAX_EXPERTS = 1024;
 constexpr int MAX_THREADS = 1024;
-constexpr int PREFETCHED = 4;  // experts a warp whose first 32 neighbours it loads before it needs them
+constexpr int PREFETCHED = 8;  // experts a warp whose first 32 neighbours it loads before it needs them
 constexpr unsigned ALL = 0xffffffffu;
 constexpr unsigned short NO_SUBSTITUTE = 0xffff;
 constexpr int NOWHERE = -1;
@@ -82,8 +82,8 @@ struct Votes {
 
 struct Experts {
     float size[MAX_EXPERTS];
-    float similarity[MAX_EXPERTS];  // to the substitute
     unsigned short substitute[MAX_EXPERTS];
+    unsigned short place[MAX_EXPERTS];   // of the substitute among the neighbours
     unsigned short cutoff[MAX_EXPERTS];  // neighbours that are similar enough
     short domain[MAX_EXPERTS];
     int totals[NUM_COUNTERS];
@@ -131,13 +131,22 @@ struct Slot {
 
 __device__ Slot read_slot(const Step &step, int token, int column) {
     Slot slot = {token, column, false, -1, 0.0f};
-    slot.votes = token < step.T && column < step.K && (!step.valid_T || step.valid_T[token]);
-    if (slot.votes) {
+    if (token < step.T && column < step.K) {
+        // Three loads at once: none waits for what another says.
+        bool valid = !step.valid_T || step.valid_T[token];
         Id id = step.ids_TK[token * step.K + column];
-        slot.expert = id >= 0 && id < step.E ? static_cast<int>(id) : -1;
-        slot.weight = to_float(step.weights_TK[token * step.K + column]);
+        float weight = to_float(step.weights_TK[token * step.K + column]);
+        slot.votes = valid;
+        slot.expert = valid && id >= 0 && id < step.E ? static_cast<int>(id) : -1;
+        slot.weight = valid ? weight : 0.0f;
     }
     return slot;
+}
+
+// The warp's first slots, asked for before they are needed.
+__device__ Slot first_slot(const Step &step, int block) {
+    int width = group_width(step.K), warps = blockDim.x / 32, lane = lane_index();
+    return read_slot(step, (block * warps + warp_index()) * (32 / width) + lane / width, lane % width);
 }
 
 // How many of the token's slots come before this lane's: the heavier ones, and of equal ones those further left.
@@ -172,13 +181,13 @@ __device__ int is_first_visit(int visits, int home, int column, int K, int width
 }
 
 // Marks what the tokens of `blocks` blocks chose. Returns whether this thread marked a primary expert.
-__device__ bool vote(const Step &step, Votes *votes, int block, int blocks) {
+__device__ bool vote(const Step &step, int select_top_k, Slot slot, Votes *votes, int block, int blocks) {
     int width = group_width(step.K), tokens = 32 / width, warps = blockDim.x / 32, lane = lane_index();
-    int select_top_k = step.policy->select_top_k;
+    int start = (block * warps + warp_index()) * tokens;
     bool marked = false;
 #pragma unroll 1
-    for (int first = (block * warps + warp_index()) * tokens; first < step.T; first += blocks * warps * tokens) {
-        Slot slot = read_slot(step, first + lane / width, lane % width);
+    for (int first = start; first < step.T; first += blocks * warps * tokens) {
+        if (first != start) slot = read_slot(step, first + lane / width, lane % width);
         int rank = rank_in_group(slot, step.K, width);
         if (slot.expert >= 0) {
             votes->chosen[slot.expert] = 1;
@@ -192,20 +201,16 @@ __device__ bool vote(const Step &step, Votes *votes, int block, int blocks) {
 
 // By a warp: finds the substitute of one expert. `neighbor` is this lane's of the first 32.
 __device__ void find_substitute(const Step &step, const Votes &votes, Experts &experts, int expert, int neighbor) {
-    int lane = lane_index();
-    if (!votes.chosen[expert]) return;
-    if (!step.coefficient_EE && votes.primary[expert]) return;  // it stays
+    int lane = lane_index(), cutoff = votes.primary[expert] ? step.E : experts.cutoff[expert];
 #pragma unroll 1
-    for (int first = 0; first < experts.cutoff[expert]; first += 32) {
+    for (int first = 0; first < cutoff; first += 32) {
         int place = first + lane;
         if (first) neighbor = place < step.E ? step.neighbors_EE[expert * step.E + place] : 0;
-        unsigned found = __ballot_sync(ALL, place < experts.cutoff[expert] && votes.primary[neighbor]);
+        unsigned found = __ballot_sync(ALL, place < cutoff && votes.primary[neighbor]);
         if (found) {
-            int best = __ffs(found) - 1;
-            neighbor = __shfl_sync(ALL, neighbor, best);
-            if (lane == 0) {
+            if (place == first + __ffs(found) - 1) {
                 experts.substitute[expert] = static_cast<unsigned short>(neighbor);
-                experts.similarity[expert] = step.ranked_similarity_EE[expert * step.E + first + best];
+                experts.place[expert] = static_cast<unsigned short>(place);
             }
             return;
         }
@@ -222,7 +227,7 @@ __device__ int settle_by_price(const Step &step, const Policy &policy, const Vot
     int width = group_width(step.K), lane = lane_index(), first_lane = lane / width * width;
     unsigned group = (width == 32 ? ALL : (1u << width) - 1) << first_lane;
     int substitute = settles ? experts.substitute[slot.expert] : -1;
-    float similarity = settles ? experts.similarity[slot.expert] : 0.0f;
+    float similarity = settles ? step.ranked_similarity_EE[slot.expert * step.E + experts.place[slot.expert]] : 0.0f;
     float loss = settles ? (slot.weight * slot.weight) * experts.size[slot.expert] : 0.0f;
     if (!step.domain_E || !(price > 0)) return loss < loss * (1 - similarity) ? -1 : substitute;
 
@@ -247,7 +252,7 @@ __device__ int settle_by_price(const Step &step, const Policy &policy, const Vot
             searching &= first < step.E;
             int neighbor = searching && place < step.E ? step.neighbors_EE[expert * step.E + place] : -1;
             bool near = is_visited(neighbor >= 0 ? experts.domain[neighbor] : NOWHERE - 1, visits, home, step.K, width);
-            unsigned found = __ballot_sync(ALL, near && votes.primary[neighbor]) & group;
+            unsigned found = __ballot_sync(ALL, neighbor >= 0 && near && votes.primary[neighbor]) & group;
             int nearest = __shfl_sync(ALL, neighbor, found ? __ffs(found) - 1 : lane);
             if (searching && found) {
                 int its_place = first + __ffs(found) - 1 - first_lane;
@@ -289,9 +294,11 @@ __device__ void prefetch(const Step &step, int (&neighbors)[PREFETCHED]) {
 
 __device__ void find_substitutes(const Step &step, const Votes &votes, Experts &experts,
                                  const int (&neighbors)[PREFETCHED]) {
-    int warps = blockDim.x / 32, warp = warp_index(), lane = lane_index();
+    int warps = blockDim.x / 32, lane = lane_index();
 #pragma unroll 1
-    for (int expert = warp, turn = 0; expert < step.E; expert += warps, ++turn) {
+    for (int expert = warp_index(), turn = 0; expert < step.E; expert += warps, ++turn) {
+        if (!votes.chosen[expert]) continue;
+        if (!step.coefficient_EE && votes.primary[expert]) continue;  // it stays
         int neighbor = 0;
         if (turn >= PREFETCHED && lane < step.E) neighbor = step.neighbors_EE[expert * step.E + lane];
 #pragma unroll
@@ -301,13 +308,14 @@ __device__ void find_substitutes(const Step &step, const Votes &votes, Experts &
 }
 
 // Rewrites the slots of the block's tokens. `acts`: the policy is on in this step.
-__device__ void settle_slots(const Step &step, const Policy &policy, const Votes &votes, const Experts &experts,
-                             bool acts, int block, int blocks, int (&counts)[NUM_COUNTERS]) {
+__device__ void settle_slots(const Step &step, const Policy &policy, Slot slot, const Votes &votes,
+                             const Experts &experts, bool acts, int block, int blocks, int (&counts)[NUM_COUNTERS]) {
     int width = group_width(step.K), tokens = 32 / width, warps = blockDim.x / 32, lane = lane_index();
+    int start = (block * warps + warp_index()) * tokens;
     bool priced = step.coefficient_EE;
 #pragma unroll 1
-    for (int first = (block * warps + warp_index()) * tokens; first < step.T; first += blocks * warps * tokens) {
-        Slot slot = read_slot(step, first + lane / width, lane % width);
+    for (int first = start; first < step.T; first += blocks * warps * tokens) {
+        if (first != start) slot = read_slot(step, first + lane / width, lane % width);
         // Lanes beyond the token's slots need its home too: they search for it.
         int home = step.home_T && slot.token < step.T ? step.home_T[slot.token] : NOWHERE;
         int visits = step.domain_E && slot.expert >= 0 ? experts.domain[slot.expert] : NOWHERE;
@@ -340,10 +348,9 @@ __device__ void settle_slots(const Step &step, const Policy &policy, const Votes
     }
 }
 
-// Everything after the vote. `votes` and `experts` are the block's own, in shared memory.
-__device__ void settle(const Step &step, const Votes &votes, Experts &experts, const int (&neighbors)[PREFETCHED],
-                       bool any_primary, int block, int blocks) {
-    Policy policy = *step.policy;
+// Everything after the vote. `votes` and `experts` are the block's own, in shared memory; `slot` is its first.
+__device__ void settle(const Step &step, const Policy &policy, Slot slot, const Votes &votes, Experts &experts,
+                       const int (&neighbors)[PREFETCHED], bool any_primary, int block, int blocks) {
     if (votes.rows == 0) return;  // all threads, or none; so with `acts`
     bool acts = policy.on && any_primary && policy.select_top_k < step.K && policy.least_rows <= votes.rows &&
                 votes.rows <= policy.most_rows;
@@ -352,9 +359,9 @@ __device__ void settle(const Step &step, const Votes &votes, Experts &experts, c
         __syncthreads();
     }
     int counts[NUM_COUNTERS] = {};
-    if (acts || step.domain_E) settle_slots(step, policy, votes, experts, acts, block, blocks, counts);
+    if (acts || step.domain_E) settle_slots(step, policy, slot, votes, experts, acts, block, blocks, counts);
     if (block == 0) {
-        if (threadIdx.x == 0) counts[STEPS] = 1, counts[ROWS] = votes.rows;
+        if (threadIdx.x == 0) experts.totals[STEPS] = 1, experts.totals[ROWS] = votes.rows;
         for (int e = threadIdx.x; e < step.E; e += blockDim.x) {
             if (!votes.chosen[e]) continue;
             counts[ACTIVE_BEFORE] += 1;
@@ -362,7 +369,9 @@ __device__ void settle(const Step &step, const Votes &votes, Experts &experts, c
         }
     }
 #pragma unroll
-    for (int i = 0; i < NUM_COUNTERS; ++i) {
+    for (int i = REROUTED; i < NUM_COUNTERS; ++i) {
+        if (i == DROPPED && !step.coefficient_EE) continue;
+        if (i >= REMOTE_BEFORE && !step.domain_E) continue;
         int sum = __reduce_add_sync(ALL, counts[i]);
         if (lane_index() == 0 && sum) atomicAdd(&experts.totals[i], sum);
     }
@@ -372,29 +381,33 @@ __device__ void settle(const Step &step, const Votes &votes, Experts &experts, c
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute(PARAMETERS) {
-    const Step step = {ARGUMENTS};
     __shared__ Votes votes;
     __shared__ Experts experts;
+    const Step step = {ARGUMENTS};
+    const Policy now = *policy;
+    const Slot slot = first_slot(step, 0);
     int neighbors[PREFETCHED];
     prefetch(step, neighbors);
     load_experts(step, experts);
     for (int e = threadIdx.x; e < E; e += blockDim.x) votes.primary[e] = votes.chosen[e] = 0;
     if (threadIdx.x == 0) votes.rows = 0;
     __syncthreads();
-    bool any_primary = __syncthreads_or(vote(step, &votes, 0, 1));
-    settle(step, votes, experts, neighbors, any_primary, 0, 1);
+    bool any_primary = __syncthreads_or(vote(step, now.select_top_k, slot, &votes, 0, 1));
+    settle(step, now, slot, votes, experts, neighbors, any_primary, 0, 1);
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_vote(PARAMETERS) {
     const Step step = {ARGUMENTS};
-    vote(step, workspace, blockIdx.x, gridDim.x);
+    vote(step, policy->select_top_k, first_slot(step, blockIdx.x), workspace, blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_settle(PARAMETERS) {
-    const Step step = {ARGUMENTS};
     __shared__ Votes votes;
     __shared__ Experts experts;
     __shared__ bool is_last;
+    const Step step = {ARGUMENTS};
+    const Policy now = *policy;
+    const Slot slot = first_slot(step, blockIdx.x);
     int neighbors[PREFETCHED];
     prefetch(step, neighbors);
     load_experts(step, experts);
@@ -405,7 +418,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_settle(PARAMET
     }
     if (threadIdx.x == 0) votes.rows = workspace->rows;
     bool any_primary = __syncthreads_or(marked);
-    settle(step, votes, experts, neighbors, any_primary, blockIdx.x, gridDim.x);
+    settle(step, now, slot, votes, experts, neighbors, any_primary, blockIdx.x, gridDim.x);
 
     // All blocks have read the workspace once the last one gets here: it leaves zeros for the next step.
     __threadfence();

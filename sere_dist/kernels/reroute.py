@@ -6,9 +6,9 @@
     layer.reroute(topk_weights_TK, topk_ids_TK, valid_T)  # in place
     dict(zip(COUNTERS, layer.counters.tolist()))
 
-A step allocates nothing and waits for nothing, so it can be captured in a CUDA graph. What a replay may change lies in
-device memory: the policy, the tables of a layer, the mask of valid rows. Shape suffixes as in `rerouting.py`, which
-computes the same, to the bit.
+A step allocates nothing and waits for nothing, so it can be captured in a CUDA graph, after a first step that compiled
+and loaded the kernel. What a replay may change lies in device memory: the policy, the tables of a layer, the mask of
+valid rows. Shape suffixes as in `rerouting.py`, which computes the same, to the bit.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, launch
+from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
 from cuda.core.utils import FileStreamProgramCache
 
 from sere_dist.rerouting import COUNTERS
@@ -28,6 +28,7 @@ SOURCE = Path(__file__).with_name("reroute.cu")
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 ONE_LAUNCH_ROWS = 1024  # more rows than this take two launches
 MAX_THREADS = 1024
+EXPERTS_A_WARP = 4  # at most, where the threads suffice: a warp finds their substitutes one after the other
 THREADS_OF_TWO, BLOCKS_OF_TWO = 512, 264  # two blocks for each multiprocessor of an H200
 VOTES_BYTES = 2 * MAX_EXPERTS + 8  # struct Votes
 NO_LIMIT = 2**31 - 1
@@ -98,6 +99,16 @@ class Layer:
             raise ValueError(f"the kernel takes at most {MAX_EXPERTS} experts, not {num_experts}")
         if (coefficient_EE is None) != (size_E is None):
             raise ValueError("policy projection needs both coefficient and size")
+        for name, table, dimensions in (
+            ("similarity", similarity_EE, 2),
+            ("coefficient", coefficient_EE, 2),
+            ("size", size_E, 1),
+            ("domain", domain_E, 1),
+        ):
+            if table is not None and table.shape != (num_experts,) * dimensions:
+                raise ValueError(
+                    f"{name} is {tuple(table.shape)}, {num_experts} experts call for {dimensions} such axes"
+                )
         device = policy.block.device
         similarity_EE = similarity_EE.to(device, torch.float32)
         if coefficient_EE is not None:
@@ -141,21 +152,37 @@ class Layer:
             home_T: int32, at least T long: the domain where a token's attention ran, -1: none.
         """
         num_rows, top_k = topk_ids_TK.shape
+        _check("topk_ids", topk_ids_TK, ID_DTYPES)
+        _check("topk_weights", topk_weights_TK, WEIGHT_DTYPES)
+        if topk_weights_TK.shape != topk_ids_TK.shape or top_k > MAX_TOP_K:
+            shapes = f"weights {tuple(topk_weights_TK.shape)} and ids {tuple(topk_ids_TK.shape)}"
+            raise ValueError(f"{shapes} must be alike, with at most {MAX_TOP_K} slots a token")
+        for name, mask, dtype in (("valid", valid_T, torch.bool), ("home", home_T, torch.int32)):
+            if mask is not None:
+                _check(name, mask, (dtype,))
+                if len(mask) < num_rows:
+                    raise ValueError(f"{name} has {len(mask)} rows, the step {num_rows}")
         if num_rows == 0:
             return
-        assert topk_weights_TK.is_contiguous() and topk_ids_TK.is_contiguous() and top_k <= MAX_TOP_K
         kernels = kernels_for(topk_ids_TK.device, topk_weights_TK.dtype, topk_ids_TK.dtype)
-        tensors = [topk_weights_TK, topk_ids_TK, num_rows, top_k, len(self.cutoff_E), self.policy.block, valid_T]
-        tensors += [self.neighbors_EE, self.cutoff_E, self.ranked_similarity_EE, self.coefficient_EE, self.size_E]
-        tensors += [self.domain_E, home_T, self.counters, self.workspace]
+        num_experts = len(self.cutoff_E)
+        arguments = [topk_weights_TK, topk_ids_TK, num_rows, top_k, num_experts, self.policy.block, valid_T]
+        arguments += [self.neighbors_EE, self.cutoff_E, self.ranked_similarity_EE, self.coefficient_EE, self.size_E]
+        arguments += [self.domain_E, home_T, self.counters, self.workspace]
         lanes = num_rows << (top_k - 1).bit_length()  # as many for each token as the next power of two
         if num_rows <= ONE_LAUNCH_ROWS:
-            threads = min(MAX_THREADS, max(256, -(-lanes // 32) * 32))
-            kernels.launch("reroute", 1, threads, tensors)
+            warps = max(-(-lanes // 32), -(-num_experts // EXPERTS_A_WARP))
+            kernels.launch("reroute", 1, min(MAX_THREADS, 32 * warps), arguments)
         else:
             blocks = min(BLOCKS_OF_TWO, -(-lanes // THREADS_OF_TWO))
-            kernels.launch("reroute_vote", blocks, THREADS_OF_TWO, tensors)
-            kernels.launch("reroute_settle", blocks, THREADS_OF_TWO, tensors)
+            kernels.launch("reroute_vote", blocks, THREADS_OF_TWO, arguments)
+            kernels.launch("reroute_settle", blocks, THREADS_OF_TWO, arguments)
+
+
+def _check(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in dtypes or not tensor.is_contiguous():
+        kinds = " or ".join(str(dtype) for dtype in dtypes)
+        raise ValueError(f"{name} is {tensor.dtype}, strides {tensor.stride()}: the kernel takes contiguous {kinds}")
 
 
 def compile_options(arch: str, weight_dtype: torch.dtype, id_dtype: torch.dtype) -> ProgramOptions:
@@ -201,6 +228,8 @@ class Kernels:
         module = compile_kernels(f"sm_{major}{minor}", weight_dtype, id_dtype)
         with torch.cuda.device(device):
             self.entries: dict[str, Kernel] = {name: module.get_kernel(name) for name in ENTRIES}
+            for kernel in self.entries.values():
+                kernel.attributes.num_regs  # noqa: B018 loads it: the driver would load it in a capture otherwise
         self.device = device
 
     def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
@@ -213,18 +242,13 @@ def launch_kernel(
     """Launches a kernel on torch's current stream of the device. Tensors are passed as pointers, None as a null one."""
     with torch.cuda.device(device):
         # Asked for at each call: a stream remembered from before would capture an empty graph.
-        stream = _Stream(torch.cuda.current_stream().cuda_stream)
+        stream = _stream(torch.cuda.current_stream().cuda_stream)
         launch(stream, LaunchConfig(grid=blocks, block=threads), kernel, *map(_kernel_argument, arguments))
 
 
-class _Stream:
-    """A stream of torch as cuda.core takes it."""
-
-    def __init__(self, handle: int):
-        self.handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
+@functools.cache
+def _stream(handle: int) -> Stream:
+    return Stream.from_handle(handle)
 
 
 def _kernel_argument(value: Argument) -> Any:

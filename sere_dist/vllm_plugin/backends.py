@@ -1,4 +1,4 @@
-"""How a router's choice is replaced: by the torch functions on a CPU, by the kernel on a GPU; one interface.
+"""How a router's choice is replaced: by `kernels.reroute_cpu` on a CPU, by the CUDA kernel on a GPU; one interface.
 
 On a CPU `torch.compile` traces straight through vLLM's router, and anything that Python looked at there would be baked
 in. So re-routing is a registered custom op there, whose every input is a tensor: what may change between steps lies in
@@ -15,7 +15,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from sere_dist.artifact import Artifact
 from sere_dist.config import ReroutingConfig
-from sere_dist.rerouting import COUNTERS, reroute, step_counts
+from sere_dist.kernels.reroute_cpu import ranked_neighbors, reroute_step
+from sere_dist.rerouting import COUNTERS
 from sere_dist.vllm_plugin.rows import Rows
 
 
@@ -35,13 +36,14 @@ _library = torch.library.Library("sere_dist", "DEF")
 def _reroute_step(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
-    similarity: torch.Tensor,
+    neighbors: torch.Tensor,
+    ranked_similarity: torch.Tensor,
     policy: torch.Tensor,
     valid_rows: torch.Tensor,
     num_rows: torch.Tensor,
     counters: torch.Tensor,
 ) -> torch.Tensor:
-    """Re-routes one layer of one step; see `TorchBackend` for the arguments. Returns new ids, never an alias."""
+    """Re-routes one layer of one step; see `CpuBackend` for the arguments. Returns new ids, never an alias."""
     rows, num_valid = num_rows.tolist()
     if num_valid == 0:  # a profiling or dummy run, or a step of prefill only
         return topk_ids.clone()
@@ -49,19 +51,20 @@ def _reroute_step(
         raise RuntimeError(
             f"the router got {len(topk_ids)} rows in a step of {rows} tokens: their re-routing masks do not line up"
         )
-    valid_T = valid_rows[:rows]
     select_top_k, threshold, min_rows, max_rows = policy.tolist()
-    select_top_k = int(select_top_k) if min_rows <= num_valid <= max_rows else 0
-    new_ids = reroute(
-        topk_weights, topk_ids, similarity, select_top_k=select_top_k, threshold=threshold, valid_T=valid_T
+    return reroute_step(
+        topk_weights,
+        topk_ids,
+        neighbors,
+        ranked_similarity,
+        counters,
+        select_top_k=int(select_top_k) if min_rows <= num_valid <= max_rows else 0,
+        threshold=threshold,
+        valid_T=valid_rows[:rows] if num_valid < rows else None,
     )
-    counters += step_counts(
-        topk_weights, topk_ids, new_ids, select_top_k=select_top_k, num_experts=len(similarity), valid_T=valid_T
-    )
-    return new_ids
 
 
-def _reroute_step_fake(topk_weights, topk_ids, similarity, policy, valid_rows, num_rows, counters) -> torch.Tensor:
+def _reroute_step_fake(topk_weights, topk_ids, *_state) -> torch.Tensor:
     return torch.empty_like(topk_ids)
 
 
@@ -70,8 +73,8 @@ direct_register_custom_op(
 )
 
 
-class TorchBackend:
-    """The torch functions, on a CPU.
+class CpuBackend:
+    """`kernels.reroute_cpu`, on a CPU.
 
     Attributes:
         policy: float64 [4]: S (0 when switched off), rho, least and most valid rows of a step that is re-routed.
@@ -90,14 +93,16 @@ class TorchBackend:
         counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
         compute_routing = type(router)._compute_routing
         # Plain tensor attributes: torch.compile takes them as inputs of the graph, whichever layer it compiles.
-        router.sere_similarity, router.sere_counters = self.artifact.similarity[layer], counters
-        router.sere_policy, router.sere_valid_rows, router.sere_num_rows = self.policy, self.rows.valid, self.rows.count
+        router.sere_neighbors, router.sere_similarity = ranked_neighbors(self.artifact.similarity[layer])
+        router.sere_policy, router.sere_counters = self.policy, counters
+        router.sere_valid_rows, router.sere_num_rows = self.rows.valid, self.rows.count
 
         def rerouted(self, hidden_states, router_logits, indices_type, *, input_ids=None):
             weights, ids = compute_routing(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
             ids = torch.ops.sere_dist.reroute(
                 weights,
                 ids,
+                self.sere_neighbors,
                 self.sere_similarity,
                 self.sere_policy,
                 self.sere_valid_rows,

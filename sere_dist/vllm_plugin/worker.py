@@ -21,7 +21,7 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.moe import MoeShape, by_layer
 from sere_dist.reference import MATRIX, load_artifact
 from sere_dist.rerouting import COUNTERS
-from sere_dist.vllm_plugin.backends import Backend, KernelBackend, TorchBackend
+from sere_dist.vllm_plugin.backends import Backend, CpuBackend, KernelBackend
 from sere_dist.vllm_plugin.rows import Rows
 
 logger = init_logger(__name__)
@@ -126,7 +126,7 @@ class Rerouting:
 class ReroutingCPUWorker(Rerouting, CPUWorker):
     """vLLM's CPU worker, re-routing."""
 
-    sere_backend_class = TorchBackend
+    sere_backend_class = CpuBackend
 
 
 class ReroutingGPUWorker(Rerouting, Worker):
