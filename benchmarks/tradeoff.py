@@ -2,8 +2,9 @@
 
     python -m benchmarks.tradeoff --artifact build/tiny-moe-sere
 
-Batches of 16 held-out texts decoded in lockstep (see sere_dist.evaluation.lockstep). Prints a table and one JSON line
-last; writes `benchmarks/results/tradeoff.json` and `docs/tradeoff.png`.
+Batches of 16 held-out texts decoded in lockstep (see sere_dist.evaluation.lockstep), and for some S batches of 1 to 32:
+what re-routing costs falls as the batch grows. Prints tables and one JSON line last; writes
+`benchmarks/results/tradeoff.json` and `docs/tradeoff.png`.
 """
 
 import json
@@ -33,6 +34,7 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parents[1]
 TINY_MOE = ROOT / "examples" / "tiny_moe"
 BATCH, LENGTH, PROMPT = 16, 256, 32
+BATCHES, TEXTS_OF_BATCHES, S_OF_BATCHES = (1, 2, 4, 8, 16, 32), 64, (1, 2, 4)
 
 
 def summary(select_top_k: int, on: list[LockstepResult], off: list[LockstepResult]) -> dict:
@@ -75,19 +77,29 @@ def main(
     ids_BL = torch.tensor(tokenise((row["text"] for row in rows), tokenizer, len(rows), LENGTH))
     batches = [batch for batch in ids_BL.split(BATCH) if len(batch) == BATCH]
     top_k = loaded.config.num_experts_per_token
-    results_by_s = {
-        select_top_k: [
-            lockstep(model, batch, prompt_length=PROMPT, similarity=loaded.similarity, select_top_k=select_top_k)
-            for batch in batches
-        ]
-        for select_top_k in track(range(1, top_k + 1), "settings")
-    }
+
+    def run(batches: list[torch.Tensor], select_top_k: int) -> list[LockstepResult]:
+        settings = {"similarity": loaded.similarity, "select_top_k": select_top_k}
+        return [lockstep(model, batch, prompt_length=PROMPT, **settings) for batch in batches]
+
+    results_by_s = {s: run(batches, s) for s in track(range(1, top_k + 1), "settings")}
+    by_batch = []
+    for size in track(BATCHES, "batches"):
+        parts = ids_BL[:TEXTS_OF_BATCHES].split(size)
+        off = run(parts, top_k)
+        by_batch += [{"batch": size, **summary(s, run(parts, s), off)} for s in S_OF_BATCHES]
     points = [summary(select_top_k, on, results_by_s[top_k]) for select_top_k, on in results_by_s.items()]
 
     table = Table("S", "active experts", "perplexity", "loss rise, nats a token")
     for point in points:
         rise = f"{point['loss_rise']:.4f} +- {point['loss_rise_standard_error']:.4f}"
         table.add_row(str(point["select_top_k"]), f"{point['active_experts']}", f"{point['perplexity']}", rise)
+    Console().print(table)
+    table = Table("batch", *(f"S = {s}: active experts, loss rise" for s in S_OF_BATCHES))
+    for size in BATCHES:
+        of_size = [point for point in by_batch if point["batch"] == size]
+        cells = [f"{p['active_experts']}, {p['loss_rise']:.3f} +- {p['loss_rise_standard_error']:.3f}" for p in of_size]
+        table.add_row(str(size), *cells)
     Console().print(table)
     draw(points, top_k, picture)
     report = {
@@ -98,6 +110,8 @@ def main(
         "tokens": LENGTH,
         "prompt": PROMPT,
         "points": points,
+        "by_batch": by_batch,
+        "texts_by_batch": TEXTS_OF_BATCHES,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("sere-dist", "torch", "transformers")},
     }

@@ -10,7 +10,10 @@ import torch
 
 from sere_dist.rerouting import COUNTERS
 
-_PLACE = {name: place for place, name in enumerate(COUNTERS)}
+_STEPS, _ROWS, _REROUTED, _CRITICAL, _BEFORE, _AFTER = (
+    COUNTERS.index(name)
+    for name in ("steps", "rows", "rerouted_slots", "critical_slots", "active_experts_before", "active_experts_after")
+)
 
 
 def ranked_neighbors(similarity_EE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -31,26 +34,27 @@ def reroute_step(
     threshold: float = 0.0,
     valid_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the new ids of a step, never an alias, and adds to `counters` (int64 [len(COUNTERS)]).
+    """Returns the new ids of a step, `topk_ids_TK` itself if none is new; adds to `counters` (int64 [len(COUNTERS)]).
 
     `neighbors_EE` and `ranked_similarity_EE` are those of `ranked_neighbors`; the rest is as in `rerouting.reroute`.
     """
     if valid_T is not None and not valid_T.all():
         new_ids_TK = topk_ids_TK.clone()
-        if valid_T.any():
-            of_valid = (topk_weights_TK[valid_T], topk_ids_TK[valid_T], neighbors_EE, ranked_similarity_EE, counters)
-            new_ids_TK[valid_T] = reroute_step(*of_valid, select_top_k=select_top_k, threshold=threshold)
+        of_valid = (topk_weights_TK[valid_T], topk_ids_TK[valid_T], neighbors_EE, ranked_similarity_EE, counters)
+        new_ids_TK[valid_T] = reroute_step(*of_valid, select_top_k=select_top_k, threshold=threshold)
         return new_ids_TK
     ids_TK, neighbors, num_experts = topk_ids_TK.numpy(), neighbors_EE.numpy(), len(neighbors_EE)
     if not len(ids_TK):
-        return topk_ids_TK.clone()
+        return topk_ids_TK
     # One place more than there are experts: empty slots (-1) fall into the last.
     chosen = np.zeros(num_experts + 1, dtype=bool)
     chosen[ids_TK] = True
     chosen[-1] = False
     active = int(np.count_nonzero(chosen))
-    counted = {"steps": 1, "rows": len(ids_TK), "active_experts_before": active, "active_experts_after": active}
-    new_ids_TK = ids_TK.copy()
+    totals = counters.numpy()
+    totals[_STEPS] += 1
+    totals[_ROWS] += len(ids_TK)
+    totals[_BEFORE] += active
     if 0 < select_top_k < ids_TK.shape[1]:
         heaviest_TS = np.argsort(-topk_weights_TK.float().numpy(), axis=1, kind="stable")[:, :select_top_k]
         primary = np.zeros(num_experts + 1, dtype=bool)
@@ -58,19 +62,18 @@ def reroute_step(
         primary[-1] = False
         others = np.flatnonzero(chosen > primary)
         if 0 < len(others) < active:  # there is something to replace, and something to replace it by
+            active -= len(others)
             first = primary[neighbors[others]].argmax(axis=1)
             substitute = np.arange(num_experts + 1, dtype=ids_TK.dtype)
             substitute[-1] = -1
             substitute[others] = neighbors[others, first]
-            counted["active_experts_after"] -= len(others)
             if threshold > 0:
                 critical = others[ranked_similarity_EE.numpy()[others, first] < np.float32(threshold)]
                 substitute[critical] = critical
-                counted["critical_slots"] = int(np.count_nonzero(np.isin(ids_TK, critical)))
-                counted["active_experts_after"] += len(critical)
+                totals[_CRITICAL] += np.count_nonzero(np.isin(ids_TK, critical))
+                active += len(critical)
             new_ids_TK = substitute[ids_TK]
-            counted["rerouted_slots"] = int(np.count_nonzero(new_ids_TK != ids_TK))
-    totals = counters.numpy()
-    for name, count in counted.items():
-        totals[_PLACE[name]] += count
-    return torch.from_numpy(new_ids_TK)
+            totals[_REROUTED] += np.count_nonzero(new_ids_TK != ids_TK)
+            topk_ids_TK = torch.from_numpy(new_ids_TK)
+    totals[_AFTER] += active
+    return topk_ids_TK
