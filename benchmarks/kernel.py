@@ -7,9 +7,9 @@
 Needs torch, cuda.core, typer, rich, psutil and an NVIDIA GPU of compute capability 8.0 or more; no vLLM. check: random
 steps of all kinds against the torch functions, replays of one captured graph while the policy changes, two streams at
 once. time: a graph of many calls of each kind, each call with tokens of its own and each layer with its own tables,
-replayed in turns; ids are put back between replays, outside the timed part. The tables stay in the L2 cache, from which a
-model's weights would push them. Prints a table and one JSON line last; writes `benchmarks/results/kernel.json` after each
-part.
+replayed in turns; ids are put back between replays, outside the timed part. The tables stay in the L2 cache, from which
+a model's weights would push them. Prints a table and one JSON line last; writes `benchmarks/results/kernel.json` after
+each part.
 """
 
 import itertools

@@ -61,6 +61,7 @@ def run_the_kernel(worker, library: str) -> None:
     from sere_dist.vllm_plugin.worker import rerouted_layers
     from tests.host_kernels import HostKernels
 
+    worker = worker.worker  # vLLM hands over a wrapper
     kernels = HostKernels(Path(library))
     kernel.kernels_for = lambda *_: kernels
     shape = MoeShape.from_config(worker.vllm_config.model_config.hf_config)

@@ -223,37 +223,30 @@ def test_a_restart_follows_the_policy(llm, eager, artifact_path, prompts, stock_
     assert kept_tokens == stock_tokens != rerouted_tokens
 
 
-def test_model_runner_v2(artifact_path, prompts, stock_tokens, eager, monkeypatch):
-    """The other model runner of vLLM: prefill in chunks, decode rows, switching off."""
-    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
-    again = start(eager, artifact=str(artifact_path), select_top_k=2)
-    rerouted_tokens = greedy(again, prompts)
-    counted = counters(again)
-    again.collective_rpc("sere_policy", kwargs={"enabled": False})
-    kept_tokens = greedy(again, prompts)
-    again.llm_engine.engine_core.shutdown()
-    assert all(layer["steps"] == NEW - 1 and layer["rows"] == BATCH * (NEW - 1) for layer in counted)
-    assert all(layer["rerouted_slots"] > 0 for layer in counted)
-    assert kept_tokens == stock_tokens != rerouted_tokens
-
-
 def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, prompts, host_kernels, monkeypatch):
-    """And so does the backend of GPUs, with the kernel's build for this CPU."""
+    """And so does the backend of GPUs, with the kernel's build for this CPU, prompts from the prefix cache."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     sere = {"artifact": str(artifact_path), "select_top_k": 2}
-    llm = LLM(**options(eager=True), tensor_parallel_size=2, additional_config={"sere": sere})
-    tokens = greedy(llm, prompts)
-    first, second = llm.collective_rpc("sere_counters")
+    cached = {"enable_prefix_caching": True, "block_size": 32}
+    llm = LLM(**options(eager=True) | cached, tensor_parallel_size=2, additional_config={"sere": sere})
+    ids = [prompt["prompt_token_ids"] for prompt in prompts]
+    longer = [{"prompt_token_ids": first + second} for first, second in zip(ids[::2], ids[1::2], strict=True)]
+
+    def run() -> tuple[list, list, list]:
+        answers = llm.generate(longer, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True), use_tqdm=False)
+        counted = llm.collective_rpc("sere_counters", kwargs={"reset": True})
+        return [list(a.outputs[0].token_ids) for a in answers], counted, [a.num_cached_tokens for a in answers]
+
+    tokens, (first, second), of_cache = run()
     library = host_kernels[torch.float32, torch.int32].library._name
     llm.collective_rpc(engine_spy.run_the_kernel, args=(library,))
-    by_kernel = greedy(llm, prompts)
-    counted = llm.collective_rpc("sere_counters")
+    by_kernel = run()
     llm.llm_engine.engine_core.shutdown()
     assert (first["rank"], second["rank"]) == (0, 1)
     assert first["layers"] == second["layers"]
     assert all(layer["rerouted_slots"] > 0 for layer in first["layers"].values())
-    assert by_kernel == tokens
-    assert counted == [first, second]
+    assert set(of_cache) == {0}
+    assert by_kernel == (tokens, [first, second], [32] * len(longer))
 
 
 # Start-up errors: each stops LLM(...) in this process, before a worker starts.
