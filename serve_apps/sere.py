@@ -14,9 +14,9 @@ from ray.serve import Application
 from ray.serve.llm import LLMConfig, build_openai_app
 from transformers import AutoConfig
 
-from sere_dist.artifact import Artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.moe import MoeShape
+from sere_dist.reference import load_artifact
 
 PLUGIN = "sere_dist"  # the name of the entry point that vLLM loads
 
@@ -54,7 +54,8 @@ def build_app(args: dict[str, Any]) -> Application:
         shape = MoeShape.from_config(model_config)
         config.rerouting.check_top_k(shape.num_experts_per_token)
         revision = getattr(model_config, "_commit_hash", None)
-        Artifact.load(config.rerouting.artifact).check_serves(shape, config.model, revision)
+        artifact = load_artifact(config.rerouting.artifact, shape, config.model)
+        artifact.check_serves(shape, config.model, revision)
         rerouting = config.rerouting.model_copy(update={"artifact": config.rerouting.artifact.resolve()})
         additional = engine.get("additional_config", {})
         engine["additional_config"] = {**additional, "sere": rerouting.model_dump(mode="json")}

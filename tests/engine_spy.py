@@ -70,3 +70,15 @@ def run_the_kernel(worker, library: str) -> None:
     routers = rerouted_layers(worker.model_runner.get_model(), artifact)
     worker.sere_layers = {layer: worker.sere_backend.attach(router, layer) for layer, router in routers.items()}
     worker.sere_backend.set_policy(worker.sere_settings)
+
+
+def forget_a_layer(worker) -> None:
+    """Has a layer choose its experts as vLLM meant it to, as if another release had moved what the plugin hooks."""
+    from sere_dist.artifact import Artifact
+    from sere_dist.vllm_plugin.worker import rerouted_layers
+
+    worker = worker.worker
+    routers = rerouted_layers(worker.model_runner.get_model(), Artifact.load(worker.sere_settings.artifact))
+    del vars(routers[2])["_compute_routing"]
+    worker.sere_layers[2].zero_()
+    worker.sere_seen_rerouting = False

@@ -224,7 +224,8 @@ def test_a_restart_follows_the_policy(llm, eager, artifact_path, prompts, stock_
 
 
 def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, prompts, host_kernels, monkeypatch):
-    """And so does the backend of GPUs, with the kernel's build for this CPU, prompts from the prefix cache."""
+    """And so does the backend of GPUs, with the kernel's build for this CPU and prompts from the prefix cache. A layer
+    that slips away stops the engine."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     sere = {"artifact": str(artifact_path), "select_top_k": 2}
     cached = {"enable_prefix_caching": True, "block_size": 32}
@@ -241,6 +242,9 @@ def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, pro
     library = host_kernels[torch.float32, torch.int32].library._name
     llm.collective_rpc(engine_spy.run_the_kernel, args=(library,))
     by_kernel = run()
+    llm.collective_rpc(engine_spy.forget_a_layer)
+    with pytest.raises(Exception, match="layer 2 chose its experts without asking sere_dist"):
+        run()
     llm.llm_engine.engine_core.shutdown()
     assert (first["rank"], second["rank"]) == (0, 1)
     assert first["layers"] == second["layers"]

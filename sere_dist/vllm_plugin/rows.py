@@ -16,11 +16,13 @@ class Rows:
         valid: bool [most tokens of a step] on the model's device: rows that re-routing may change and that vote. Rows
             behind those of the step are padding, and False.
         count: int64 [2] on the CPU: rows of the step, and valid ones; 0 in profiling and dummy runs.
+        is_of_this_step: set with every step's batch.
     """
 
     def __init__(self, max_tokens: int, device: torch.device | str = "cpu"):
         self.valid = torch.zeros(max_tokens, dtype=torch.bool, device=device)
         self.count = torch.zeros(2, dtype=torch.int64)
+        self.is_of_this_step = False
         self.which: str = "decode"
         self.opted_out: set[str] = set()
 
@@ -82,3 +84,4 @@ class Rows:
             self.valid[: len(rows)] = mask
         self.valid[len(rows) :] = False
         self.count[0], self.count[1] = len(rows), int(rows.sum())
+        self.is_of_this_step = True

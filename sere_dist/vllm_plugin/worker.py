@@ -84,6 +84,7 @@ class Rerouting:
         self.sere_backend: Backend = self.sere_backend_class(artifact, self.sere_rows)
         self.sere_layers = {layer: self.sere_backend.attach(router, layer) for layer, router in routers.items()}
         self.sere_top_k = artifact.config.num_experts_per_token
+        self.sere_seen_rerouting = False
         self._set_policy(settings)
         logger.info(
             "sere_dist re-routes %d MoE layers: select_top_k %d of %d, threshold %g, %s rows",
@@ -93,6 +94,25 @@ class Rerouting:
             settings.threshold,
             settings.rows,
         )
+
+    def execute_model(self, scheduler_output, *args, **kwargs):
+        """Runs a step, and stops the engine if vLLM did not go through what re-routing hooked."""
+        self.sere_rows.is_of_this_step = False
+        output = super().execute_model(scheduler_output, *args, **kwargs)
+        if scheduler_output.total_num_scheduled_tokens and not self.sere_rows.is_of_this_step:
+            raise RuntimeError(
+                "vLLM ran a step without preparing its batch where sere_dist looks: nothing would be re-routed. Use a "
+                "tested vLLM release, or remove 'sere' from additional_config"
+            )
+        if not self.sere_seen_rerouting and self.sere_rows.count[1] > 0:
+            for layer, counters in self.sere_layers.items():
+                if counters[COUNTERS.index("steps")] == 0:
+                    raise RuntimeError(
+                        f"layer {layer} chose its experts without asking sere_dist: it would not be re-routed. Use a "
+                        "tested vLLM release, or remove 'sere' from additional_config"
+                    )
+            self.sere_seen_rerouting = True
+        return output
 
     def _set_policy(self, settings: ReroutingConfig) -> None:
         self.sere_settings = settings
