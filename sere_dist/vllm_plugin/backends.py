@@ -16,6 +16,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from sere_dist.artifact import Artifact
 from sere_dist.config import ReroutingConfig
+from sere_dist.kernels.reroute import NO_LIMIT, Layer, Policy
 from sere_dist.kernels.reroute_cpu import ranked_neighbors, reroute_step
 from sere_dist.rerouting import COUNTERS
 from sere_dist.vllm_plugin.rows import Rows
@@ -128,15 +129,11 @@ class KernelBackend:
     """The kernel of `sere_dist.kernels`, on a GPU."""
 
     def __init__(self, artifact: Artifact, rows: Rows):
-        from sere_dist.kernels.reroute import Layer, Policy
-
         self.rows = rows
         self.policy = Policy(rows.valid.device)
         self.layers = {layer: Layer(similarity, self.policy) for layer, similarity in artifact.similarity.items()}
 
     def set_policy(self, settings: ReroutingConfig) -> None:
-        from sere_dist.kernels.reroute import NO_LIMIT
-
         self.policy.set(
             select_top_k=settings.select_top_k,
             enabled=settings.enabled,

@@ -79,7 +79,8 @@ class Rerouting:
         with skipping_matrices():
             super().load_model(**kwargs)
         routers = rerouted_layers(self.model_runner.get_model(), artifact)
-        self.sere_rows = Rows(self.scheduler_config.max_num_batched_tokens, self.device)
+        padding = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
+        self.sere_rows = Rows(self.scheduler_config.max_num_batched_tokens + padding, self.device)
         self.sere_rows.follow(self.model_runner)
         self.sere_backend: Backend = self.sere_backend_class(artifact, self.sere_rows)
         self.sere_layers = {layer: self.sere_backend.attach(router, layer) for layer, router in routers.items()}
