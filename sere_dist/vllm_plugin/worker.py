@@ -24,7 +24,7 @@ from sere_dist.rerouting import COUNTERS
 from sere_dist.vllm_plugin.backends import Backend, CpuBackend, KernelBackend
 from sere_dist.vllm_plugin.rows import Rows
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 # What `sere_policy` may change in a running engine.
 CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold")
