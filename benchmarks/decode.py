@@ -167,6 +167,8 @@ def measure(
         rerouting = engines.enter_context(engine(**common, additional_config={"sere": sere}))
         of_top_k = {n: engines.enter_context(engine(**common, hf_overrides={"num_experts_per_tok": n})) for n in fewer}
         of_top_k[top_k] = engines.enter_context(engine(**common)) if compiled else rerouting
+        # An engine that is to re-route stops if its first decode step is not re-routed.
+        step_seconds(rerouting, 1, 1, config.vocab_size, seed=1)
         turns = [(b, s, turn) for turn in range(rounds + 1) for b in batches for s in settings]
         for batch, setting, turn in track(turns, "decode", console=progress()):
             llm = of_top_k[setting.top_k] if setting.select_top_k is None else rerouting
