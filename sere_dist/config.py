@@ -1,6 +1,7 @@
 """What a user may set about re-routing, checked once, here: `additional_config={"sere": {...}}` in vLLM."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,6 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Every environment variable of this project, and what it does. A malformed value raises.
 ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"  # 1: start on a vLLM release that the plugin was not tested with
+
+OPT_OUT = "sere"  # a request's own `extra_args` (`vllm_xargs` over HTTP)
+
+# The reference implementation's `hf_overrides`: its architectures, and its S where none is named.
+REFERENCE_ARCHITECTURES = {
+    f"{name}SERE": name for name in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM")
+}
+REFERENCE_SELECT_TOP_K = 4
 
 
 class ReroutingConfig(BaseModel):
@@ -52,12 +61,39 @@ def environment_flag(name: str) -> bool:
     return value == "1"
 
 
-OPT_OUT = "sere"  # a request's own `extra_args` (`vllm_xargs` over HTTP)
-
-
 def opts_out(extra_args: dict[str, Any] | None) -> bool:
     """Says whether a request's extra arguments have `sere` off: its rows then neither change nor vote.
 
     Off is "off", "false", 0 or False. Anything else leaves re-routing as it is: a request can't switch it on.
     """
     return bool(extra_args) and str(extra_args.get(OPT_OUT, "")).lower() in ("off", "false", "0")
+
+
+def settings_from_overrides(
+    hf_overrides: Any, additional_config: Mapping[str, Any], model: str
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Returns `hf_overrides` and `additional_config` as sere_dist means them; None if they aren't the reference's.
+
+    `select_top_k` and `threshold` become settings of `additional_config["sere"]`, whose own entries win; the artifact
+    is the model's folder, where the reference implementation saved the matrices.
+
+    Raises:
+        ValueError: an architecture that the reference implementation does not have.
+    """
+    if not isinstance(hf_overrides, dict):
+        return None
+    names = hf_overrides.get("architectures") or []
+    if not any(name.endswith("SERE") for name in names):
+        return None
+    if unknown := [name for name in names if name not in REFERENCE_ARCHITECTURES]:
+        raise ValueError(
+            f"hf_overrides names {', '.join(unknown)}; the reference has {', '.join(REFERENCE_ARCHITECTURES)}"
+        )
+    overrides = {key: value for key, value in hf_overrides.items() if key not in ("select_top_k", "threshold")}
+    overrides["architectures"] = [REFERENCE_ARCHITECTURES[name] for name in names]
+    sere = {
+        "artifact": model,
+        "select_top_k": hf_overrides.get("select_top_k", REFERENCE_SELECT_TOP_K),
+        "threshold": hf_overrides.get("threshold", 0.0),
+    }
+    return overrides, {**additional_config, "sere": sere | additional_config.get("sere", {})}

@@ -1,13 +1,11 @@
-"""What users of the method's reference implementation bring along: its checkpoints, and its way to configure vLLM.
+"""What users of the method's reference implementation bring along: its checkpoints, read as an artifact.
 
 Its calibration saves the whole model again, with a tensor `mlp.similarity_matrix` a layer, and `similarity_matrices.pt`
-beside it; vLLM is told by `hf_overrides`. Both are read here as an artifact and as settings of sere_dist.
+beside it. The settings that go with them are read in `config`.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -17,10 +15,6 @@ from sere_dist.moe import MoeShape
 
 MATRICES_FILE = "similarity_matrices.pt"
 MATRIX = "similarity_matrix"  # how its tensors' names end
-ARCHITECTURES = {
-    f"{name}SERE": name for name in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM")
-}
-DEFAULT_SELECT_TOP_K = 4  # where hf_overrides does not name one
 
 
 def load_artifact(path: Path, shape: MoeShape, model: str) -> Artifact:
@@ -49,34 +43,6 @@ def load_artifact(path: Path, shape: MoeShape, model: str) -> Artifact:
         versions={},
     )
     return Artifact(about, similarity, [LayerStatistics.of(layer, names[layer], similarity[layer]) for layer in names])
-
-
-def settings_from_overrides(
-    hf_overrides: Any, additional_config: Mapping[str, Any], model: str
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Returns `hf_overrides` and `additional_config` as sere_dist means them; None if they aren't the reference's.
-
-    `select_top_k` and `threshold` become settings of `additional_config["sere"]`, whose own entries win; the artifact
-    is the model's folder, where the reference implementation saved the matrices.
-
-    Raises:
-        ValueError: an architecture that the reference implementation does not have.
-    """
-    if not isinstance(hf_overrides, dict):
-        return None
-    names = hf_overrides.get("architectures") or []
-    if not any(name.endswith("SERE") for name in names):
-        return None
-    if unknown := [name for name in names if name not in ARCHITECTURES]:
-        raise ValueError(f"hf_overrides names {', '.join(unknown)}; the reference has {', '.join(ARCHITECTURES)}")
-    overrides = {key: value for key, value in hf_overrides.items() if key not in ("select_top_k", "threshold")}
-    overrides["architectures"] = [ARCHITECTURES[name] for name in names]
-    sere = {
-        "artifact": model,
-        "select_top_k": hf_overrides.get("select_top_k", DEFAULT_SELECT_TOP_K),
-        "threshold": hf_overrides.get("threshold", 0.0),
-    }
-    return overrides, {**additional_config, "sere": sere | additional_config.get("sere", {})}
 
 
 def _matrices(path: Path) -> dict[int, torch.Tensor] | None:

@@ -42,6 +42,16 @@ def active_experts(topk_ids_TK: torch.Tensor, counted_TK: torch.Tensor, num_expe
     return active.index_fill_(0, ids.flatten(), True)[:num_experts]
 
 
+def ranked_neighbors(similarity_EE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns, for each expert, all experts from the most similar on (int64 [E, E]), and their similarities.
+
+    An expert's substitute is the first of them that is primary: what the kernels look up where `reroute` compares.
+    """
+    # Equal similarities keep their order: the lowest id first.
+    ranked = similarity_EE.float().sort(dim=1, descending=True, stable=True)
+    return ranked.indices, ranked.values
+
+
 def reroute(
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,

@@ -5,8 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 from sere_dist.artifact import Artifact, ArtifactError
+from sere_dist.config import settings_from_overrides
 from sere_dist.moe import MoeShape
-from sere_dist.reference import load_artifact, settings_from_overrides
+from sere_dist.reference import load_artifact
 from tests.conftest import small_artifact
 
 SHAPE = MoeShape("Qwen3MoeForCausalLM", num_layers=3, hidden_size=8, num_experts=4, num_experts_per_token=2)

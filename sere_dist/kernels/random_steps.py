@@ -9,9 +9,9 @@ from random import Random
 
 import torch
 
-from sere_dist.kernels.reroute import ID_DTYPES, NO_LIMIT, WEIGHT_DTYPES, Layer, Policy
-from sere_dist.kernels.reroute_cpu import ranked_neighbors, reroute_step
-from sere_dist.rerouting import COUNTERS, reroute, reroute_projection, step_counts
+from sere_dist.kernels.reroute import ID_DTYPES, WEIGHT_DTYPES, Layer, Policy
+from sere_dist.kernels.reroute_cpu import reroute_step
+from sere_dist.rerouting import COUNTERS, ranked_neighbors, reroute, reroute_projection, step_counts
 
 
 @dataclass
@@ -37,7 +37,7 @@ class RandomStep:
     has_home: bool = False
     enabled: bool = True
     min_rows: int = 0
-    max_rows: int = NO_LIMIT
+    max_rows: int | None = None
     valid_share: float | None = 0.7
     ties: bool = True
     empty_share: float = 0.1
@@ -112,7 +112,8 @@ class RandomStep:
         valid_T = None if self.valid_T is None else self.valid_T[: self.rows]
         home_T = None if self.home_T is None else self.home_T[: self.rows]
         votes = self.rows if valid_T is None else int(valid_T.sum())
-        return self.select_top_k if self.enabled and self.min_rows <= votes <= self.max_rows else 0, valid_T, home_T
+        most = votes if self.max_rows is None else self.max_rows
+        return self.select_top_k if self.enabled and self.min_rows <= votes <= most else 0, valid_T, home_T
 
     def layer(self, device: torch.device | str) -> Layer:
         """Returns the layer of this step, with a policy of its own."""
@@ -170,7 +171,7 @@ CHOICES = {
     "has_home": [False, True],
     "enabled": [True] * 9 + [False],
     "min_rows": [0] * 6 + [5, 20],
-    "max_rows": [NO_LIMIT] * 6 + [5, 20],
+    "max_rows": [None] * 6 + [5, 20],
     "valid_share": [None, None, 0.0, 0.3, 0.9, 0.9],
     "ties": [False, True],
     "empty_share": [0.0, 0.1, 0.9],

@@ -22,7 +22,7 @@ import torch
 from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
 from cuda.core.utils import FileStreamProgramCache
 
-from sere_dist.rerouting import COUNTERS
+from sere_dist.rerouting import COUNTERS, ranked_neighbors
 
 SOURCE = Path(__file__).with_name("reroute.cu")
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
@@ -59,14 +59,15 @@ class Policy:
         select_top_k: int,
         enabled: bool = True,
         min_rows: int = 0,
-        max_rows: int = NO_LIMIT,
+        max_rows: int | None = None,
         traffic_price: float = 0.0,
     ) -> None:
         """Sets S, on or off, the valid rows of a step between which re-routing is on, and the price of a domain.
 
         Takes effect in the steps that the current stream runs afterwards, replays of captured graphs too.
         """
-        numbers = torch.tensor([enabled, select_top_k, min_rows, max_rows, 0], dtype=torch.int32)
+        most = NO_LIMIT if max_rows is None else max_rows
+        numbers = torch.tensor([enabled, select_top_k, min_rows, most, 0], dtype=torch.int32)
         numbers[4:] = torch.tensor([traffic_price], dtype=torch.float32).view(torch.int32)
         self.block.copy_(numbers)
 
@@ -119,10 +120,9 @@ class Layer:
         else:
             self.coefficient_EE = self.size_E = None
         self.policy = policy
-        # Equal similarities keep their order: the lowest id first.
-        ranked = similarity_EE.sort(dim=1, descending=True, stable=True)
-        self.ranked_similarity_EE = ranked.values.contiguous()
-        self.neighbors_EE = ranked.indices.to(torch.int16).contiguous()
+        neighbors_EE, ranked_similarity_EE = ranked_neighbors(similarity_EE)
+        self.neighbors_EE = neighbors_EE.to(torch.int16).contiguous()
+        self.ranked_similarity_EE = ranked_similarity_EE.contiguous()
         self.cutoff_E = torch.zeros(num_experts, dtype=torch.int16, device=device)
         self.domain_E = None if domain_E is None else domain_E.to(device, torch.int16).contiguous()
         self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)

@@ -16,13 +16,6 @@ _STEPS, _ROWS, _REROUTED, _CRITICAL, _BEFORE, _AFTER = (
 )
 
 
-def ranked_neighbors(similarity_EE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns, for each expert, all experts from the most similar on (int64 [E, E]), and their similarities."""
-    # Equal similarities keep their order: the lowest id first.
-    ranked = similarity_EE.float().sort(dim=1, descending=True, stable=True)
-    return ranked.indices, ranked.values
-
-
 def reroute_step(
     topk_weights_TK: torch.Tensor,
     topk_ids_TK: torch.Tensor,
@@ -36,9 +29,10 @@ def reroute_step(
 ) -> torch.Tensor:
     """Returns the new ids of a step, `topk_ids_TK` itself if none is new; adds to `counters` (int64 [len(COUNTERS)]).
 
-    `neighbors_EE` and `ranked_similarity_EE` are those of `ranked_neighbors`; the rest is as in `rerouting.reroute`.
+    `neighbors_EE` and `ranked_similarity_EE` are those of `rerouting.ranked_neighbors`; the rest is as in
+    `rerouting.reroute`.
     """
-    if valid_T is not None and not valid_T.all():
+    if valid_T is not None:
         new_ids_TK = topk_ids_TK.clone()
         of_valid = (topk_weights_TK[valid_T], topk_ids_TK[valid_T], neighbors_EE, ranked_similarity_EE, counters)
         new_ids_TK[valid_T] = reroute_step(*of_valid, select_top_k=select_top_k, threshold=threshold)

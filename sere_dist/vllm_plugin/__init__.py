@@ -34,7 +34,7 @@ def register() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args, **kwargs) -> VllmConfig:
-        from sere_dist.reference import settings_from_overrides
+        from sere_dist.config import settings_from_overrides
 
         if translated := settings_from_overrides(self.hf_overrides, self.additional_config or {}, self.model):
             self.hf_overrides, self.additional_config = translated

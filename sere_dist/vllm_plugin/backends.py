@@ -8,6 +8,7 @@ alone, and what may change lies in device memory that the kernel reads.
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -16,9 +17,8 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from sere_dist.artifact import Artifact
 from sere_dist.config import ReroutingConfig
-from sere_dist.kernels.reroute import NO_LIMIT, Layer, Policy
-from sere_dist.kernels.reroute_cpu import ranked_neighbors, reroute_step
-from sere_dist.rerouting import COUNTERS
+from sere_dist.kernels.reroute_cpu import reroute_step
+from sere_dist.rerouting import COUNTERS, ranked_neighbors
 from sere_dist.vllm_plugin.rows import Rows
 
 
@@ -81,6 +81,19 @@ direct_register_custom_op(
 )
 
 
+def replace_choice(
+    router: BaseRouter, replace: Callable[[BaseRouter, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Makes a router return what `replace` makes of the weights and ids that it chose."""
+    compute_routing = type(router)._compute_routing
+
+    def replaced(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+        weights, ids = compute_routing(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
+        return replace(self, weights, ids)
+
+    router._compute_routing = types.MethodType(replaced, router)
+
+
 class CpuBackend:
     """`kernels.reroute_cpu`, on a CPU.
 
@@ -99,29 +112,27 @@ class CpuBackend:
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
         counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
-        compute_routing = type(router)._compute_routing
         # Plain tensor attributes: torch.compile takes them as inputs of the graph, whichever layer it compiles.
         router.sere_neighbors, router.sere_similarity = ranked_neighbors(self.artifact.similarity[layer])
         router.sere_policy, router.sere_counters = self.policy, counters
         router.sere_valid_rows, router.sere_num_rows = self.rows.valid, self.rows.count
 
-        def rerouted(self, hidden_states, router_logits, indices_type, *, input_ids=None):
-            weights, ids = compute_routing(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
+        def rerouted(router, weights, ids):
             # Eager code saves itself the way through the dispatcher: a hundredth of a decode step of one request.
             reroute = torch.ops.sere_dist.reroute if torch.compiler.is_compiling() else _reroute_step
             ids = reroute(
                 weights,
                 ids,
-                self.sere_neighbors,
-                self.sere_similarity,
-                self.sere_policy,
-                self.sere_valid_rows,
-                self.sere_num_rows,
-                self.sere_counters,
+                router.sere_neighbors,
+                router.sere_similarity,
+                router.sere_policy,
+                router.sere_valid_rows,
+                router.sere_num_rows,
+                router.sere_counters,
             )
             return weights, ids
 
-        router._compute_routing = types.MethodType(rerouted, router)
+        replace_choice(router, rerouted)
         return counters
 
 
@@ -129,6 +140,8 @@ class KernelBackend:
     """The kernel of `sere_dist.kernels`, on a GPU."""
 
     def __init__(self, artifact: Artifact, rows: Rows):
+        from sere_dist.kernels.reroute import Layer, Policy  # brings cuda.core, which no worker on a CPU needs
+
         self.rows = rows
         self.policy = Policy(rows.valid.device)
         self.layers = {layer: Layer(similarity, self.policy) for layer, similarity in artifact.similarity.items()}
@@ -138,16 +151,15 @@ class KernelBackend:
             select_top_k=settings.select_top_k,
             enabled=settings.enabled,
             min_rows=settings.min_rows,
-            max_rows=NO_LIMIT if settings.max_rows is None else settings.max_rows,
+            max_rows=settings.max_rows,
         )
         for layer in self.layers.values():
             layer.set_threshold(settings.threshold)
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
-        compute_routing, rows, kernel = type(router)._compute_routing, self.rows, self.layers[layer]
+        rows, kernel = self.rows, self.layers[layer]
 
-        def rerouted(self, hidden_states, router_logits, indices_type, *, input_ids=None):
-            weights, ids = compute_routing(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
+        def rerouted(_router, weights, ids):
             if len(ids) > len(rows.valid):
                 raise RuntimeError(
                     f"the router got {len(ids)} rows, a step has {len(rows.valid)} at most: not the batch's rows"
@@ -156,5 +168,5 @@ class KernelBackend:
             kernel.reroute(weights, ids, rows.valid)
             return weights, ids
 
-        router._compute_routing = types.MethodType(rerouted, router)
+        replace_choice(router, rerouted)
         return kernel.counters
