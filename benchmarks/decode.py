@@ -6,9 +6,10 @@
 
 One engine takes turns: with the routers that vLLM gave it ("stock"), and re-routing with each S. What compiled code or
 CUDA graphs hold can't be taken out again, so there a second engine, without the plugin, is the stock one; two engines
-differ by some per cent by where their weights lie in memory, the cost of S = K is to be read off the eager run. A
-measurement sends a batch of random prompts, lets all of them through prefill, and times
-decode steps one by one. Tokens are sampled, so that requests don't fall into step with one another.
+differ by some per cent by where their weights lie in memory. What S = K costs is less than ratios resolve: in eager
+runs on a CPU the worker times its re-routing itself. A measurement sends a batch of random prompts, lets all of them
+through prefill, and times decode steps one by one. Tokens are sampled, so that requests don't fall into step with one
+another.
 
 Random weights route nearly uniformly, which is the largest union a batch can have: that flatters every method that
 shrinks it. Trained models route less evenly: the example model, on text, runs 54.3 of 64 experts at batch 16 where
@@ -143,6 +144,31 @@ def put_routers_back(worker, stock: bool) -> None:
             router._compute_routing = router.sere_rerouted
 
 
+def time_rerouting(_worker) -> None:
+    """In a worker on a CPU, eager: adds up what re-routing takes, in `rerouting_seconds`."""
+    from sere_dist.vllm_plugin import backends
+
+    reroute, seconds = backends._reroute_fast, []
+
+    def timed(*arguments):
+        started = time.perf_counter()
+        ids = reroute(*arguments)
+        seconds.append(time.perf_counter() - started)
+        return ids
+
+    backends._reroute_fast, backends.rerouting_seconds = timed, seconds
+
+
+def rerouting_seconds(_worker) -> float:
+    """In the worker: returns the seconds since the last call, as a mean over its decode steps."""
+    from sere_dist.vllm_plugin import backends
+
+    seconds = backends.rerouting_seconds
+    total, steps = sum(seconds), len(seconds) / len(_worker.worker.sere_layers)
+    seconds.clear()
+    return total / steps if steps else 0.0
+
+
 def active_experts(llm: LLM) -> tuple[float, float]:
     """Returns active experts a layer and step, before and after re-routing, since the last call."""
     worker = llm.collective_rpc("sere_counters", kwargs={"reset": True})[0]
@@ -158,6 +184,8 @@ def measure(
     experts, top_k = MoeShape.from_config(config).num_experts, settings[0].top_k
     seconds: dict[tuple[int, Setting], list[float]] = {(b, s): [] for b in batches for s in settings}
     active: dict[tuple[int, Setting], list[tuple[float, float]]] = {each: [] for each in seconds}
+    rerouting_ms: dict[tuple[int, Setting], list[float]] = {each: [] for each in seconds}
+    is_timed = not compiled and not torch.cuda.is_available()  # elsewhere re-routing is part of a graph
     sere = {"artifact": str(artifact), "select_top_k": top_k, "min_rows": 0}
     fewer = [setting.top_k for setting in settings if not setting.is_models_top_k]
     common = {"model": model, "compiled": compiled, "most_rows": max(batches)}
@@ -169,6 +197,8 @@ def measure(
         of_top_k[top_k] = engines.enter_context(engine(**common)) if compiled else rerouting
         # An engine that is to re-route stops if its first decode step is not re-routed.
         step_seconds(rerouting, 1, 1, config.vocab_size, seed=1)
+        if is_timed:
+            rerouting.collective_rpc(time_rerouting)
         turns = [(b, s, turn) for turn in range(rounds + 1) for b in batches for s in settings]
         for batch, setting, turn in track(turns, "decode", console=progress()):
             llm = of_top_k[setting.top_k] if setting.select_top_k is None else rerouting
@@ -177,11 +207,15 @@ def measure(
             if setting.select_top_k is not None:
                 llm.collective_rpc("sere_policy", kwargs={"select_top_k": setting.select_top_k})
                 llm.collective_rpc("sere_counters", kwargs={"reset": True})
+            if is_timed and setting.select_top_k is not None:
+                llm.collective_rpc(rerouting_seconds)
             took = step_seconds(llm, batch, steps if turn else 3, config.vocab_size, seed=turn * 1000 + batch)
             if turn:  # the first warms up
                 seconds[batch, setting].append(statistics.median(took))
                 if setting.select_top_k is not None:
                     active[batch, setting].append(active_experts(llm))
+                    if is_timed:
+                        rerouting_ms[batch, setting].append(1e3 * llm.collective_rpc(rerouting_seconds)[0])
     rows = []
     for (batch, setting), values in seconds.items():
         row = {"batch": batch, "setting": str(setting), "ms_per_token": spread([1e3 * value for value in values])}
@@ -191,6 +225,8 @@ def measure(
             before, after = (statistics.mean(each) for each in zip(*active[batch, setting], strict=True))
             uniform = experts * (1 - (1 - top_k / experts) ** batch)
             row |= {"active_before": rounded(before), "active_after": rounded(after), "uniform": rounded(uniform)}
+            if is_timed:
+                row["rerouting_ms"] = spread(rerouting_ms[batch, setting])
         rows.append(row)
     return rows
 
@@ -206,14 +242,16 @@ def check_union(rows: list[dict[str, Any]]) -> None:
 
 def decode_table(result: dict[str, Any]) -> Table:
     table = Table(
-        *("batch", "engine", "ms per output token", "times faster", "active experts: router, run", "uniform"),
+        *("batch", "engine", "ms per output token", "times faster", "ms of it re-routing"),
+        *("active experts: router, run", "uniform"),
         title=f"{result['preset']}, {'compiled' if result['compiled'] else 'eager'}: medians of rounds (min-max)",
     )
     for row in result["rows"]:
         active = f"{row['active_before']:.3g}, {row['active_after']:.3g}" if "uniform" in row else ""
         faster = "" if row["setting"] == STOCK else ranged(row["times_faster"])
         uniform = f"{row['uniform']:.3g}" if "uniform" in row else ""
-        table.add_row(str(row["batch"]), row["setting"], ranged(row["ms_per_token"]), faster, active, uniform)
+        own = ranged(row["rerouting_ms"]) if "rerouting_ms" in row else ""
+        table.add_row(str(row["batch"]), row["setting"], ranged(row["ms_per_token"]), faster, own, active, uniform)
     return table
 
 

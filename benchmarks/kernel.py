@@ -34,14 +34,14 @@ SHAPES = ((60, 4), (64, 8), (128, 8), (256, 8))  # experts, experts a token
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 LAYERS, CALLS_A_LAYER = 48, 5
 SELECT_TOP_K, DOMAINS, PRICE = 2, 8, 0.02
-KINDS = ("empty", "re-routing", "off", "projection", "priced", "three launches", "torch softmax, top-k")
+KINDS = ("empty", "re-routing", "off", "united", "projection", "priced", "three launches", "torch softmax, top-k")
 Part = Literal["all", "check", "time"]
 
 
 def check(steps: int) -> dict[str, Any]:
     """Raises AssertionError unless the kernel does on this GPU what the torch functions do."""
     large = [
-        RandomStep(seed, rows, top_k, experts, 2, projection, 0.4, 0.02, domains=8, ties=False, valid_share=0.8)
+        RandomStep(seed, rows, top_k, experts, 2, projection, 0.4, 0.02, 8, ranks=8, ties=False, valid_share=0.8)
         for seed, (rows, top_k, experts) in enumerate([(1, 32, 1024), (1024, 8, 1024), (1025, 8, 256), (16384, 8, 128)])
         for projection in (False, True)
     ]
@@ -53,18 +53,27 @@ def check(steps: int) -> dict[str, Any]:
 
 
 def check_replays() -> int:
-    """One captured graph; what a replay does follows the policy, the threshold and the tokens of its moment."""
+    """One captured graph; what a replay does follows the policy, the threshold, the tokens, the places of the experts
+    and the other ranks' primary experts of its moment."""
     count = 0
     random = torch.Generator().manual_seed(0)
-    for projection, rows in itertools.product((False, True), (64, 2048)):  # one launch and two
-        step = RandomStep(
-            1, rows, 8, 128, 2, projection, traffic_price=0.02, domains=8, ties=False, valid_share=0.9, empty_share=0
-        )
+    # One launch and two; without other ranks and with them.
+    for projection, rows, elsewhere_share in itertools.product((False, True), (64, 2048), (None, 0.1)):
+        drawn = {"ties": False, "valid_share": 0.9, "empty_share": 0, "elsewhere_share": elsewhere_share}
+        step = RandomStep(1, rows, 8, 128, 2, projection, traffic_price=0.02, domains=8, ranks=8, **drawn)
         layer = step.layer("cuda")
         weights_TK, ids_TK = step.weights_TK.cuda(), step.ids_TK.cuda()
-        valid_T = step.valid_T.cuda()
-        layer.reroute(weights_TK, ids_TK, valid_T)  # compiles and loads
-        graph = capture([lambda: layer.reroute(weights_TK, ids_TK, valid_T)])  # noqa: B023 captured at once
+        valid_T, unite = step.valid_T.cuda(), None
+        places = [(layer.rank_E, step.rank_E), (layer.domain_E, step.domain_E)]
+        if elsewhere_share is not None:
+            elsewhere_E = step.elsewhere_E.to("cuda", torch.uint8)
+            places.append((elsewhere_E, step.elsewhere_E))
+
+            def unite(primary_E: torch.Tensor, elsewhere_E: torch.Tensor = elsewhere_E) -> None:
+                torch.maximum(primary_E, elsewhere_E, out=primary_E)
+
+        layer.reroute(weights_TK, ids_TK, valid_T, unite=unite)  # compiles and loads
+        graph = capture([lambda: layer.reroute(weights_TK, ids_TK, valid_T, unite=unite)])  # noqa: B023 captured at once
         layer.counters.zero_()
         total = torch.zeros_like(layer.counters).cpu()
         for turn in range(40):
@@ -73,7 +82,10 @@ def check_replays() -> int:
             step.set(layer.policy)
             layer.set_threshold(step.threshold)
             step.valid_T = torch.rand(len(step.valid_T), generator=random) < 0.9
-            for there, here in ((weights_TK, step.weights_TK), (ids_TK, step.ids_TK), (valid_T, step.valid_T)):
+            for _, here in places:
+                here.copy_(here.roll(1))
+            tokens = [(weights_TK, step.weights_TK), (ids_TK, step.ids_TK), (valid_T, step.valid_T)]
+            for there, here in tokens + places:
                 there.copy_(here)
             graph.replay()
             expected = step.by_torch()
@@ -132,18 +144,19 @@ class Calls:
         coefficient = 2 * torch.rand(experts, experts, device="cuda", generator=random)
         size, domain = torch.rand(experts, device="cuda", generator=random), torch.arange(experts) * DOMAINS // experts
         projection = {"coefficient_EE": coefficient, "size_E": size}
+        places = {"domain_E": domain, "rank_E": domain, "num_ranks": DOMAINS}
 
         def policy(select_top_k: int, price: float = 0.0) -> Policy:
             made = Policy("cuda")
             made.set(select_top_k=select_top_k, traffic_price=price)
             return made
 
-        def of_layers(policy: Policy, **tables: torch.Tensor) -> list[Callable[[], None]]:
+        def of_layers(
+            policy: Policy, unite: Callable[[torch.Tensor], None] | None = None, **tables: Any
+        ) -> list[Callable[[], None]]:
             layers = [Layer(similarity_EE, policy, **tables) for similarity_EE in similarity]
-            return [
-                lambda i=i: layers[i % LAYERS].reroute(weights[i], ids[i])  # neighbouring calls: different layers
-                for i in range(count)
-            ]
+            # Neighbouring calls: different layers.
+            return [lambda i=i: layers[i % LAYERS].reroute(weights[i], ids[i], unite=unite) for i in range(count)]
 
         device = weights.device
         primary = torch.zeros(count, experts, dtype=torch.int32, device=device)
@@ -163,8 +176,9 @@ class Calls:
             "empty": [lambda: launch_kernel(others["empty"], device, 1, 32, [])] * count,
             "re-routing": of_layers(policy(SELECT_TOP_K)),
             "off": of_layers(policy(top_k)),
+            "united": of_layers(policy(SELECT_TOP_K), unite=lambda _: None),
             "projection": of_layers(policy(SELECT_TOP_K), **projection),
-            "priced": of_layers(policy(SELECT_TOP_K, PRICE), **projection, domain_E=domain),
+            "priced": of_layers(policy(SELECT_TOP_K, PRICE), **projection, **places),
             "three launches": [lambda i=i: three_launches(i) for i in range(count)],
             "torch softmax, top-k": [lambda i=i: logits[i].softmax(-1).topk(top_k) for i in range(count)],
         }
@@ -219,7 +233,8 @@ def time_table(measured: dict[str, Any]) -> Table:
     table = Table(
         *("experts, top-k", "rows", *KINDS, "of empty", "of three"),
         title=f"Microseconds a call inside a CUDA graph of {measured['calls_a_graph']} calls: median (min-max)",
-        caption=f"re-routing: S = {SELECT_TOP_K}; off: S = K; priced: {DOMAINS} domains. Last columns: re-routing's.",
+        caption=f"re-routing: S = {SELECT_TOP_K}; off: S = K; united: two launches, as if ranks shared a primary set; "
+        f"priced: {DOMAINS} domains and ranks. Last columns: re-routing's.",
     )
     for row in measured["microseconds"]:
         ours = row["re-routing"]["median"]

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer
 
 from sere_dist.artifact import Artifact
 from sere_dist.evaluation.lockstep import LockstepResult, lockstep
+from sere_dist.evaluation.policies import similarity_policy
 from sere_dist.moe import load_model
 from sere_dist.texts import tokenise
 
@@ -40,7 +41,7 @@ BATCHES, TEXTS_OF_BATCHES, S_OF_BATCHES = (1, 2, 4, 8, 16, 32), 64, (1, 2, 4)
 def summary(select_top_k: int, on: list[LockstepResult], off: list[LockstepResult]) -> dict:
     """Returns active experts, perplexity, and the rise of the loss over the model's own, paired by batch."""
     total = sum(on[1:], on[0])
-    rises = torch.tensor([(a.loss_sum - b.loss_sum) / a.tokens for a, b in zip(on, off, strict=True)])
+    rises = torch.tensor([a.loss - b.loss for a, b in zip(on, off, strict=True)])
     return {
         "select_top_k": select_top_k,
         "active_experts": round(total.active_experts, 2),
@@ -79,8 +80,8 @@ def main(
     top_k = loaded.config.num_experts_per_token
 
     def run(batches: list[torch.Tensor], select_top_k: int) -> list[LockstepResult]:
-        settings = {"similarity": loaded.similarity, "select_top_k": select_top_k}
-        return [lockstep(model, batch, prompt_length=PROMPT, **settings) for batch in batches]
+        policy = similarity_policy(loaded.similarity, select_top_k)
+        return [lockstep(model, batch, prompt_length=PROMPT, policy=policy) for batch in batches]
 
     results_by_s = {s: run(batches, s) for s in track(range(1, top_k + 1), "settings")}
     by_batch = []

@@ -28,7 +28,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from sere_dist.artifact import Artifact
-from sere_dist.evaluation.lockstep import LockstepResult, lockstep
+from sere_dist.evaluation.lockstep import Policy, lockstep, unchanged
+from sere_dist.evaluation.policies import similarity_policy
 from sere_dist.moe import load_model
 from sere_dist.texts import tokenise
 from serve_apps.workers import worker_rpc
@@ -86,10 +87,10 @@ def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens:
     }
 
 
-def perplexity(model: PreTrainedModel, ids_BL: torch.Tensor, **settings) -> float:
-    """Returns the perplexity of held-out text decoded in lockstep batches, re-routed by these settings."""
-    batches = [lockstep(model, batch, prompt_length=PROMPT_TOKENS, **settings) for batch in ids_BL.split(BATCH)]
-    return sum(batches, LockstepResult(0.0, 0, 0, 0)).perplexity
+def perplexity(model: PreTrainedModel, ids_BL: torch.Tensor, policy: Policy = unchanged) -> float:
+    """Returns the perplexity of held-out text decoded in lockstep batches, re-routed by this policy."""
+    batches = [lockstep(model, batch, prompt_length=PROMPT_TOKENS, policy=policy) for batch in ids_BL.split(BATCH)]
+    return sum(batches[1:], batches[0]).perplexity
 
 
 def main(
@@ -111,9 +112,9 @@ def main(
         result = measure_serving(url, ids_BL[:BATCH, :PROMPT_TOKENS].tolist(), rounds, new_tokens)
     with console.status("scoring held-out text"):
         model = load_model(str(TINY_MOE / "model"), "cpu")
-        rerouting = {name: settings[name] for name in ("select_top_k", "threshold")}
+        policy = similarity_policy(artifact.similarity, settings["select_top_k"], settings["threshold"])
         result[False]["perplexity"] = round(perplexity(model, ids_BL), 3)
-        result[True]["perplexity"] = round(perplexity(model, ids_BL, similarity=artifact.similarity, **rerouting), 3)
+        result[True]["perplexity"] = round(perplexity(model, ids_BL, policy), 3)
 
     table = Table(title=f"{MODEL_ID}, batch {BATCH}, {artifact.config.num_experts} experts a layer", title_style="bold")
     table.add_column("re-routing")

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,17 @@ class Artifact:
                 model,
                 revision,
             )
+
+    def in_order(self, order: dict[int, torch.Tensor]) -> "Artifact":
+        """Returns the matrices for a model whose expert p of a layer is this artifact's expert `order[layer][p]`."""
+
+        def permuted(matrices: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+            return {
+                layer: matrix[order[layer]] if matrix.dim() == 1 else matrix[order[layer]][:, order[layer]]
+                for layer, matrix in matrices.items()
+            }
+
+        return replace(self, **{kind: permuted(getattr(self, kind)) for kind in _KINDS}, tokens_per_expert={})
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Writes the artifact aside, in the same parent folder, and renames it to `path` when it is whole.

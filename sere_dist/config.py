@@ -33,11 +33,36 @@ class ReroutingConfig(BaseModel):
     min_rows: int = Field(default=1, ge=0, description="Leave steps alone in which fewer rows could be re-routed.")
     max_rows: int | None = Field(default=None, ge=0, description="Leave steps alone in which more rows could be.")
     enabled: bool = Field(default=True, description="Start with re-routing on; it can be switched while serving.")
+    policy: Literal["sere", "projection"] = Field(
+        default="sere",
+        description="The paper's policy, or the cheapest of all substitutes and dropping (needs method projection).",
+    )
+    traffic_price: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Of policy projection under expert parallelism: the error that one domain less to visit is worth.",
+    )
+    domain: Literal["rank", "node"] = Field(default="rank", description="Between what traffic has its price.")
+    primary_scope: Literal["rank", "group"] = Field(
+        default="rank",
+        description="Of data-parallel attention: whose tokens' top experts are primary, each rank's own or all ranks'.",
+    )
+    cpu_dispatch: Literal["all_gather", "all_to_all"] = Field(
+        default="all_gather",
+        description="Of data-parallel attention on CPUs: tokens go to every rank, or only where their experts are.",
+    )
+
+    placement: Path | None = Field(
+        default=None, description="Of expert parallelism: file of `sere-dist place`, which expert lives on which rank."
+    )
 
     @model_validator(mode="after")
-    def _some_steps(self) -> "ReroutingConfig":
+    def _fits_together(self) -> "ReroutingConfig":
         if self.max_rows is not None and self.max_rows < self.min_rows:
             raise ValueError(f"max_rows ({self.max_rows}) must not be less than min_rows ({self.min_rows})")
+        if self.traffic_price and self.policy != "projection":
+            raise ValueError(f"traffic_price ({self.traffic_price}) needs policy: projection, not {self.policy}")
         return self
 
     def check_top_k(self, num_experts_per_token: int) -> None:

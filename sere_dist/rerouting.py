@@ -8,7 +8,8 @@ E experts of the layer. Every comparison is in float32, so that all backends agr
 import torch
 
 # What `step_counts` counts in a step. Experts are those of valid rows; "before" is what the router chose, "after" what
-# runs; remote domains are summed over tokens.
+# runs. The largest rank is the one with the most active experts; domains and slots are summed over tokens. A domain is
+# remote if it is not the token's home.
 COUNTERS = (
     "steps",
     "rows",
@@ -17,8 +18,14 @@ COUNTERS = (
     "dropped_slots",
     "active_experts_before",
     "active_experts_after",
+    "largest_rank_before",
+    "largest_rank_after",
+    "domains_before",
+    "domains_after",
     "remote_domains_before",
     "remote_domains_after",
+    "remote_slots_before",
+    "remote_slots_after",
 )
 
 
@@ -42,6 +49,24 @@ def active_experts(topk_ids_TK: torch.Tensor, counted_TK: torch.Tensor, num_expe
     return active.index_fill_(0, ids.flatten(), True)[:num_experts]
 
 
+def primary_experts(
+    topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    num_experts: int,
+    *,
+    select_top_k: int,
+    valid_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns bool [E]: the union of the experts in every valid token's `select_top_k` heaviest slots.
+
+    No expert where `select_top_k` means off. Ranks that share one primary set unite these masks.
+    """
+    if not 0 < select_top_k < topk_ids_TK.shape[1]:
+        return torch.zeros(num_experts, dtype=torch.bool, device=topk_ids_TK.device)
+    votes_TK = primary_slots(topk_weights_TK, select_top_k)
+    return active_experts(topk_ids_TK, votes_TK if valid_T is None else votes_TK & valid_T[:, None], num_experts)
+
+
 def ranked_neighbors(similarity_EE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns, for each expert, all experts from the most similar on (int64 [E, E]), and their similarities.
 
@@ -60,6 +85,7 @@ def reroute(
     select_top_k: int,
     threshold: float = 0.0,
     valid_T: torch.Tensor | None = None,
+    primary_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Re-routes one decode step of one layer; the router's weights stay as they are.
 
@@ -75,6 +101,8 @@ def reroute(
         select_top_k: S, slots a token keeps. S <= 0 and S >= K change nothing.
         threshold: rho, rounded to float32 like the similarities; 0 or less: every slot is substitutable.
         valid_T: bool [T]; invalid tokens (prefill rows, padding) keep their experts and add none to the union.
+        primary_E: bool [E], the primary experts where more ranks than this one have a say: their `primary_experts`,
+            united. None: those of this step.
 
     Returns:
         New ids [T, K] in the dtype of `topk_ids_TK`. The inputs are not changed.
@@ -88,7 +116,8 @@ def reroute(
         filled_TK = filled_TK & valid_T[:, None]
 
     primary_TK = primary_slots(topk_weights_TK, select_top_k)
-    primary_E = active_experts(topk_ids_TK, primary_TK & filled_TK, num_experts)
+    if primary_E is None:
+        primary_E = active_experts(topk_ids_TK, primary_TK & filled_TK, num_experts)
 
     candidates_EE = similarity_EE.float().masked_fill(~primary_E, -torch.inf)
     best_E = candidates_EE.max(dim=1)  # of equal values, the first: the lowest id
@@ -114,6 +143,7 @@ def reroute_projection(
     domain_E: torch.Tensor | None = None,
     home_T: torch.Tensor | None = None,
     valid_T: torch.Tensor | None = None,
+    primary_E: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Re-routes one decode step of one layer by what each change costs, in error of the output and in traffic.
 
@@ -124,7 +154,7 @@ def reroute_projection(
     becomes w coefficient[e, p]. This policy is not in the paper.
 
     Args:
-        topk_weights_TK, topk_ids_TK, select_top_k, threshold, valid_T: as in `reroute`.
+        topk_weights_TK, topk_ids_TK, select_top_k, threshold, valid_T, primary_E: as in `reroute`.
         similarity_EE, coefficient_EE, size_E: of `similarity.expert_projection`; diagonals count as 1.
         traffic_price: what one more visited domain costs, in the unit of (w w) size; 0: quality alone.
         domain_E: int [E], where each expert lives: a rank or a node. None: one domain, nothing has a price.
@@ -148,7 +178,8 @@ def reroute_projection(
 
     order_TK = slots_by_weight(weights_TK)
     primary_TK = order_TK.argsort(dim=1) < select_top_k
-    primary_E = active_experts(topk_ids_TK, primary_TK & filled_TK, num_experts)
+    if primary_E is None:
+        primary_E = active_experts(topk_ids_TK, primary_TK & filled_TK, num_experts)
     candidates_EE = similarity_EE.masked_fill(~primary_E, -torch.inf)
     rho = torch.tensor(threshold, dtype=torch.float32, device=similarity_EE.device)
     critical_E = ~primary_E & (rho > 0) & (candidates_EE.amax(dim=1) < rho)
@@ -186,13 +217,27 @@ def reroute_projection(
     return torch.where(changed_TK, weights_TK.to(topk_weights_TK.dtype), topk_weights_TK), ids_TK
 
 
+def repeat_dropped(topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor, new_ids_TK: torch.Tensor) -> torch.Tensor:
+    """Returns new ids in which a dropped slot, of weight 0, repeats its token's heaviest expert.
+
+    For expert kernels that can't skip a slot. `topk_weights_TK` and `topk_ids_TK` are the router's.
+    """
+    heaviest_T1 = topk_ids_TK.gather(1, slots_by_weight(topk_weights_TK)[:, :1])
+    return torch.where((new_ids_TK < 0) & (topk_ids_TK >= 0), heaviest_T1, new_ids_TK)
+
+
+def is_remote(topk_ids_TK: torch.Tensor, domain_E: torch.Tensor, home_T: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns bool [T, K]: slots whose expert lives in another domain than the token's home (-1: no expert or home)."""
+    domains_TK = domain_E[topk_ids_TK.clamp(min=0).long()]
+    filled_TK = topk_ids_TK >= 0
+    return filled_TK if home_T is None else filled_TK & (domains_TK != home_T[:, None])
+
+
 def remote_domains(
     topk_ids_TK: torch.Tensor, domain_E: torch.Tensor, home_T: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Returns int64 [T]: the distinct domains other than its home that each token visits; -1 visits none."""
-    domains_TK = torch.where(topk_ids_TK >= 0, domain_E[topk_ids_TK.clamp(min=0).long()], -1)
-    if home_T is not None:
-        domains_TK = domains_TK.masked_fill(domains_TK == home_T[:, None], -1)
+    """Returns int64 [T]: the distinct domains other than its home that each token visits; without homes, all (C_T)."""
+    domains_TK = domain_E[topk_ids_TK.clamp(min=0).long()].masked_fill(~is_remote(topk_ids_TK, domain_E, home_T), -1)
     in_order_TK = domains_TK.sort(dim=1).values
     new_TK = in_order_TK != torch.nn.functional.pad(in_order_TK[:, :-1], (1, 0), value=-1)
     return (new_TK & (in_order_TK >= 0)).sum(dim=1)
@@ -206,27 +251,53 @@ def step_counts(
     select_top_k: int,
     num_experts: int,
     valid_T: torch.Tensor | None = None,
+    primary_E: torch.Tensor | None = None,
+    rank_E: torch.Tensor | None = None,
+    num_ranks: int = 0,
     domain_E: torch.Tensor | None = None,
     home_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns int64 [len(COUNTERS)]: what one step of one layer adds to its counters.
+    """Returns int64 [len(COUNTERS) + num_ranks]: what one step of one layer adds to its counters.
 
-    `topk_weights_TK` and `ids_TK` are the router's, `new_ids_TK` what became of them. A step without a valid row
-    counts nothing. Without `domain_E` no domain is remote.
+    `topk_weights_TK` and `ids_TK` are the router's, `new_ids_TK` what became of them by `select_top_k` (0: off) and
+    `primary_E`. A step without a valid row counts nothing. `rank_E` says which of `num_ranks` ranks holds each expert
+    (None: one holds all); behind the counters stand the active experts of each, after re-routing. Without `domain_E` no
+    domain and no slot is counted. Experts are those that these rows choose: ranks that have other rows may run more.
     """
     valid_TK = torch.ones_like(ids_TK, dtype=torch.bool) if valid_T is None else valid_T[:, None].expand_as(ids_TK)
-    before_E = active_experts(ids_TK, valid_TK, num_experts)
-    after_E = active_experts(new_ids_TK, valid_TK, num_experts)
+    if primary_E is None:
+        masks = {"select_top_k": select_top_k, "valid_T": valid_T}
+        primary_E = primary_experts(topk_weights_TK, ids_TK, num_experts, **masks)
     changed_TK = ids_TK != new_ids_TK
     dropped_TK = changed_TK & (new_ids_TK < 0)
     # What still runs outside the primary union stayed there because nothing was similar enough.
-    primary_E = active_experts(ids_TK, primary_slots(topk_weights_TK, select_top_k) & valid_TK, num_experts)
     is_on = primary_E.any() & (0 < select_top_k < ids_TK.shape[1])
     critical_TK = valid_TK & (new_ids_TK >= 0) & ~primary_E[new_ids_TK.clamp(min=0).long()] & is_on
-    remote = [torch.zeros((), dtype=torch.int64, device=ids_TK.device)] * 2
-    if domain_E is not None:
-        remote = [(remote_domains(ids, domain_E, home_T) * valid_TK[:, 0]).sum() for ids in (ids_TK, new_ids_TK)]
-    rows = valid_TK[:, 0].sum()
     slots = [(changed_TK & ~dropped_TK).sum(), critical_TK.sum(), dropped_TK.sum()]
-    counts = torch.stack([torch.ones_like(rows), rows, *slots, before_E.sum(), after_E.sum(), *remote])
+
+    active_EN = torch.stack([active_experts(ids, valid_TK, num_experts) for ids in (ids_TK, new_ids_TK)], dim=1).long()
+    ranks = torch.zeros(num_experts, dtype=torch.int64, device=ids_TK.device) if rank_E is None else rank_E.long()
+    by_rank_RN = active_EN.new_zeros(max(num_ranks, 1), 2).index_add_(0, ranks, active_EN)
+    pairs = [active_EN.sum(dim=0), by_rank_RN.amax(dim=0), *active_EN.new_zeros(3, 2)]
+    if domain_E is not None:
+        for when, ids in enumerate((ids_TK, new_ids_TK)):
+            ids_of_valid_TK = ids.masked_fill(~valid_TK, -1)
+            pairs[2][when] = remote_domains(ids_of_valid_TK, domain_E).sum()
+            pairs[3][when] = remote_domains(ids_of_valid_TK, domain_E, home_T).sum()
+            pairs[4][when] = is_remote(ids_of_valid_TK, domain_E, home_T).sum()
+    rows = valid_TK[:, 0].sum()
+    counts = torch.cat([torch.stack([torch.ones_like(rows), rows, *slots]), *pairs, by_rank_RN[:num_ranks, 1]])
     return counts * (rows > 0)
+
+
+def dispatch_bytes(
+    tokens: float, remote_domains: float, remote_slots: float, *, num_ranks: int, hidden_size: int, element_size: int
+) -> dict[str, float]:
+    """Returns the bytes of hidden states that tokens send and receive in a layer, both together, by kind of dispatch.
+
+    `all_gather`: all-gather and reduce-scatter, vLLM's default: every token goes to every rank, whatever its experts.
+    `per_rank`: once to each remote rank (DeepEP high-throughput). `per_slot`: once for each remote slot (DeepEP
+    low-latency). `remote_domains` and `remote_slots` are summed over the tokens; domains are ranks.
+    """
+    copies = {"all_gather": tokens * (num_ranks - 1), "per_rank": remote_domains, "per_slot": remote_slots}
+    return {kind: 2 * count * hidden_size * element_size for kind, count in copies.items()}

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import sys
 from pathlib import Path
 
 # Before anything imports vLLM. The engine's core stays in the test's process, so that all requests of a call are queued
@@ -41,6 +42,32 @@ def artifact_path(cluster, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("calibration") / "tiny-moe-sere"
     demo.calibrate(cluster, path)
     return path
+
+
+def job(cluster: LocalCluster, *options: str) -> str:
+    """Runs the calibration's command on the cluster; returns what it printed."""
+    done = cluster.run([sys.executable, "-m", "calibration_jobs.calibrate", *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def projection_job(cluster, tmp_path_factory) -> tuple[Path, str]:
+    """An artifact of method projection, from few texts, and what the job that wrote it printed."""
+    folder = tmp_path_factory.mktemp("projection")
+    settings, texts = folder / "calibration.yaml", TEXTS / "calibration.parquet"
+    settings.write_text(f"model: {MODEL}\ndataset: {texts}\nnum_samples: 999\nmax_length: 32\n")
+    printed = job(
+        cluster,
+        *("--config", str(settings), "--num-samples", "12", "--min-length", "8", "--max-tokens", "300"),
+        *("--method", "projection", "--output", str(folder / "artifact"), "--min-tokens-per-expert", "20"),
+    )
+    return folder / "artifact", printed
+
+
+@pytest.fixture(scope="session")
+def projection_path(projection_job) -> Path:
+    return projection_job[0]
 
 
 @pytest.fixture(scope="session")

@@ -50,35 +50,55 @@ def take(_worker) -> tuple[list, list]:
     return seen
 
 
-def run_the_kernel(worker, library: str) -> None:
+def kernel(worker, library: str) -> None:
     """Has the worker re-route by `KernelBackend`, as on a GPU; the kernel itself is the build for this CPU."""
     from pathlib import Path
 
-    from sere_dist.kernels import reroute as kernel
-    from sere_dist.moe import MoeShape
-    from sere_dist.reference import load_artifact
+    from sere_dist.kernels import reroute
     from sere_dist.vllm_plugin.backends import KernelBackend
-    from sere_dist.vllm_plugin.worker import rerouted_layers
     from tests.host_kernels import HostKernels
 
-    worker = worker.worker  # vLLM hands over a wrapper
     kernels = HostKernels(Path(library))
-    kernel.kernels_for = lambda *_: kernels
+    reroute.kernels_for = lambda *_: kernels
+    _attach_anew(worker.worker, KernelBackend)
+
+
+def pretend(worker, ranks: int, homes: list[int] | None) -> None:
+    """Has a worker that holds all experts count and price as if they were split between ranks; row t lives at
+    homes[t]."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from sere_dist.vllm_plugin.backends import CpuBackend
+    from sere_dist.vllm_plugin.owners import ranks_of_placement
+
+    worker = worker.worker
+    experts = worker.sere_runners[0].router.global_num_experts
+    rank = dict.fromkeys(worker.sere_runners, ranks_of_placement(experts, ranks, "linear"))
+    home = None if homes is None else 0
+    worker.sere_owners = SimpleNamespace(num_ranks=ranks, rank=rank, domain=rank, home=home, is_moving=False)
+    _attach_anew(worker, CpuBackend)
+    if homes is not None:
+        worker.sere_backend.home[: len(homes)] = torch.tensor(homes)
+
+
+def _attach_anew(worker, backend_class) -> None:
+    from sere_dist.moe import MoeShape
+    from sere_dist.reference import load_artifact
+
     shape = MoeShape.from_config(worker.vllm_config.model_config.hf_config)
     artifact = load_artifact(worker.sere_settings.artifact, shape, "")
-    worker.sere_backend = KernelBackend(artifact, worker.sere_rows)
-    routers = rerouted_layers(worker.model_runner.get_model(), artifact)
-    worker.sere_layers = {layer: worker.sere_backend.attach(router, layer) for layer, router in routers.items()}
+    worker.sere_backend = backend_class(artifact, worker.sere_rows, worker.sere_settings, worker.sere_owners)
+    worker.sere_layers = {
+        layer: worker.sere_backend.attach(runner.router, layer) for layer, runner in worker.sere_runners.items()
+    }
     worker.sere_backend.set_policy(worker.sere_settings)
 
 
 def forget_a_layer(worker) -> None:
     """Has a layer choose its experts as vLLM meant it to, as if another release had moved what the plugin hooks."""
-    from sere_dist.artifact import Artifact
-    from sere_dist.vllm_plugin.worker import rerouted_layers
-
     worker = worker.worker
-    routers = rerouted_layers(worker.model_runner.get_model(), Artifact.load(worker.sere_settings.artifact))
-    del vars(routers[2])["_compute_routing"]
+    del vars(worker.sere_runners[2].router)["_compute_routing"]
     worker.sere_layers[2].zero_()
     worker.sere_seen_rerouting = False

@@ -18,7 +18,7 @@ from sere_dist.checkpoint import Checkpoint
 from sere_dist.moe import MoeShape, hooked_experts
 from sere_dist.similarity import expert_projection, expert_similarity, random_similarity, weight_similarity
 from sere_dist.texts import read_texts, tokenise
-from tests.conftest import MODEL, TEXTS
+from tests.conftest import MODEL, TEXTS, job
 
 CALIBRATION_TEXTS = TEXTS / "calibration.parquet"
 
@@ -163,22 +163,9 @@ def test_the_job_says_what_it_did(artifact_path):
     assert not artifact_path.with_name("tiny-moe-sere.partial").exists()
 
 
-def job(cluster, *options: str) -> str:
-    """Runs the job's command on the cluster; returns what it printed."""
-    done = cluster.run([sys.executable, "-m", "calibration_jobs.calibrate", *options], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_projection_from_a_file_and_flags(cluster, model, tmp_path):
-    settings = tmp_path / "calibration.yaml"
-    settings.write_text(f"model: {MODEL}\ndataset: {CALIBRATION_TEXTS}\nnum_samples: 999\nmax_length: 32\n")
-    printed = job(
-        cluster,
-        *("--config", str(settings), "--num-samples", "12", "--min-length", "8", "--max-tokens", "300"),
-        *("--method", "projection", "--output", str(tmp_path / "out"), "--min-tokens-per-expert", "20"),
-    )
-    artifact = Artifact.load(tmp_path / "out")
+def test_projection_from_a_file_and_flags(projection_job, model):
+    path, printed = projection_job
+    artifact = Artifact.load(path)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     texts = tokenise(read_texts(str(CALIBRATION_TEXTS)), tokenizer, 12, 32, min_length=8, max_tokens=300)
     assert artifact.config.num_tokens == sum(map(len, texts)) <= 300, "a flag did not win over the file"

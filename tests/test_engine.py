@@ -1,9 +1,7 @@
 """Re-routing inside vLLM, compiled (vLLM's default on CPU) and eager, in its real worker processes."""
 
-import json
+import logging
 import os
-import subprocess
-import sys
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +11,7 @@ from vllm import LLM, SamplingParams
 
 from sere_dist.artifact import Artifact
 from sere_dist.config import ALLOW_UNTESTED_VLLM
-from tests import engine_spy
+from tests import engine_spy, engines
 from tests.conftest import MODEL, TEXTS, small_artifact
 
 LAYERS, TOP_K, BATCH, PROMPT, NEW = 6, 8, 8, 24, 16
@@ -54,15 +52,9 @@ def greedy(llm: LLM, prompts: list[dict]) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def stock_tokens(eager, prompts) -> list[list[int]]:
     """Greedy tokens without any plugin."""
-    arguments = options(eager), [prompt["prompt_token_ids"] for prompt in prompts], NEW
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.stock_engine", *map(json.dumps, arguments)],
-        env={**os.environ, "VLLM_PLUGINS": ""},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout.splitlines()[-1])
+    ids = [prompt["prompt_token_ids"] for prompt in prompts]
+    (answer,) = engines.run(options(eager), ids, NEW, [{}], env={"VLLM_PLUGINS": ""})
+    return answer["tokens"]
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +232,7 @@ def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, pro
 
     tokens, (first, second), of_cache = run()
     library = host_kernels[torch.float32, torch.int32].library._name
-    llm.collective_rpc(engine_spy.run_the_kernel, args=(library,))
+    llm.collective_rpc(engine_spy.kernel, args=(library,))
     by_kernel = run()
     llm.collective_rpc(engine_spy.forget_a_layer)
     with pytest.raises(Exception, match="layer 2 chose its experts without asking sere_dist"):
@@ -251,6 +243,13 @@ def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, pro
     assert all(layer["rerouted_slots"] > 0 for layer in first["layers"].values())
     assert set(of_cache) == {0}
     assert by_kernel == (tokens, [first, second], [32] * len(longer))
+
+
+@pytest.fixture
+def caplog_vllm(caplog, monkeypatch):
+    """What vLLM's loggers say: they hand nothing up to the root."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
 
 
 # Start-up errors: each stops LLM(...) in this process, before a worker starts.
@@ -264,6 +263,8 @@ def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, pro
         ({"select_top_k": 2, "threshold": 2.0}, "threshold\n"),
         ({"select_top_k": 2, "select_topk": 3}, "select_topk\n.*Extra inputs"),
         ({"select_top_k": 2, "artifact": "nowhere"}, "no artifact at .*nowhere"),
+        ({"select_top_k": 2, "policy": "projection"}, "artifact of method projection, .* has frobenius: calibrate"),
+        ({"select_top_k": 2, "traffic_price": 0.01}, r"traffic_price \(0.01\) needs policy: projection"),
     ],
 )
 def test_bad_settings_stop_the_start(artifact_path, settings, message):
@@ -280,9 +281,13 @@ def test_an_artifact_of_another_model_stops_the_start(tmp_path):
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ({"data_parallel_size": 2}, "data_parallel_size=1"),
+        ({"data_parallel_size": 2}, "enable_expert_parallel=True"),
+        ({"data_parallel_size": 2, "enable_expert_parallel": True}, "enforce_eager=True"),
+        (
+            {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True},
+            "tensor_parallel_size=1",
+        ),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
-        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, "enable_expert_parallel=False"),
     ],
 )
 def test_what_is_not_rerouted_yet_is_refused(artifact_path, parallel, message):
@@ -291,6 +296,26 @@ def test_what_is_not_rerouted_yet_is_refused(artifact_path, parallel, message):
     sere = {"artifact": str(artifact_path), "select_top_k": 2}
     with pytest.raises(ValueError, match=message):
         EngineArgs(str(MODEL), additional_config={"sere": sere}, **parallel).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("sere", "parallel", "message"),
+    [
+        ({"traffic_price": 0.01}, {}, "set enable_expert_parallel"),
+        ({"traffic_price": 0.01}, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, "set it to 0"),
+        ({}, {"data_parallel_size": 2, "enable_expert_parallel": True}, "cpu_dispatch: all_to_all"),
+        ({"cpu_dispatch": "all_to_all"}, {"data_parallel_size": 2, "enable_expert_parallel": True}, None),
+        ({}, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, None),
+    ],
+)
+def test_the_start_warns_where_no_traffic_can_be_saved(projection_path, caplog_vllm, sere, parallel, message):
+    from vllm.engine.arg_utils import EngineArgs
+
+    sere = {"artifact": str(projection_path), "select_top_k": 2, "policy": "projection", **sere}
+    EngineArgs(str(MODEL), enforce_eager=True, additional_config={"sere": sere}, **parallel).create_engine_config()
+    warnings = [record.getMessage() for record in caplog_vllm.records if "no bytes" in record.getMessage()]
+    assert len(warnings) == (message is not None)
+    assert message is None or message in warnings[0]
 
 
 def test_an_untested_vllm_is_refused(artifact_path, monkeypatch):

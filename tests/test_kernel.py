@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 
 from sere_dist.kernels import reroute as kernel
 from sere_dist.kernels.random_steps import CHOICES, RandomStep, assert_equal, random_steps
+from sere_dist.rerouting import COUNTERS
 from tests.host_kernels import compile_on_host
 
 HERE = Path(__file__).parent
@@ -47,7 +48,8 @@ def test_one_launch_equals_torch(on_host, step, seed):
     kernels = on_host[step.weight_dtype, step.id_dtype]
     kernels.seed, kernels.launches = seed, []
     step.check("cpu")
-    assert kernels.launches == (["reroute"] if step.rows else [])
+    launches = ["reroute"] if step.elsewhere_share is None else ["reroute_vote", "reroute_settle"]
+    assert kernels.launches == (launches if step.rows else [])
 
 
 @many
@@ -81,6 +83,8 @@ def test_largest_shapes(on_host, rows, launches, projection):
         threshold=0.4,
         traffic_price=0.02,
         domains=8,
+        ranks=1024 if rows == 1024 else 8,
+        elsewhere_share=0.1 if rows == 1025 else None,
         ties=False,
         valid_share=0.05 if rows > 2000 else 0.9,
         weight_dtype=torch.bfloat16,
@@ -135,6 +139,72 @@ def test_policy_and_threshold_change_in_place(on_host):
         total = total + counts
         assert_equal((weights_TK, ids_TK, layer.counters), (expected_weights_TK, expected_ids_TK, total), step)
     assert addresses == [tensor.data_ptr() for tensor in memory]
+
+
+def test_experts_move_between_ranks(on_host):
+    step = RandomStep(
+        seed=6, rows=16, top_k=4, experts=60, select_top_k=1, projection=False, domains=4, ranks=4, valid_share=None
+    )
+    memory = tuple(torch.zeros(60, dtype=torch.int16) for _ in range(2))  # the caller's own
+    policy = kernel.Policy("cpu")
+    step.set(policy)
+    layer = kernel.Layer(step.similarity_EE, policy, rank_E=memory[0], domain_E=memory[1], num_ranks=4)
+    moved = [(step.rank_E, step.domain_E), (step.rank_E.flip(0) // 2, torch.zeros_like(step.domain_E))]
+    total, tails = 0, []
+    for step.rank_E, step.domain_E in moved:
+        for there, here in zip(memory, (step.rank_E, step.domain_E), strict=True):
+            there.copy_(here)
+        weights_TK, ids_TK = step.weights_TK.clone(), step.ids_TK.clone()
+        layer.reroute(weights_TK, ids_TK)
+        expected_weights_TK, expected_ids_TK, counts = step.by_torch()
+        total = total + counts
+        tails.append(counts[len(COUNTERS) :].tolist())
+        assert_equal((weights_TK, ids_TK, layer.counters), (expected_weights_TK, expected_ids_TK, total), step)
+    assert all(tails[0][2:]) and tails[1][2:] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": 0},
+        {"valid_share": 0.0},
+        {"enabled": False},
+        {"min_rows": 17},
+        {"max_rows": 0},
+        {"select_top_k": 0},
+        {"select_top_k": 4},
+    ],
+)
+def test_a_rank_that_does_not_act_unites_all_the_same(on_host, changes):
+    common = {"rows": 16, "experts": 60, "top_k": 4, "select_top_k": 1, "valid_share": None, "empty_share": 0}
+    step = RandomStep(seed=7, projection=False, **common | changes)
+    layer, weights_TK, ids_TK, calls = step.layer("cpu"), step.weights_TK.clone(), step.ids_TK.clone(), []
+
+    def unite(primary_E: torch.Tensor) -> None:
+        calls.append(primary_E.clone())
+        primary_E.fill_(1)
+
+    layer.reroute(weights_TK, ids_TK, step.valid_T, unite=unite)
+    assert len(calls) == 1 and calls[0].dtype == torch.uint8
+    assert calls[0].tolist() == step.own_primary().int().tolist()
+    assert calls[0].any() == (changes.keys() & {"enabled", "min_rows", "max_rows"} != set())
+    assert not layer.workspace.any()
+    assert_equal((weights_TK, ids_TK, layer.counters), (step.weights_TK, step.ids_TK, step.by_torch()[2]), step)
+
+
+def test_ranks_that_unite_act_as_one(on_host):
+    """Two ranks with half of the tokens each do to these what one rank does to all."""
+    step = RandomStep(seed=8, rows=32, top_k=4, experts=60, select_top_k=1, projection=True, domains=4, ties=False)
+    weights_TK, ids_TK, _ = step.by_torch()
+    own = []  # votes of both halves; a first pass collects them
+    for unite in (lambda primary_E: own.append(primary_E.clone()), lambda primary_E: primary_E.copy_(own[0] | own[1])):
+        layer = step.layer("cpu")
+        halves = [(step.weights_TK[half].clone(), step.ids_TK[half].clone()) for half in (slice(20), slice(20, None))]
+        for half, start in zip(halves, (0, 20), strict=True):
+            layer.reroute(*half, step.valid_T[start:], unite=unite)
+    assert not torch.equal(own[0], own[1])
+    assert torch.equal(torch.cat([weights for weights, _ in halves]), weights_TK)
+    assert torch.equal(torch.cat([ids for _, ids in halves]), ids_TK)
 
 
 BARRIERS = list(re.finditer(r"__syncthreads(\(\)|_or)", kernel.SOURCE.read_text()))
@@ -220,6 +290,13 @@ def test_what_does_not_fit_is_refused():
     policy = kernel.Policy("cpu")
     with pytest.raises(ValueError, match="at most 1024 experts, not 1025"):
         kernel.Layer(torch.eye(1025), policy)
+    with pytest.raises(ValueError, match="at most 1024 ranks, not 1025"):
+        kernel.Layer(torch.eye(4), policy, rank_E=torch.zeros(4), num_ranks=1025)
+    for wrong in ({"rank_E": torch.zeros(4)}, {"num_ranks": 4}):
+        with pytest.raises(ValueError, match="rank_E and num_ranks come together"):
+            kernel.Layer(torch.eye(4), policy, **wrong)
+    with pytest.raises(ValueError, match=r"rank is \(3,\), 4 experts"):
+        kernel.Layer(torch.eye(4), policy, rank_E=torch.zeros(3), num_ranks=2)
     with pytest.raises(ValueError, match="both coefficient and size"):
         kernel.Layer(torch.eye(4), policy, coefficient_EE=torch.eye(4))
     with pytest.raises(ValueError, match=r"domain is \(3,\), 4 experts"):

@@ -1,9 +1,18 @@
+from math import comb
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_dist.rerouting import COUNTERS, remote_domains, reroute, reroute_projection, step_counts
+from sere_dist.rerouting import (
+    COUNTERS,
+    primary_experts,
+    remote_domains,
+    reroute,
+    reroute_projection,
+    step_counts,
+)
 
 
 def oracle(weights, ids, similarity, select_top_k, threshold, valid):
@@ -115,6 +124,33 @@ def test_keeping_every_expert_changes_nothing():
         assert torch.equal(reroute(WEIGHTS, IDS, SIMILARITY, select_top_k=select_top_k), IDS)
 
 
+def test_primary_experts_by_hand():
+    assert primary_experts(WEIGHTS, IDS, 4, select_top_k=1).tolist() == [True, True, False, False]
+    valid = torch.tensor([False, True, True])
+    assert primary_experts(WEIGHTS, IDS, 4, select_top_k=1, valid_T=valid).tolist() == [False, True, False, False]
+    empty = IDS.masked_fill(IDS == 0, -1)  # token 0's heaviest slot
+    assert primary_experts(WEIGHTS, empty, 4, select_top_k=1).tolist() == [False, True, False, False]
+    for select_top_k in (-1, 0, 2, 3):
+        assert not primary_experts(WEIGHTS, IDS, 4, select_top_k=select_top_k).any()
+
+
+def test_primary_experts_of_other_ranks_by_hand():
+    def step(primary, ids=IDS, **settings):
+        primary_E = torch.tensor([expert in primary for expert in range(4)])
+        new = reroute(WEIGHTS, ids, SIMILARITY, select_top_k=1, primary_E=primary_E, **settings)
+        counts = step_counts(WEIGHTS, ids, new, select_top_k=1, num_experts=4, primary_E=primary_E).tolist()
+        names = ("rerouted_slots", "critical_slots", "active_experts_before", "active_experts_after")
+        return new.tolist(), [counts[COUNTERS.index(name)] for name in names]
+
+    assert step({0, 1}) == ([[1, 0], [1, 0], [1, 0]], [2, 0, 4, 2])  # as without other ranks
+    # Some other rank votes for 3: it stays here too, and 2 is most like it (0.6).
+    assert step({0, 1, 3}) == ([[3, 0], [1, 3], [1, 0]], [1, 0, 4, 3])
+    # Nobody on this rank chose 3; now it runs.
+    assert step({0, 1, 3}, IDS.masked_fill(IDS == 3, 1)) == ([[3, 0], [1, 1], [1, 0]], [1, 0, 3, 3])
+    # 2 is too little like 3: critical. 3 is not, though it is in no heaviest slot here.
+    assert step({0, 1, 3}, threshold=0.7) == ([[2, 0], [1, 3], [1, 0]], [0, 1, 4, 4])
+
+
 def test_does_not_loop_over_tokens():
     """4,096 tokens must not cost a thousand times what 4 do: a loop over tokens would."""
     from torch.profiler import profile
@@ -208,6 +244,29 @@ def test_projection_equals_the_definition(step, seed, price, domains, has_home):
     assert all(torch.equal(step[name], value) for name, value in before.items()), "inputs were changed"
 
 
+@settings(max_examples=400, deadline=None)
+@given(steps(), st.integers(0, 6), st.integers(0, 2**32))
+def test_ranks_that_unite_act_as_one(step, rows_of_first, seed):
+    """Two ranks with a share of the tokens each do to these what one rank does to all."""
+    generator = torch.Generator().manual_seed(seed)
+    num_experts = len(step["similarity"])
+    tables = (torch.rand(num_experts, num_experts, generator=generator), torch.rand(num_experts, generator=generator))
+    common = {"select_top_k": step["select_top_k"], "threshold": step["threshold"]}
+
+    def rerouted(rows, primary_E=None):
+        tokens, masks = (step["weights"][rows], step["ids"][rows]), {"valid_T": step["valid"][rows]}
+        ids = reroute(*tokens, step["similarity"], **common, **masks, primary_E=primary_E)
+        return ids, *reroute_projection(*tokens, step["similarity"], *tables, **common, **masks, primary_E=primary_E)
+
+    ranks = (slice(rows_of_first), slice(rows_of_first, None))
+    primary_E = torch.zeros(num_experts, dtype=torch.bool)
+    for rows in ranks:
+        masks = {"select_top_k": step["select_top_k"], "valid_T": step["valid"][rows]}
+        primary_E |= primary_experts(step["weights"][rows], step["ids"][rows], num_experts, **masks)
+    together = [torch.cat(parts) for parts in zip(*(rerouted(rows, primary_E) for rows in ranks), strict=True)]
+    assert all(map(torch.equal, together, rerouted(slice(None))))
+
+
 # With S = 1 the primary experts are 0, 1 and 2; tokens 0 and 1 settle expert 3. Two ranks hold two experts each.
 PRICED_WEIGHTS, PRICED_IDS = torch.tensor([[0.5, 0.4], [0.6, 0.5], [0.7, 0.3]]), torch.tensor([[0, 3], [1, 3], [2, -1]])
 PRICED = {
@@ -236,6 +295,21 @@ def test_a_priced_step_by_hand():
     assert ids.tolist() == [[0, 0], [1, 1], [2, -1]] and weights[2].tolist() == PRICED_WEIGHTS[2].tolist()
 
 
+def test_a_priced_step_with_primary_experts_of_other_ranks_by_hand():
+    def rerouted(price):
+        everyone = torch.ones(4, dtype=torch.bool)  # some other rank votes for 3
+        tokens = (PRICED_WEIGHTS, PRICED_IDS)
+        weights, ids = reroute_projection(*tokens, **PRICED, traffic_price=price, primary_E=everyone)
+        counts = step_counts(*tokens, ids, select_top_k=1, num_experts=4, primary_E=everyone).tolist()
+        slots = [(round(w, 6), i) for w, i in zip(weights[:2, 1].tolist(), ids[:2, 1].tolist(), strict=True)]
+        return slots, counts[COUNTERS.index("active_experts_after")]
+
+    assert rerouted(0) == ([(0.4, 3), (0.5, 3)], 4)
+    # A slot may leave a primary expert for the traffic: 0.16 (1 - 0.6) = 0.064 < 0.08 < 0.25 (1 - 0.6) = 0.1.
+    assert rerouted(0.08) == ([(0.8, 1), (0.5, 3)], 4)
+    assert rerouted(0.11) == ([(0.8, 1), (1.0, 1)], 3)  # 3 is primary, but no longer runs for this rank
+
+
 def test_a_slot_is_dropped_where_every_substitute_costs_more():
     weights, ids = reroute_projection(
         torch.tensor([[0.5, 0.4], [0.6, -1.0]]),
@@ -254,12 +328,17 @@ def test_a_slot_is_dropped_where_every_substitute_costs_more():
     assert ids.tolist() == [[-1, -1], [1, -1]] and weights.tolist()[0][1] == 0
 
 
-def test_remote_domains_of_uniform_routing():
+def test_domains_of_uniform_routing():
     """Design check: with 8 of 128 experts chosen uniformly a token visits 3.63 of 4 ranks, and 5.34 of 8."""
     ids = torch.rand(20_000, 128, generator=torch.Generator().manual_seed(0)).topk(8).indices
     for ranks, expected in ((4, 3.63), (8, 5.34)):
-        visited = remote_domains(ids, torch.arange(128) // (128 // ranks)).double()
-        assert abs(visited.mean() - expected) < 4 * visited.std() / len(ids) ** 0.5 + 0.005
+        exact = ranks * (1 - comb(128 - 128 // ranks, 8) / comb(128, 8))
+        assert round(exact, 2) == expected
+        domain = torch.arange(128) // (128 // ranks)
+        visited = remote_domains(ids, domain).double()
+        assert abs(visited.mean() - exact) < 4 * visited.std() / len(ids) ** 0.5
+        counts = step_counts(torch.rand(ids.shape), ids, ids, select_top_k=2, num_experts=128, domain_E=domain)
+        assert counts[COUNTERS.index("domains_before")] == visited.sum()
 
 
 def test_step_counts_by_hand():
@@ -277,9 +356,50 @@ def test_step_counts_by_hand():
         "dropped_slots": 1,
         "active_experts_before": 4,
         "active_experts_after": 2,
+        "largest_rank_before": 4,
+        "largest_rank_after": 2,
+        "domains_before": 4,
+        "domains_after": 2,
         "remote_domains_before": 2,
         "remote_domains_after": 0,
+        "remote_slots_before": 2,
+        "remote_slots_after": 0,
     }
     critical = step_counts(weights, ids, ids, select_top_k=1, num_experts=4, valid_T=valid)
     assert dict(zip(COUNTERS, critical.tolist(), strict=True))["critical_slots"] == 2
     assert not step_counts(weights, ids, ids, select_top_k=1, num_experts=4, valid_T=~valid & False).any()
+
+
+def test_experts_of_each_rank_by_hand():
+    ids, new = torch.tensor([[0, 3], [1, 2], [2, 3]]), torch.tensor([[0, 1], [1, -1], [2, 3]])
+    common = {"select_top_k": 1, "num_experts": 4, "valid_T": torch.tensor([True, True, False])}
+    ranks = {"rank_E": torch.tensor([2, 0, 0, 1], dtype=torch.int16), "num_ranks": 4}
+    counts = step_counts(torch.tensor([[0.6, 0.4]] * 3), ids, new, **common, **ranks)
+    counters = dict(zip(COUNTERS, counts.tolist(), strict=False))
+    # Before, all run: two of them on rank 0. After, 0 and 1 do.
+    assert (counters["largest_rank_before"], counters["largest_rank_after"]) == (2, 1)
+    assert counts[len(COUNTERS) :].tolist() == [1, 0, 1, 0]
+
+
+def test_domains_and_slots_by_hand():
+    """Token 0 is at home in domain 1 and sends two slots to domain 0; token 1 has no home; token 2 is not valid."""
+    ids = torch.tensor([[0, 1, 2, 3], [3, 3, -1, 2], [0, 1, 2, 3]])
+    new = torch.tensor([[0, 1, -1, 2], [3, 3, -1, 3], [0, 1, 2, 3]])
+    counts = step_counts(
+        torch.rand(3, 4),
+        ids,
+        new,
+        select_top_k=1,
+        num_experts=4,
+        valid_T=torch.tensor([True, True, False]),
+        domain_E=torch.tensor([0, 0, 1, 2]),
+        home_T=torch.tensor([1, -1, 0]),
+    )
+    assert dict(list(zip(COUNTERS, counts.tolist(), strict=True))[COUNTERS.index("domains_before") :]) == {
+        "domains_before": 3 + 2,
+        "domains_after": 2 + 1,
+        "remote_domains_before": 2 + 2,
+        "remote_domains_after": 1 + 1,
+        "remote_slots_before": 3 + 3,
+        "remote_slots_after": 2 + 3,
+    }

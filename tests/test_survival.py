@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from ray._private.node import Node
+from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
 from sere_dist.artifact import TENSORS_FILE, Artifact
@@ -60,13 +63,15 @@ def undisturbed(nodes, tmp_path_factory) -> bytes:
     return (output / TENSORS_FILE).read_bytes()
 
 
-def scoring_worker() -> psutil.Process:
-    """Waits for a worker that is in the middle of a layer: Ray names its process after the task."""
+def scoring_worker(workers: list[Node]) -> psutil.Process:
+    """Waits for a worker of these nodes that is in the middle of a layer: Ray names its process after the task."""
+    raylets = [psutil.Process(node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid) for node in workers]
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
-        for process in psutil.process_iter(["cmdline"]):
-            if (process.info["cmdline"] or [""])[0].startswith("ray::score_task"):
-                return process
+        for process in (child for raylet in raylets for child in raylet.children()):
+            with suppress(psutil.NoSuchProcess):
+                if (process.cmdline() or [""])[0].startswith("ray::score_task"):
+                    return process
         time.sleep(0.02)
     raise AssertionError("no task began to score")
 
@@ -74,7 +79,7 @@ def scoring_worker() -> psutil.Process:
 def test_a_killed_worker(nodes, undisturbed, tmp_path):
     job = Job(nodes[0].address, tmp_path / "out")
     job.until("scored (1/")
-    scoring_worker().kill()
+    scoring_worker(nodes[1]).kill()
     assert "lost its worker (WorkerCrashedError); again\n" in job.end()
     assert (tmp_path / "out" / TENSORS_FILE).read_bytes() == undisturbed
 
@@ -133,7 +138,7 @@ def test_a_lost_node(nodes, undisturbed, tmp_path):
     cluster, workers = nodes
     job = Job(cluster.address, tmp_path / "out")
     job.until("scored (1/")
-    scoring_worker()
+    scoring_worker(workers)
     cluster.remove_node(workers.pop(), allow_graceful=False)
     job.end()
     assert (tmp_path / "out" / TENSORS_FILE).read_bytes() == undisturbed

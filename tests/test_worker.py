@@ -31,7 +31,7 @@ class Worker(Rerouting, Vllms):
                 self.sere_layers[7][COUNTERS.index("steps")] += 1
 
         super().__init__(step)
-        self.sere_rows, self.sere_seen_rerouting = Rows(4), False
+        self.sere_rows, self.sere_owners, self.sere_seen_rerouting = Rows(4), None, False
         self.sere_layers = {7: torch.zeros(len(COUNTERS), dtype=torch.int64)}
 
 

@@ -1,14 +1,15 @@
-"""Teacher-forced loss as batched decoding has it, in one forward pass.
+"""Teacher-forced loss, and divergence from another model, as batched decoding has them, in one forward pass.
 
 B sequences run side by side; the tokens at one position form a decode step, and are re-routed together. Attention is
 causal, so one forward pass over the whole sequences gives what stepwise decoding would: a later token sees what the
 re-routed experts made of the earlier ones. The prompt part is not re-routed, as in serving. (vLLM's own prompt
 log-probabilities would show no difference: prefill is not re-routed.)
 
-Shape suffixes: B sequences, L positions, K experts a token, E experts.
+Shape suffixes: B sequences, L positions, D decode steps, K experts a token, E experts, V tokens of the vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,34 +17,55 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from sere_dist.moe import Routing, hooked_experts, routed_experts
-from sere_dist.rerouting import active_experts, reroute
+from sere_dist.rerouting import repeat_dropped
+
+Routed = tuple[torch.Tensor, torch.Tensor]  # weights_DBK, ids_DBK; an id of -1 is a dropped slot, of weight 0
+# What re-routes all decode steps of a layer, each by itself: (layer, weights_DBK, ids_DBK) -> the same of what runs.
+Policy = Callable[[int, torch.Tensor, torch.Tensor], Routed]
 
 
 @dataclass(frozen=True)
 class LockstepResult:
     """Loss and active experts over the decode steps of a set of batches."""
 
-    loss_sum: float  # nats
-    tokens: int
+    losses: tuple[float, ...]  # of each sequence, nats, summed over its scored tokens
+    divergences: tuple[float, ...]  # likewise KL(reference, model) of the next token; empty without a reference
+    tokens: int  # scored, of all sequences
     active_sum: int  # active experts, summed over steps and layers
     steps: int  # decode steps times MoE layers
 
     def __add__(self, other: "LockstepResult") -> "LockstepResult":
         return LockstepResult(
-            self.loss_sum + other.loss_sum,
+            self.losses + other.losses,
+            self.divergences + other.divergences,
             self.tokens + other.tokens,
             self.active_sum + other.active_sum,
             self.steps + other.steps,
         )
 
     @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return math.fsum(self.losses) / self.tokens
+
+    @property
     def perplexity(self) -> float:
-        return math.exp(self.loss_sum / self.tokens)
+        return math.exp(self.loss)
+
+    @property
+    def divergence(self) -> float:
+        """KL from the reference, nats a token."""
+        return math.fsum(self.divergences) / self.tokens
 
     @property
     def active_experts(self) -> float:
         """Distinct experts that a layer runs in a step, the mean over steps and layers."""
         return self.active_sum / self.steps
+
+
+def unchanged(_layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor) -> Routed:
+    """The policy of a model as it is."""
+    return weights_DBK, ids_DBK
 
 
 @torch.inference_mode()
@@ -52,9 +74,8 @@ def lockstep(
     ids_BL: torch.Tensor,
     *,
     prompt_length: int,
-    similarity: dict[int, torch.Tensor] | None = None,
-    select_top_k: int = 0,
-    threshold: float = 0.0,
+    policy: Policy = unchanged,
+    reference_BDV: torch.Tensor | None = None,
 ) -> LockstepResult:
     """Scores one batch decoded in lockstep.
 
@@ -63,36 +84,58 @@ def lockstep(
         ids_BL: token ids [B, L].
         prompt_length: positions before this one are prefill: neither re-routed nor scored. The steps are the positions
             from here to L - 2, each predicting the token that follows.
-        similarity: decoder layer index -> [E, E]; None: the model as it is.
-        select_top_k, threshold: as in `rerouting.reroute`.
+        policy: what re-routes.
+        reference_BDV: logits of the steps, those of the model as it is (`decode_logits`), to diverge from.
     """
+    active_sum, steps = 0, 0
+
+    def counted(layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor) -> Routed:
+        nonlocal active_sum, steps
+        weights_DBK, ids_DBK = policy(layer, weights_DBK, ids_DBK)
+        active_sum += int(active_by_step(ids_DBK, num_experts[layer]).sum())
+        steps += len(ids_DBK)
+        return weights_DBK, ids_DBK
+
+    num_experts = {layer: experts.num_experts for layer, (_, experts) in routed_experts(model).items()}
+    logits_BDV = decode_logits(model, ids_BL, prompt_length=prompt_length, policy=counted)
+    next_BD = ids_BL[:, prompt_length + 1 :].to(logits_BDV.device)
+    loss_BD = F.cross_entropy(logits_BDV.transpose(1, 2), next_BD, reduction="none")
+    losses = tuple(loss_BD.double().sum(dim=1).tolist())
+    divergences: tuple[float, ...] = ()
+    if reference_BDV is not None:
+        log_p_BDV, log_q_BDV = reference_BDV.log_softmax(dim=2), logits_BDV.log_softmax(dim=2)
+        divergence_BD = F.kl_div(log_q_BDV, log_p_BDV, reduction="none", log_target=True).sum(dim=2)
+        divergences = tuple(divergence_BD.double().sum(dim=1).tolist())
+    return LockstepResult(losses, divergences, loss_BD.numel(), active_sum, steps)
+
+
+@torch.inference_mode()
+def decode_logits(
+    model: PreTrainedModel, ids_BL: torch.Tensor, *, prompt_length: int, policy: Policy = unchanged
+) -> torch.Tensor:
+    """Returns the logits [B, D, V], float32, of one batch's decode steps; arguments as in `lockstep`."""
     batch, length = ids_BL.shape
     if not 0 < prompt_length < length - 1:
         raise ValueError(f"prompt_length ({prompt_length}) must leave a decode step in sequences of {length} tokens")
-    steps = range(prompt_length, length - 1)
-    num_experts = {layer: experts.num_experts for layer, (_, experts) in routed_experts(model).items()}
-    active = 0
+    steps = slice(prompt_length, length - 1)
 
     def route(layer: int, routing: Routing) -> Routing:
-        nonlocal active
-        hidden_states, top_k_index, top_k_weights = routing
-        index_BLK = top_k_index.view(batch, length, -1).clone()
-        weights_BLK = top_k_weights.view(batch, length, -1)
-        for step in steps:
-            if similarity is not None:
-                index_BLK[:, step] = reroute(
-                    weights_BLK[:, step],
-                    index_BLK[:, step],
-                    similarity[layer],
-                    select_top_k=select_top_k,
-                    threshold=threshold,
-                )
-            everything = torch.ones_like(index_BLK[:, step], dtype=torch.bool)
-            active += int(active_experts(index_BLK[:, step], everything, num_experts[layer]).sum())
-        return hidden_states, index_BLK.view_as(top_k_index), top_k_weights
+        hidden_states, *index_and_weights = routing
+        ids_BLK, weights_BLK = (tensor.view(batch, length, -1).clone() for tensor in index_and_weights)
+        weights_DBK, ids_DBK = weights_BLK[:, steps].transpose(0, 1), ids_BLK[:, steps].transpose(0, 1)
+        new_weights_DBK, new_ids_DBK = policy(layer, weights_DBK, ids_DBK)
+        # The experts of transformers can't skip a slot.
+        slots_TK = [tensor.flatten(0, 1) for tensor in (weights_DBK, ids_DBK, new_ids_DBK)]
+        run_ids_DBK = repeat_dropped(*slots_TK).view_as(ids_DBK)
+        weights_BLK[:, steps], ids_BLK[:, steps] = new_weights_DBK.transpose(0, 1), run_ids_DBK.transpose(0, 1)
+        return hidden_states, ids_BLK.flatten(0, 1), weights_BLK.flatten(0, 1)
 
     with hooked_experts(model, route):
-        logits = model(ids_BL.to(model.device)).logits
-    scored = logits[:, prompt_length:-1].float().flatten(0, 1)
-    loss = F.cross_entropy(scored, ids_BL[:, prompt_length + 1 :].flatten().to(scored.device), reduction="sum")
-    return LockstepResult(float(loss), len(scored), active, len(steps) * len(num_experts))
+        return model(ids_BL.to(model.device)).logits[:, steps].float()
+
+
+def active_by_step(ids_DBK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Returns bool [D, E]: the experts that each step runs; an id of -1 names none."""
+    named_DN = torch.where(ids_DBK < 0, num_experts, ids_DBK).flatten(1).long()
+    active_DE = torch.zeros(len(ids_DBK), num_experts + 1, dtype=torch.bool, device=ids_DBK.device)
+    return active_DE.scatter_(1, named_DN, True)[:, :num_experts]

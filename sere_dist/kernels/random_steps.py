@@ -11,7 +11,15 @@ import torch
 
 from sere_dist.kernels.reroute import ID_DTYPES, WEIGHT_DTYPES, Layer, Policy
 from sere_dist.kernels.reroute_cpu import reroute_step
-from sere_dist.rerouting import COUNTERS, ranked_neighbors, reroute, reroute_projection, step_counts
+from sere_dist.rerouting import (
+    COUNTERS,
+    primary_experts,
+    ranked_neighbors,
+    repeat_dropped,
+    reroute,
+    reroute_projection,
+    step_counts,
+)
 
 
 @dataclass
@@ -20,6 +28,8 @@ class RandomStep:
 
     Attributes:
         domains: number of domains that experts live in; None: no domains.
+        ranks: number of ranks that hold the experts; 0: one holds all, and is not named.
+        elsewhere_share: of the experts, those that are primary on other ranks; None: there are no other ranks.
         valid_share: of the rows; None: no mask.
         ties: weights and similarities have few values.
         empty_share: of the slots, with id -1.
@@ -34,7 +44,10 @@ class RandomStep:
     threshold: float = 0.0
     traffic_price: float = 0.0
     domains: int | None = None
+    ranks: int = 0
+    elsewhere_share: float | None = None
     has_home: bool = False
+    repeats_dropped: bool = False
     enabled: bool = True
     min_rows: int = 0
     max_rows: int | None = None
@@ -58,7 +71,7 @@ class RandomStep:
         self.ids_TK = ids_TK.masked_fill(empty_TK, -1).to(self.id_dtype)
         self.similarity_EE = uniform(experts, experts, values=8)
         self.coefficient_EE, self.size_E = 2 * uniform(experts, experts), 2 * uniform(experts)
-        self.valid_T = self.domain_E = self.home_T = None
+        self.valid_T = self.domain_E = self.home_T = self.rank_E = self.elsewhere_E = None
         longer = rows + 5  # as a runner's buffers are
         if self.valid_share is not None:
             self.valid_T = torch.rand(longer, generator=random) < self.valid_share
@@ -66,11 +79,16 @@ class RandomStep:
             self.domain_E = torch.randint(self.domains, (experts,), generator=random)
         if self.domains and self.has_home:
             self.home_T = torch.randint(-1, self.domains, (longer,), generator=random, dtype=torch.int32)
+        if self.ranks:
+            self.rank_E = torch.randint(self.ranks, (experts,), generator=random)
+        if self.elsewhere_share is not None:
+            self.elsewhere_E = torch.rand(experts, generator=random) < self.elsewhere_share
 
     def by_torch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns weights, ids and counts by the functions of `rerouting.py`."""
         select_top_k, valid_T, home_T = self._in_force()
-        common = {"select_top_k": select_top_k, "threshold": self.threshold, "valid_T": valid_T}
+        primary_E = None if self.elsewhere_E is None else self.elsewhere_E | self.own_primary()
+        common = {"select_top_k": select_top_k, "valid_T": valid_T, "primary_E": primary_E}
         weights_TK = self.weights_TK
         if self.projection:
             weights_TK, ids_TK = reroute_projection(
@@ -79,27 +97,37 @@ class RandomStep:
                 self.similarity_EE,
                 self.coefficient_EE,
                 self.size_E,
+                threshold=self.threshold,
                 traffic_price=self.traffic_price,
                 domain_E=self.domain_E,
                 home_T=home_T,
                 **common,
             )
         else:
-            ids_TK = reroute(self.weights_TK, self.ids_TK, self.similarity_EE, **common)
+            ids_TK = reroute(self.weights_TK, self.ids_TK, self.similarity_EE, threshold=self.threshold, **common)
         counts = step_counts(
             self.weights_TK,
             self.ids_TK,
             ids_TK,
-            select_top_k=select_top_k,
             num_experts=self.experts,
-            valid_T=valid_T,
+            rank_E=self.rank_E,
+            num_ranks=self.ranks,
             domain_E=self.domain_E,
             home_T=home_T,
+            **common,
         )
+        if self.repeats_dropped:
+            ids_TK = repeat_dropped(self.weights_TK, self.ids_TK, ids_TK)
         return weights_TK, ids_TK, counts
 
+    def own_primary(self) -> torch.Tensor:
+        """Returns bool [E]: what this rank says are primary experts, whether or not it then acts."""
+        _, valid_T, _ = self._in_force()
+        masks = {"select_top_k": self.select_top_k, "valid_T": valid_T}
+        return primary_experts(self.weights_TK, self.ids_TK, self.experts, **masks)
+
     def by_cpu(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the same by `reroute_cpu`, which knows neither projection nor domains."""
+        """Returns the same by `reroute_cpu`, which knows neither projection nor domains nor ranks."""
         select_top_k, valid_T, _ = self._in_force()
         counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
         tables = ranked_neighbors(self.similarity_EE)
@@ -119,8 +147,11 @@ class RandomStep:
         """Returns the layer of this step, with a policy of its own."""
         policy = Policy(device)
         self.set(policy)
-        tables = {"coefficient_EE": self.coefficient_EE, "size_E": self.size_E} if self.projection else {}
-        return Layer(self.similarity_EE, policy, threshold=self.threshold, domain_E=self.domain_E, **tables)
+        tables = {"domain_E": self.domain_E, "rank_E": self.rank_E, "num_ranks": self.ranks}
+        if self.projection:
+            tables |= {"coefficient_EE": self.coefficient_EE, "size_E": self.size_E}
+        settings = {"threshold": self.threshold, "repeats_dropped": self.repeats_dropped}
+        return Layer(self.similarity_EE, policy, **settings, **tables)
 
     def set(self, policy: Policy) -> None:
         policy.set(
@@ -136,7 +167,16 @@ class RandomStep:
         layer = self.layer(device)
         weights_TK, ids_TK = self.weights_TK.clone().to(device), self.ids_TK.clone().to(device)
         masks = [None if mask is None else mask.to(device) for mask in (self.valid_T, self.home_T)]
-        layer.reroute(weights_TK, ids_TK, *masks)
+        offered = []
+
+        def unite(primary_E: torch.Tensor) -> None:
+            offered.append(primary_E.clone().cpu())
+            torch.maximum(primary_E, self.elsewhere_E.to(primary_E), out=primary_E)
+
+        layer.reroute(weights_TK, ids_TK, *masks, unite=None if self.elsewhere_E is None else unite)
+        if self.elsewhere_E is not None:
+            (own,) = offered
+            assert torch.equal(own, self.own_primary().to(torch.uint8)), "other ranks got other primary experts"
         assert not layer.workspace.any(), "the workspace was not left as it was found"
         return weights_TK.cpu(), ids_TK.cpu(), layer.counters.cpu()
 
@@ -151,7 +191,7 @@ def assert_equal(kernels: tuple[torch.Tensor, ...], torchs: tuple[torch.Tensor, 
         if not different:
             continue
         first = tuple(different[0])
-        place = COUNTERS[first[0]] if name == "counts" else first
+        place = [*COUNTERS, *(f"rank {rank}" for rank in range(len(mine)))][first[0]] if name == "counts" else first
         raise AssertionError(
             f"{len(different)} of {mine.numel()} {name} differ, the first at {place}: kernel {mine[first].item()}, "
             f"torch {expected[first].item()}, in {what}"
@@ -168,7 +208,10 @@ CHOICES = {
     "threshold": [0.0, 0.3, 0.75, 0.95, 1.0],
     "traffic_price": [0.0, 0.01, 0.125, 0.25, 0.25, 3.0],
     "domains": [None, 1, 2, 8, 8, 70],
+    "ranks": [0, 0, 1, 3, 8, 70],
+    "elsewhere_share": [None] * 4 + [0.0, 0.1, 0.5],
     "has_home": [False, True],
+    "repeats_dropped": [False, True],
     "enabled": [True] * 9 + [False],
     "min_rows": [0] * 6 + [5, 20],
     "max_rows": [None] * 6 + [5, 20],

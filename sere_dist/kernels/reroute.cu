@@ -8,7 +8,8 @@
 //   3. settle      every token rewrites its slots and counts
 //
 // Up to 1,024 rows one block does it all (`reroute`). More rows take two launches over many blocks (`reroute_vote`,
-// `reroute_settle`), which hand over the marks in a workspace that is all zero before and after.
+// `reroute_settle`), which hand over the marks in a workspace that is all zero before and after. Between the two, other
+// ranks' primary experts may join those marks; `chosen` stays this rank's own.
 //
 // Whatever a CUDA graph must not freeze is read from memory here: the policy, the tables, the rows' masks.
 // Compiled by NVRTC through reroute.py, and by g++ against tests/cuda_on_host.h. No fused multiply-add: results equal
@@ -69,14 +70,22 @@ struct Policy {
     float traffic_price;
 };
 
-enum Counter {  // COUNTERS of rerouting.py
-    STEPS, ROWS, REROUTED, CRITICAL, DROPPED, ACTIVE_BEFORE, ACTIVE_AFTER, REMOTE_BEFORE, REMOTE_AFTER, NUM_COUNTERS
+enum Counter {  // COUNTERS of rerouting.py; of a pair, the second is AFTER
+    STEPS, ROWS, REROUTED, CRITICAL, DROPPED, ACTIVE, ACTIVE_AFTER, LARGEST_RANK, LARGEST_RANK_AFTER,
+    DOMAINS, DOMAINS_AFTER, REMOTE_DOMAINS, REMOTE_DOMAINS_AFTER, REMOTE_SLOTS, REMOTE_SLOTS_AFTER, NUM_COUNTERS
 };
+enum When { BEFORE, AFTER };
 
 // What the valid tokens of a step chose.
 struct Votes {
     unsigned char primary[MAX_EXPERTS], chosen[MAX_EXPERTS];
     int rows;
+};
+
+// What two launches share.
+struct Workspace {
+    Votes votes;                      // `primary` comes first: reroute.py shows it to other ranks
+    unsigned char runs[MAX_EXPERTS];  // experts of valid tokens that are settled
     unsigned finished_blocks;
 };
 
@@ -85,8 +94,9 @@ struct Experts {
     unsigned short substitute[MAX_EXPERTS];
     unsigned short place[MAX_EXPERTS];   // of the substitute among the neighbours
     unsigned short cutoff[MAX_EXPERTS];  // neighbours that are similar enough
-    short domain[MAX_EXPERTS];
-    int totals[NUM_COUNTERS];
+    short domain[MAX_EXPERTS], rank[MAX_EXPERTS];
+    int totals[NUM_COUNTERS];    // of the block's slots
+    int active[2][MAX_EXPERTS];  // experts on each rank, before and after
 };
 
 // One step of one layer. A pointer marked ? may be null.
@@ -103,8 +113,11 @@ struct Step {
     const float *size_E;                  // ? goes with coefficient_EE
     const short *domain_E;                // ?
     const int *home_T;                    // ? -1: none
-    unsigned long long *counters;
-    Votes *workspace;
+    const short *rank_E;                  // ? one rank holds all
+    int num_ranks;                        // 0 without rank_E, at most MAX_EXPERTS
+    int repeats;                          // a dropped slot repeats its token's heaviest expert, else it gets id -1
+    unsigned long long *counters;         // one each, then one a rank: the experts that run there
+    Workspace *workspace;
 };
 
 // All kernels take the members of Step, one by one: cuda.core passes no structs.
@@ -112,10 +125,10 @@ struct Step {
     Weight *weights_TK, Id *ids_TK, int T, int K, int E, const Policy *policy, const unsigned char *valid_T,      \
         const unsigned short *neighbors_EE, const unsigned short *cutoff_E, const float *ranked_similarity_EE,    \
         const float *coefficient_EE, const float *size_E, const short *domain_E, const int *home_T,               \
-        unsigned long long *counters, Votes *workspace
+        const short *rank_E, int num_ranks, int repeats, unsigned long long *counters, Workspace *workspace
 #define ARGUMENTS                                                                                                 \
     weights_TK, ids_TK, T, K, E, policy, valid_T, neighbors_EE, cutoff_E, ranked_similarity_EE, coefficient_EE,   \
-        size_E, domain_E, home_T, counters, workspace
+        size_E, domain_E, home_T, rank_E, num_ranks, repeats, counters, workspace
 
 __device__ int warp_index() { return threadIdx.x / 32; }
 __device__ int lane_index() { return threadIdx.x % 32; }
@@ -171,19 +184,23 @@ __device__ bool is_visited(int domain, int visits, int home, int K, int width) {
     return visited;
 }
 
-// 1 if this lane's slot is its token's first in a domain that is not its home.
-__device__ int is_first_visit(int visits, int home, int column, int K, int width) {
-    bool first = visits != NOWHERE && visits != home;
+// Counts the domain that this lane's slot visits, unless it is nowhere: once a token, and as remote unless it is home.
+__device__ void count_visit(int visits, int home, int column, int K, int width, When when,
+                            int (&counts)[NUM_COUNTERS]) {
+    bool first = visits != NOWHERE, remote = visits != NOWHERE && visits != home;
 #pragma unroll 4
     for (int other = 0; other < K; ++other)
         first &= (__shfl_sync(ALL, visits, other, width) != visits) | (other >= column);
-    return first;
+    counts[DOMAINS + when] += first;
+    counts[REMOTE_DOMAINS + when] += first && remote;
+    counts[REMOTE_SLOTS + when] += remote;
 }
 
 // Marks what the tokens of `blocks` blocks chose. Returns whether this thread marked a primary expert.
 __device__ bool vote(const Step &step, int select_top_k, Slot slot, Votes *votes, int block, int blocks) {
     int width = group_width(step.K), tokens = 32 / width, warps = blockDim.x / 32, lane = lane_index();
     int start = (block * warps + warp_index()) * tokens;
+    int heaviest = select_top_k < step.K ? select_top_k : 0;  // S = K and more means off
     bool marked = false;
 #pragma unroll 1
     for (int first = start; first < step.T; first += blocks * warps * tokens) {
@@ -191,7 +208,7 @@ __device__ bool vote(const Step &step, int select_top_k, Slot slot, Votes *votes
         int rank = rank_in_group(slot, step.K, width);
         if (slot.expert >= 0) {
             votes->chosen[slot.expert] = 1;
-            if (rank < select_top_k) votes->primary[slot.expert] = marked = true;
+            if (rank < heaviest) votes->primary[slot.expert] = marked = true;
         }
         int rows = __popc(__ballot_sync(ALL, slot.votes && slot.column == 0));
         if (lane == 0 && rows) atomicAdd(&votes->rows, rows);
@@ -279,8 +296,11 @@ __device__ void load_experts(const Step &step, Experts &experts) {
         experts.cutoff[e] = step.cutoff_E[e];
         if (step.size_E) experts.size[e] = step.size_E[e];
         if (step.domain_E) experts.domain[e] = step.domain_E[e];
+        if (step.rank_E) experts.rank[e] = step.rank_E[e];
     }
     if (threadIdx.x < NUM_COUNTERS) experts.totals[threadIdx.x] = 0;
+    for (int rank = threadIdx.x; rank < max(step.num_ranks, 1); rank += blockDim.x)
+        experts.active[BEFORE][rank] = experts.active[AFTER][rank] = 0;
 }
 
 // The first neighbours of this warp's first experts, asked for before they are needed.
@@ -307,9 +327,11 @@ __device__ void find_substitutes(const Step &step, const Votes &votes, Experts &
     }
 }
 
-// Rewrites the slots of the block's tokens. `acts`: the policy is on in this step.
+// Rewrites the slots of the block's tokens. `acts`: the policy is on in this step; then `runs`, unless it is null, gets
+// the marks of their experts.
 __device__ void settle_slots(const Step &step, const Policy &policy, Slot slot, const Votes &votes,
-                             const Experts &experts, bool acts, int block, int blocks, int (&counts)[NUM_COUNTERS]) {
+                             const Experts &experts, bool acts, unsigned char *runs, int block, int blocks,
+                             int (&counts)[NUM_COUNTERS]) {
     int width = group_width(step.K), tokens = 32 / width, warps = blockDim.x / 32, lane = lane_index();
     int start = (block * warps + warp_index()) * tokens;
     bool priced = step.coefficient_EE;
@@ -319,7 +341,7 @@ __device__ void settle_slots(const Step &step, const Policy &policy, Slot slot, 
         // Lanes beyond the token's slots need its home too: they search for it.
         int home = step.home_T && slot.token < step.T ? step.home_T[slot.token] : NOWHERE;
         int visits = step.domain_E && slot.expert >= 0 ? experts.domain[slot.expert] : NOWHERE;
-        if (step.domain_E) counts[REMOTE_BEFORE] += is_first_visit(visits, home, slot.column, step.K, width);
+        if (step.domain_E) count_visit(visits, home, slot.column, step.K, width, BEFORE, counts);
         if (acts) {
             int rank = priced ? rank_in_group(slot, step.K, width) : 0;
             bool settles = slot.expert >= 0 && (priced ? rank >= policy.select_top_k : !votes.primary[slot.expert]);
@@ -331,53 +353,106 @@ __device__ void settle_slots(const Step &step, const Policy &policy, Slot slot, 
                 int cheapest = settle_by_price(step, policy, votes, experts, slot, settles, rank, home, kept);
                 if (settles) outcome = cheapest;
             }
+            int heaviest = -1;
+            if (priced && step.repeats) {
+                unsigned first = __ballot_sync(ALL, rank == 0 && slot.column < step.K) >> lane / width * width;
+                heaviest = __shfl_sync(ALL, slot.expert, __ffs(first) - 1, width);
+            }
             if (outcome != slot.expert) {
                 int at = slot.token * step.K + slot.column;
-                step.ids_TK[at] = outcome;
+                step.ids_TK[at] = outcome < 0 ? heaviest : outcome;
                 if (outcome < 0)
                     step.weights_TK[at] = to_weight(0.0f);
                 else if (priced)
                     step.weights_TK[at] = to_weight(slot.weight * step.coefficient_EE[slot.expert * step.E + outcome]);
             }
+            if (runs && outcome >= 0) runs[outcome] = 1;
             counts[REROUTED] += outcome != slot.expert && outcome >= 0;
             counts[DROPPED] += outcome != slot.expert && outcome < 0;
             counts[CRITICAL] += critical;
             visits = step.domain_E && outcome >= 0 ? experts.domain[outcome] : NOWHERE;
         }
-        if (step.domain_E) counts[REMOTE_AFTER] += is_first_visit(visits, home, slot.column, step.K, width);
+        if (step.domain_E) count_visit(visits, home, slot.column, step.K, width, AFTER, counts);
     }
 }
 
-// Everything after the vote. `votes` and `experts` are the block's own, in shared memory; `slot` is its first.
+// Whether re-routing is on in this step.
+__device__ bool is_on(const Policy &policy, const Votes &votes, bool any_primary, int K) {
+    return policy.on && any_primary && 0 < policy.select_top_k && policy.select_top_k < K &&
+           policy.least_rows <= votes.rows && votes.rows <= policy.most_rows;
+}
+
+// Settles and counts the slots of the block's tokens; the totals are complete after a barrier. `votes` and `experts`
+// are the block's own, in shared memory; `slot` is its first.
 __device__ void settle(const Step &step, const Policy &policy, Slot slot, const Votes &votes, Experts &experts,
-                       const int (&neighbors)[PREFETCHED], bool any_primary, int block, int blocks) {
-    if (votes.rows == 0) return;  // all threads, or none; so with `acts`
-    bool acts = policy.on && any_primary && policy.select_top_k < step.K && policy.least_rows <= votes.rows &&
-                votes.rows <= policy.most_rows;
-    if (acts) {
+                       const int (&neighbors)[PREFETCHED], bool acts, unsigned char *runs, int block, int blocks) {
+    if (acts) {  // all threads, or none
         find_substitutes(step, votes, experts, neighbors);
         __syncthreads();
     }
     int counts[NUM_COUNTERS] = {};
-    if (acts || step.domain_E) settle_slots(step, policy, slot, votes, experts, acts, block, blocks, counts);
-    if (block == 0) {
-        if (threadIdx.x == 0) experts.totals[STEPS] = 1, experts.totals[ROWS] = votes.rows;
-        for (int e = threadIdx.x; e < step.E; e += blockDim.x) {
-            if (!votes.chosen[e]) continue;
-            counts[ACTIVE_BEFORE] += 1;
-            counts[ACTIVE_AFTER] += !acts || votes.primary[e] || experts.substitute[e] == NO_SUBSTITUTE;
-        }
-    }
+    if (acts || step.domain_E) settle_slots(step, policy, slot, votes, experts, acts, runs, block, blocks, counts);
+    if (block == 0 && threadIdx.x == 0) experts.totals[STEPS] = 1, experts.totals[ROWS] = votes.rows;
 #pragma unroll
     for (int i = REROUTED; i < NUM_COUNTERS; ++i) {
+        if (ACTIVE <= i && i <= LARGEST_RANK_AFTER) continue;  // count_experts
         if (i == DROPPED && !step.coefficient_EE) continue;
-        if (i >= REMOTE_BEFORE && !step.domain_E) continue;
+        if (i >= DOMAINS && !step.domain_E) continue;
         int sum = __reduce_add_sync(ALL, counts[i]);
         if (lane_index() == 0 && sum) atomicAdd(&experts.totals[i], sum);
     }
-    __syncthreads();
-    if (threadIdx.x < NUM_COUNTERS && experts.totals[threadIdx.x])
-        atomicAdd(&step.counters[threadIdx.x], static_cast<unsigned long long>(experts.totals[threadIdx.x]));
+}
+
+// Counts the experts that valid tokens chose, and those that run in the end. Where the votes are this rank's alone,
+// `runs` may be null: what was chosen then runs if it is primary or has no substitute, and nothing else does.
+__device__ void count_experts(const Step &step, const Votes &votes, Experts &experts, bool acts,
+                              const unsigned char *runs) {
+#pragma unroll 1
+    for (int first = warp_index() * 32; first < step.E; first += blockDim.x) {
+        int e = first + lane_index();
+        bool chosen = e < step.E && votes.chosen[e], stays = chosen;
+        if (acts && runs)
+            stays = e < step.E && runs[e];
+        else if (acts && chosen)
+            stays = votes.primary[e] || experts.substitute[e] == NO_SUBSTITUTE;
+        if (step.rank_E) {
+            unsigned rank = e < step.E ? experts.rank[e] : 0;
+            bool known = rank < static_cast<unsigned>(step.num_ranks);  // else it would be written beyond the array
+            if (known && chosen) atomicAdd(&experts.active[BEFORE][rank], 1);
+            if (known && stays) atomicAdd(&experts.active[AFTER][rank], 1);
+        } else {
+            int before = __popc(__ballot_sync(ALL, chosen)), after = __popc(__ballot_sync(ALL, stays));
+            if (lane_index() == 0) atomicAdd(&experts.active[BEFORE][0], before);
+            if (lane_index() == 0) atomicAdd(&experts.active[AFTER][0], after);
+        }
+    }
+}
+
+// What a block counted goes to the layer's counters, after a barrier.
+__device__ void add(const Step &step, int counter, int count) {
+    if (count) atomicAdd(&step.counters[counter], static_cast<unsigned long long>(count));
+}
+
+__device__ void add_experts(const Step &step, const Experts &experts) {
+    if (warp_index() != 0) return;
+#pragma unroll
+    for (int when = BEFORE; when <= AFTER; ++when) {
+        int sum = 0, most = 0;
+#pragma unroll 1
+        for (int rank = lane_index(); rank < max(step.num_ranks, 1); rank += 32) {
+            int active = experts.active[when][rank];
+            sum += active;
+            most = max(most, active);
+            if (when == AFTER && step.rank_E) add(step, NUM_COUNTERS + rank, active);
+        }
+        sum = __reduce_add_sync(ALL, sum);
+        most = __reduce_max_sync(ALL, most);
+        if (lane_index() == 0) add(step, ACTIVE + when, sum), add(step, LARGEST_RANK + when, most);
+    }
+}
+
+__device__ void add_slots(const Step &step, const Experts &experts) {
+    if (threadIdx.x < NUM_COUNTERS) add(step, threadIdx.x, experts.totals[threadIdx.x]);
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute(PARAMETERS) {
@@ -393,12 +468,18 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute(PARAMETERS) {
     if (threadIdx.x == 0) votes.rows = 0;
     __syncthreads();
     bool any_primary = __syncthreads_or(vote(step, now.select_top_k, slot, &votes, 0, 1));
-    settle(step, now, slot, votes, experts, neighbors, any_primary, 0, 1);
+    if (votes.rows == 0) return;  // all threads
+    bool acts = is_on(now, votes, any_primary, K);
+    settle(step, now, slot, votes, experts, neighbors, acts, nullptr, 0, 1);
+    count_experts(step, votes, experts, acts, nullptr);
+    __syncthreads();
+    add_slots(step, experts);
+    add_experts(step, experts);
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_vote(PARAMETERS) {
     const Step step = {ARGUMENTS};
-    vote(step, policy->select_top_k, first_slot(step, blockIdx.x), workspace, blockIdx.x, gridDim.x);
+    vote(step, policy->select_top_k, first_slot(step, blockIdx.x), &workspace->votes, blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_settle(PARAMETERS) {
@@ -413,18 +494,31 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_settle(PARAMET
     load_experts(step, experts);
     bool marked = false;
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        marked |= votes.primary[e] = workspace->primary[e];
-        votes.chosen[e] = workspace->chosen[e];
+        marked |= votes.primary[e] = workspace->votes.primary[e];
+        votes.chosen[e] = workspace->votes.chosen[e];
     }
-    if (threadIdx.x == 0) votes.rows = workspace->rows;
+    if (threadIdx.x == 0) votes.rows = workspace->votes.rows;
     bool any_primary = __syncthreads_or(marked);
-    settle(step, now, slot, votes, experts, neighbors, any_primary, blockIdx.x, gridDim.x);
+    bool acts = votes.rows > 0 && is_on(now, votes, any_primary, K);
+    if (votes.rows > 0) {  // all threads, or none
+        settle(step, now, slot, votes, experts, neighbors, acts, workspace->runs, blockIdx.x, gridDim.x);
+        __threadfence();  // who sees that the block has finished also sees its marks
+        __syncthreads();
+        add_slots(step, experts);
+    }
 
-    // All blocks have read the workspace once the last one gets here: it leaves zeros for the next step.
-    __threadfence();
-    if (threadIdx.x == 0) is_last = atomicAdd(&workspace->finished_blocks, 1u) == gridDim.x - 1;
+    // All blocks have read the votes and marked what runs once the last one gets here: it counts that, and leaves zeros
+    // for the next step.
+    if (threadIdx.x == 0) {
+        is_last = atomicAdd(&workspace->finished_blocks, 1u) == gridDim.x - 1;
+        __threadfence();  // and here it is seen before the others' marks are read
+    }
     __syncthreads();
     if (!is_last) return;
-    for (int e = threadIdx.x; e < E; e += blockDim.x) workspace->primary[e] = workspace->chosen[e] = 0;
-    if (threadIdx.x == 0) workspace->rows = 0, workspace->finished_blocks = 0;
+    count_experts(step, votes, experts, acts, workspace->runs);
+    __syncthreads();
+    add_experts(step, experts);
+    for (int e = threadIdx.x; e < E; e += blockDim.x)
+        workspace->votes.primary[e] = workspace->votes.chosen[e] = workspace->runs[e] = 0;
+    if (threadIdx.x == 0) workspace->votes.rows = 0, workspace->finished_blocks = 0;
 }

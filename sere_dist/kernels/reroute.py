@@ -14,7 +14,7 @@ valid rows. Shape suffixes as in `rerouting.py`, which computes the same, to the
 import ctypes
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ ONE_LAUNCH_ROWS = 1024  # more rows than this take two launches
 MAX_THREADS = 1024
 EXPERTS_A_WARP = 4  # at most, where the threads suffice: a warp finds their substitutes one after the other
 THREADS_OF_TWO, BLOCKS_OF_TWO = 512, 264  # two blocks for each multiprocessor of an H200
-VOTES_BYTES = 2 * MAX_EXPERTS + 8  # struct Votes
+WORKSPACE_BYTES = 3 * MAX_EXPERTS + 8  # struct Workspace
 NO_LIMIT = 2**31 - 1
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -76,7 +76,9 @@ class Layer:
     """One MoE layer's tables and counters on a device.
 
     Attributes:
-        counters: int64 [len(COUNTERS)], summed over the steps; see `rerouting.COUNTERS`.
+        counters: int64 [len(COUNTERS) + num_ranks], summed over the steps; see `rerouting.step_counts`.
+        domain_E, rank_E: int16 [E], or None: where each expert lives now. May be changed in place between steps; are
+            the very tensors given, if these were int16 on the policy's device.
     """
 
     def __init__(
@@ -88,23 +90,35 @@ class Layer:
         coefficient_EE: torch.Tensor | None = None,
         size_E: torch.Tensor | None = None,
         domain_E: torch.Tensor | None = None,
+        rank_E: torch.Tensor | None = None,
+        num_ranks: int = 0,
+        repeats_dropped: bool = False,
     ):
         """With `coefficient_EE` and `size_E` the layer follows the policy of `reroute_projection`, otherwise that of
-        `reroute`. `domain_E` [E]: where each expert lives; without it no domain is counted and none has a price.
+        `reroute`.
+
+        Args:
+            domain_E: [E], where each expert lives; without it no domain is counted and none has a price.
+            rank_E: [E], which of `num_ranks` ranks holds each expert (a rank beyond them is not counted); without it
+                one rank holds all.
 
         Raises:
-            ValueError: more experts than MAX_EXPERTS, or tables that don't fit one another.
+            ValueError: more experts or ranks than MAX_EXPERTS, or tables that don't fit one another.
         """
         num_experts = len(similarity_EE)
-        if num_experts > MAX_EXPERTS:
-            raise ValueError(f"the kernel takes at most {MAX_EXPERTS} experts, not {num_experts}")
+        for name, number in (("experts", num_experts), ("ranks", num_ranks)):
+            if number > MAX_EXPERTS:
+                raise ValueError(f"the kernel takes at most {MAX_EXPERTS} {name}, not {number}")
         if (coefficient_EE is None) != (size_E is None):
             raise ValueError("policy projection needs both coefficient and size")
+        if (rank_E is None) != (num_ranks == 0):
+            raise ValueError("rank_E and num_ranks come together")
         for name, table, dimensions in (
             ("similarity", similarity_EE, 2),
             ("coefficient", coefficient_EE, 2),
             ("size", size_E, 1),
             ("domain", domain_E, 1),
+            ("rank", rank_E, 1),
         ):
             if table is not None and table.shape != (num_experts,) * dimensions:
                 raise ValueError(
@@ -119,14 +133,17 @@ class Layer:
             self.size_E = size_E.to(device, torch.float32).contiguous()
         else:
             self.coefficient_EE = self.size_E = None
-        self.policy = policy
+        self.policy, self.repeats_dropped = policy, repeats_dropped
         neighbors_EE, ranked_similarity_EE = ranked_neighbors(similarity_EE)
         self.neighbors_EE = neighbors_EE.to(torch.int16).contiguous()
         self.ranked_similarity_EE = ranked_similarity_EE.contiguous()
         self.cutoff_E = torch.zeros(num_experts, dtype=torch.int16, device=device)
         self.domain_E = None if domain_E is None else domain_E.to(device, torch.int16).contiguous()
-        self.counters = torch.zeros(len(COUNTERS), dtype=torch.int64, device=device)
-        self.workspace = torch.zeros(VOTES_BYTES, dtype=torch.uint8, device=device)
+        self.rank_E = None if rank_E is None else rank_E.to(device, torch.int16).contiguous()
+        self.num_ranks = num_ranks
+        self.counters = torch.zeros(len(COUNTERS) + num_ranks, dtype=torch.int64, device=device)
+        self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        self.primary_E = self.workspace[:num_experts]  # the first member of struct Workspace
         self.set_threshold(threshold)
 
     def set_threshold(self, threshold: float) -> None:
@@ -140,8 +157,9 @@ class Layer:
         topk_ids_TK: torch.Tensor,
         valid_T: torch.Tensor | None = None,
         home_T: torch.Tensor | None = None,
+        unite: Callable[[torch.Tensor], None] | None = None,
     ) -> None:
-        """Re-routes one step in place and counts it: one launch up to ONE_LAUNCH_ROWS rows, two above.
+        """Re-routes one step in place and counts it: one launch up to ONE_LAUNCH_ROWS rows, two above and with `unite`.
 
         Steps of one layer must follow one another (one stream, or events between); different layers need not.
 
@@ -150,6 +168,10 @@ class Layer:
             topk_ids_TK: contiguous [T, K], int32 or int64; -1: an empty slot.
             valid_T: bool, at least T long: the rows that change and vote. None: all.
             home_T: int32, at least T long: the domain where a token's attention ran, -1: none.
+            unite: where ranks share one primary set, unites them: gets this rank's primary experts, uint8 [E] of 0 and
+                1, on torch's current stream, and puts the element-wise maximum over all ranks in their place. Called
+                once in every call, whatever the policy, the rows and the masks: the other ranks wait. Whether this
+                rank then acts, its own policy and rows decide.
         """
         num_rows, top_k = topk_ids_TK.shape
         _check("topk_ids", topk_ids_TK, ID_DTYPES)
@@ -163,20 +185,29 @@ class Layer:
                 if len(mask) < num_rows:
                     raise ValueError(f"{name} has {len(mask)} rows, the step {num_rows}")
         if num_rows == 0:
+            if unite is not None:
+                unite(self.primary_E)
+                self.primary_E.zero_()
             return
         kernels = kernels_for(topk_ids_TK.device, topk_weights_TK.dtype, topk_ids_TK.dtype)
         num_experts = len(self.cutoff_E)
         arguments = [topk_weights_TK, topk_ids_TK, num_rows, top_k, num_experts, self.policy.block, valid_T]
         arguments += [self.neighbors_EE, self.cutoff_E, self.ranked_similarity_EE, self.coefficient_EE, self.size_E]
-        arguments += [self.domain_E, home_T, self.counters, self.workspace]
+        arguments += [self.domain_E, home_T, self.rank_E, self.num_ranks, int(self.repeats_dropped)]
+        arguments += [self.counters, self.workspace]
         lanes = num_rows << (top_k - 1).bit_length()  # as many for each token as the next power of two
         if num_rows <= ONE_LAUNCH_ROWS:
             warps = max(-(-lanes // 32), -(-num_experts // EXPERTS_A_WARP))
-            kernels.launch("reroute", 1, min(MAX_THREADS, 32 * warps), arguments)
+            shape = 1, min(MAX_THREADS, 32 * warps)
         else:
-            blocks = min(BLOCKS_OF_TWO, -(-lanes // THREADS_OF_TWO))
-            kernels.launch("reroute_vote", blocks, THREADS_OF_TWO, arguments)
-            kernels.launch("reroute_settle", blocks, THREADS_OF_TWO, arguments)
+            shape = min(BLOCKS_OF_TWO, -(-lanes // THREADS_OF_TWO)), THREADS_OF_TWO
+        if num_rows <= ONE_LAUNCH_ROWS and unite is None:
+            kernels.launch("reroute", *shape, arguments)
+        else:
+            kernels.launch("reroute_vote", *shape, arguments)
+            if unite is not None:
+                unite(self.primary_E)
+            kernels.launch("reroute_settle", *shape, arguments)
 
 
 def _check(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:

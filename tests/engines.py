@@ -1,0 +1,90 @@
+"""Engines in processes of their own: vLLM loads its plugins once a process, and a data-parallel rank is a process.
+
+`run` starts one with what it is to do as JSON, and returns what it answered.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from vllm.utils.network_utils import get_open_port
+
+ALONE = {"VLLM_DP_SIZE": "1"}
+
+
+def run(
+    options: dict[str, Any],
+    prompts: list[list[int]],
+    new_tokens: int,
+    turns: list[dict[str, Any]],
+    env: dict[str, str] = ALONE,
+) -> list[dict[str, Any]]:
+    """Starts an engine, lets it answer all prompts once each turn, and returns tokens and counters of every turn.
+
+    A turn holds changes of the policy; `pretend` and `kernel` are arguments of the functions of tests.engine_spy.
+    """
+    return _answers(_start(options, prompts, new_tokens, turns, env))
+
+
+def run_data_parallel(
+    options: dict[str, Any], prompts: list[list[int]], new_tokens: int, turns: list[dict[str, Any]], ranks: int = 2
+) -> list[list[dict[str, Any]]]:
+    """The same by several data-parallel ranks, which share the prompts out in order. Returns the answers of each."""
+    port, share = str(get_open_port()), len(prompts) // ranks
+    common = {"VLLM_DP_SIZE": str(ranks), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}
+    engines = [
+        _start(
+            options,
+            prompts[rank * share : (rank + 1) * share],
+            new_tokens,
+            turns,
+            {**common, "VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+    return [_answers(engine) for engine in engines]
+
+
+def _start(options, prompts, new_tokens, turns, env) -> subprocess.Popen:
+    work = json.dumps([options, prompts, new_tokens, turns])
+    env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen([sys.executable, "-m", "tests.engines", work], env=env, stdout=subprocess.PIPE, text=True)
+
+
+def _answers(engine: subprocess.Popen) -> list[dict[str, Any]]:
+    output, _ = engine.communicate(timeout=300)
+    assert engine.returncode == 0, output
+    return json.loads(next(line for line in output.splitlines() if line.startswith("ANSWERS ")).split(" ", 1)[1])
+
+
+def main() -> None:
+    from vllm import LLM, SamplingParams
+
+    from tests import engine_spy
+
+    options, prompts, new_tokens, turns = json.loads(sys.argv[1])
+    llm = LLM(**options)
+    parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    answers = []
+    for turn in turns:
+        reroutes = "additional_config" in options
+        changes = dict(turn)
+        for name in ("pretend", "kernel"):
+            if name in changes:
+                llm.collective_rpc(getattr(engine_spy, name), args=tuple(changes.pop(name)))
+        if changes:
+            llm.collective_rpc("sere_policy", kwargs=changes)
+        if reroutes:
+            llm.collective_rpc("sere_counters", kwargs={"reset": True})
+        generated = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+        tokens = [list(answer.outputs[0].token_ids) for answer in generated]
+        answers.append({"tokens": tokens, "counters": llm.collective_rpc("sere_counters") if reroutes else []})
+    if not reroutes and os.environ.get("VLLM_PLUGINS") == "":
+        assert "sere_dist.vllm_plugin" not in sys.modules
+    print("ANSWERS", json.dumps(answers), flush=True)
+
+
+if __name__ == "__main__":
+    main()

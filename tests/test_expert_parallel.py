@@ -1,0 +1,165 @@
+"""Expert parallelism in real vLLM: two workers that hold half of the experts each, under tensor parallelism (both see
+all tokens) and under data-parallel attention (each has its own tokens, and real dispatch and combine between them).
+
+In float32, so that what one worker computes and what two compute differ in the last bits alone.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from sere_dist.placement import LayerPlacement, Placement
+from tests import engines
+from tests.conftest import MODEL, TEXTS
+
+LAYERS, EXPERTS, TOP_K, HIDDEN, BATCH, PROMPT, NEW = 6, 64, 8, 256, 8, 24, 16
+HALVES = [0] * (BATCH // 2) + [1] * (BATCH // 2)  # the rank that each prompt goes to
+OFF, ON = {"enabled": False}, {"enabled": True}
+PRICES = [{"enabled": True, "traffic_price": price} for price in (0.0, 0.02)]
+
+Turns = list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    rows = pq.read_table(TEXTS / "heldout.parquet").to_pylist()[:BATCH]
+    return [tokenizer(row["text"])["input_ids"][:PROMPT] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def options(projection_path) -> Callable[..., dict[str, Any]]:
+    def options(*, sere: dict[str, Any], **parallel: Any) -> dict[str, Any]:
+        return {
+            "model": str(MODEL),
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_model_len": 256,
+            "enable_prefix_caching": False,
+            "distributed_executor_backend": "mp",
+            "additional_config": {"sere": {"artifact": str(projection_path), "select_top_k": 2, **sere}},
+            **parallel,
+        }
+
+    return options
+
+
+@pytest.fixture(scope="module")
+def papers(options, prompts) -> Turns:
+    """One worker that counts as if its experts were on two ranks, the paper's policy: off and on."""
+    return engines.run(options(sere={}), prompts, NEW, [{"pretend": [2, HALVES], **OFF}, ON])
+
+
+@pytest.fixture(scope="module")
+def priced(options, prompts) -> Turns:
+    """One worker that prices as if its experts were on two ranks: off and two prices; then the same with homes."""
+    turns = [{"pretend": [2, None], **OFF}, *PRICES, {"pretend": [2, HALVES], **OFF}, *PRICES]
+    return engines.run(options(sere={"policy": "projection"}), prompts, NEW, turns)
+
+
+def tokens(turns: Turns) -> list[list[list[int]]]:
+    return [turn["tokens"] for turn in turns]
+
+
+def total(turn: dict[str, Any], counter: str) -> int:
+    """Summed over workers and layers."""
+    return sum(layer[counter] for worker in turn["counters"] for layer in worker["layers"].values())
+
+
+def joined(ranks: list[Turns]) -> Turns:
+    """What all data-parallel ranks answered, turn by turn."""
+    return [
+        {name: [each for turn in turns for each in turn[name]] for name in ("tokens", "counters")}
+        for turns in zip(*ranks, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory) -> Path:
+    """A placement of each layer's experts on two ranks, at random."""
+    random = torch.Generator().manual_seed(0)
+    expected = dict.fromkeys(LayerPlacement.model_fields, 1)  # nobody reads it
+    ranks = [torch.randperm(EXPERTS, generator=random).argsort() * 2 // EXPERTS for _ in range(LAYERS)]
+    layers = {i: LayerPlacement(**expected | {"rank_of_expert": ranks_E.tolist()}) for i, ranks_E in enumerate(ranks)}
+    path = tmp_path_factory.mktemp("placement") / "placement.json"
+    placement = Placement(base_model=str(MODEL), num_experts=EXPERTS, num_ranks=2, affinity="similarity", layers=layers)
+    placement.save(path)
+    return path
+
+
+def test_tensor_parallel_ranks_with_half_of_the_experts_answer_as_one(options, prompts, papers, shuffled):
+    """Wherever the experts were placed."""
+    parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    turns = engines.run(options(sere={"placement": str(shuffled)}, **parallel), prompts, NEW, [OFF, ON])
+    assert tokens(turns) == tokens(papers)
+    changed = ("largest_rank_after", "active_experts_after")
+    assert [total(turns[1], name) for name in changed] != [2 * total(papers[1], name) for name in changed]
+    assert total(turns[1], changed[1]) == 2 * total(papers[1], changed[1])
+    assert turns[0]["tokens"] != turns[1]["tokens"]
+    for turn in turns:
+        first, second = turn["counters"]
+        assert (first["rank"], second["rank"]) == (0, 1)
+        assert first["layers"] == second["layers"], "the ranks do not agree on the primary experts"
+
+
+def test_prices_under_tensor_parallelism(options, prompts, priced):
+    parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    turns = engines.run(options(sere={"policy": "projection"}, **parallel), prompts, NEW, [OFF, *PRICES])
+    assert tokens(turns) == tokens(priced[:3])
+    for turn, alone in zip(turns, priced[:3], strict=True):
+        for worker in turn["counters"]:
+            assert worker["layers"] == alone["counters"][0]["layers"]
+
+
+def test_data_parallel_ranks_that_share_the_primary_set_answer_as_one(options, prompts, papers, host_kernels):
+    """And so does the backend of GPUs, with the kernel's build for this CPU. All-gather dispatch: every byte goes."""
+    sere = {"primary_scope": "group"}
+    kernel = host_kernels[torch.float32, torch.int32].library._name
+    turns = [OFF, ON, {"kernel": [kernel], **OFF}, ON]
+    ranks = engines.run_data_parallel(options(sere=sere, enable_expert_parallel=True), prompts, NEW, turns)
+    off, on, off_by_kernel, on_by_kernel = together = joined(ranks)
+    assert tokens(together) == 2 * tokens(papers)
+    assert [worker["rank"] for worker in on["counters"]] == [0, 1]
+    for turn, by_kernel in ((off, off_by_kernel), (on, on_by_kernel)):
+        assert turn["counters"] == by_kernel["counters"]
+    for counter in ("rows", "rerouted_slots", "domains_after", "remote_domains_after", "remote_slots_after"):
+        assert total(on, counter) == total(papers[1], counter), counter
+    assert bytes_sent(off) == bytes_sent(on), "all-gather saves no byte"
+
+
+def test_prices_lower_the_bytes_on_the_wire(options, prompts, priced):
+    """Sparse dispatch: what is sent follows the remote domains, to the byte."""
+    sere = {"policy": "projection", "primary_scope": "group", "cpu_dispatch": "all_to_all"}
+    ranks = engines.run_data_parallel(options(sere=sere, enable_expert_parallel=True), prompts, NEW, [OFF, *PRICES])
+    off, free, dear = together = joined(ranks)
+    assert tokens(together) == tokens(priced[3:])
+    visits = [total(turn, "remote_domains_after") for turn in together]
+    assert visits == [total(turn, "remote_domains_after") for turn in priced[3:]]
+    assert visits[2] < 0.9 * visits[1] <= visits[0]
+    # A token goes with its weights and ids, all of 4 bytes, and its output comes back.
+    a_visit = 4 * (HIDDEN + TOP_K + TOP_K) + 4 * HIDDEN
+    by_dispatch = [layer["bytes_by_dispatch"] for worker in dear["counters"] for layer in worker["layers"].values()]
+    assert sum(layer["after"]["per_rank"] for layer in by_dispatch) == visits[2] * 2 * 4 * HIDDEN
+    assert {layer[when]["all_gather"] for layer in by_dispatch for when in ("before", "after")} == {
+        2 * 4 * HIDDEN * BATCH // 2 * (NEW - 1)
+    }
+    for turn, more in ((free, visits[0] - visits[1]), (dear, visits[0] - visits[2])):
+        assert bytes_sent(off) - bytes_sent(turn) == more * a_visit
+
+
+def test_a_primary_set_of_each_rank_alone(options, prompts):
+    """Each data-parallel rank answers as one worker that has its requests alone."""
+    ranks = engines.run_data_parallel(options(sere={}, enable_expert_parallel=True), prompts, NEW, [ON])
+    for rank, (turn,) in enumerate(ranks):
+        mine = [prompt for prompt, home in zip(prompts, HALVES, strict=True) if home == rank]
+        (alone,) = engines.run(options(sere={}), mine, NEW, [ON])
+        assert turn["tokens"] == alone["tokens"]
+
+
+def bytes_sent(turn: dict[str, Any]) -> int:
+    return sum(worker["bytes_sent"] for worker in turn["counters"])
