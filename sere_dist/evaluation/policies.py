@@ -1,7 +1,7 @@
 """What re-routes the decode steps of a layer in `lockstep`: the paper's policy, dropping, and projection at a price.
 
 Each function returns a `lockstep.Policy`. The primary set of a step is that of the whole batch, whatever ranks its rows
-are on. Shape suffixes: D decode steps, B sequences, K experts a token, E experts.
+are on, but for `of_each_rank`. Shape suffixes: D decode steps, B sequences, K experts a token, E experts.
 """
 
 from collections.abc import Mapping
@@ -36,6 +36,19 @@ def similarity_policy(similarity: Mapping[int, torch.Tensor], select_top_k: int,
         return weights_DBK, torch.vmap(step)(weights_DBK, ids_DBK, primary_DE)
 
     return policy
+
+
+def of_each_rank(policy: Policy, num_ranks: int) -> Policy:
+    """Returns the policy with a primary set for each rank's rows alone, b mod `num_ranks`, instead of the batch's."""
+
+    def by_rank(layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor) -> Routed:
+        weights_DBK, ids_DBK = weights_DBK.clone(), ids_DBK.clone()
+        for rank in range(min(num_ranks, ids_DBK.shape[1])):
+            rows = slice(rank, None, num_ranks)
+            weights_DBK[:, rows], ids_DBK[:, rows] = policy(layer, weights_DBK[:, rows], ids_DBK[:, rows])
+        return weights_DBK, ids_DBK
+
+    return by_rank
 
 
 def dropping_policy(num_experts: int, select_top_k: int, *, renormalise: bool = False) -> Policy:
