@@ -80,12 +80,12 @@ class Size:
     prompt: int = 32
     batches: tuple[int, ...] = (4, 16, 64)
     ranks: tuple[int, ...] = (2, 4, 8, 16)
-    prices: tuple[float, ...] = (0.0, 0.005, 0.05)
+    prices: tuple[float, ...] = (0.0, 0.0025, 0.01, 0.05)
     texts: int = 64  # also those that are in memory at a time
     goal_batch: int = 16
     goal_prices: tuple[float, ...] = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.05)
     goal_texts: int = 256
-    choice_texts: int = 128  # of the calibration, to choose prices on
+    choice_texts: int = 64  # of the calibration, to choose prices on
     synthetic_rows: int = 64
     synthetic_steps: int = 128
 

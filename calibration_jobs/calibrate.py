@@ -157,6 +157,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
         coefficient={result.statistics.layer: result.coefficient_EE for result in ordered if is_projection},
         size={result.statistics.layer: result.size_E for result in ordered if is_projection},
         tokens_per_expert={result.statistics.layer: result.tokens_E.tolist() for result in ordered if texts},
+        coactivation={result.statistics.layer: result.coactivation_EE for result in ordered if texts},
         layers=[result.statistics for result in ordered],
         settings=config.model_dump(mode="json", exclude={"overwrite", "restart", "dry_run"}),
     )

@@ -14,7 +14,13 @@ from sere_dist.artifact import LayerStatistics
 from sere_dist.calibration import LayerResult
 
 JOB_FILE = "job.json"
-TENSORS = {"similarity": "similarity_EE", "coefficient": "coefficient_EE", "size": "size_E", "tokens": "tokens_E"}
+TENSORS = {
+    "similarity": "similarity_EE",
+    "coefficient": "coefficient_EE",
+    "size": "size_E",
+    "tokens": "tokens_E",
+    "coactivation": "coactivation_EE",
+}
 
 
 class FinishedLayers:

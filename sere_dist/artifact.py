@@ -33,7 +33,7 @@ EXPERTS_FILE = "experts.csv"  # tokens routed to each expert; absent where no to
 CARD_FILE, SETTINGS_FILE = "README.md", "calibration.yaml"
 
 
-_KINDS = ("similarity", "coefficient", "size")
+_KINDS = ("similarity", "coefficient", "size", "coactivation")
 _EXPERTS_HEADER = ["layer", "expert", "tokens"]
 
 
@@ -104,6 +104,7 @@ class ArtifactConfig(BaseModel):
     kernel: str | None = None
     dataset: str | None  # None for a method without data
     num_tokens: int
+    coactivation: bool = False  # whether the tensors have it: those of older versions do not
     versions: dict[str, str]
     tensors_sha256: str = ""
 
@@ -121,7 +122,8 @@ class ArtifactConfig(BaseModel):
     @property
     def tensor_kinds(self) -> tuple[str, ...]:
         """What `similarity.safetensors` holds for each layer."""
-        return _KINDS if self.method == "projection" else ("similarity",)
+        projection = ("coefficient", "size") if self.method == "projection" else ()
+        return ("similarity", *projection, *(("coactivation",) if self.coactivation else ()))
 
     @property
     def shape(self) -> MoeShape:
@@ -141,6 +143,8 @@ class Artifact:
             expert i. Of method `projection` alone, otherwise empty.
         size: decoder layer index -> [E] float32: mean squared output relative to the layer's mean. Likewise.
         tokens_per_expert: decoder layer index -> tokens routed to each expert; empty for a method without data.
+        coactivation: decoder layer index -> [E, E] float32: products of the router weights that a token gave two
+            experts, summed over tokens. Likewise, and empty in artifacts of older versions.
     """
 
     config: ArtifactConfig
@@ -150,6 +154,7 @@ class Artifact:
     coefficient: dict[int, torch.Tensor] = field(default_factory=dict)
     size: dict[int, torch.Tensor] = field(default_factory=dict)
     tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
+    coactivation: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def check_serves(self, shape: MoeShape, model: str, revision: str | None = None) -> None:
         """Checks that the artifact is for the model being served.
@@ -207,7 +212,8 @@ class Artifact:
             for layer, tensor in getattr(self, kind).items()
         }
         payload = save_tensors(tensors)
-        config = self.config.model_copy(update={"tensors_sha256": hashlib.sha256(payload).hexdigest()})
+        decided = {"tensors_sha256": hashlib.sha256(payload).hexdigest(), "coactivation": bool(self.coactivation)}
+        config = self.config.model_copy(update=decided)
         _check_tensors(path, config, tensors)
         _check_layers(path, config, self.layers, self.tokens_per_expert)
 

@@ -61,6 +61,7 @@ class LayerResult:
     Attributes:
         similarity_EE, coefficient_EE, size_E: see `sere_dist.similarity`; the last two by `projection` alone.
         tokens_E: tokens routed to each expert; None for a method without data.
+        coactivation_EE: products of the router weights that a token gave two experts, summed over tokens; likewise.
         block_tokens: tokens taken at a time in the end.
         halved: how often memory ran out before.
     """
@@ -69,6 +70,7 @@ class LayerResult:
     coefficient_EE: torch.Tensor | None
     size_E: torch.Tensor | None
     tokens_E: torch.Tensor | None
+    coactivation_EE: torch.Tensor | None
     statistics: LayerStatistics
     block_tokens: int
     halved: int
@@ -286,7 +288,7 @@ def score_layer(
             lambda _: checkpoint.load(model, lambda parameter: parameter.startswith(f"{name}."), device),
             f"loading the experts of layer {layer}",
         )
-    tokens_E, coefficient_EE, size_E, halved = None, None, None, 0
+    tokens_E, coactivation_EE, coefficient_EE, size_E, halved = None, None, None, None, 0
     if method == "random":
         similarity_EE, block_tokens = random_similarity(experts.num_experts, seed + layer), 0
     elif method == "weights":
@@ -308,9 +310,21 @@ def score_layer(
         halved = (first_block // block_tokens).bit_length() - 1
         index = (torch.from_numpy(block.top_k_index_NK.flatten()) for block in inputs)
         tokens_E = sum(torch.bincount(each, minlength=num_experts) for each in index)
+        coactivation_EE = coactivation(inputs, num_experts)
     similarity_EE = similarity_EE.cpu()
     statistics = LayerStatistics.of(layer, name, similarity_EE, tokens_E, time.perf_counter() - started)
-    return LayerResult(similarity_EE, coefficient_EE, size_E, tokens_E, statistics, block_tokens, halved)
+    found = (similarity_EE, coefficient_EE, size_E, tokens_E, coactivation_EE)
+    return LayerResult(*found, statistics, block_tokens, halved)
+
+
+def coactivation(inputs: Sequence[ExpertInputs], num_experts: int) -> torch.Tensor:
+    """Returns [E, E], float32: products of the router weights that a token gave two experts, summed over tokens."""
+    weights_NE = RoutingWeights(inputs, num_experts, "cpu")
+    parts = (
+        weights_NE[start : start + TOKENS_A_FORWARD, :].double()
+        for start in range(0, len(weights_NE.index), TOKENS_A_FORWARD)
+    )
+    return sum(part_NE.T @ part_NE for part_NE in parts).float()
 
 
 def with_halving(size: int, compute: Callable[[int], T], what: str) -> tuple[T, int]:

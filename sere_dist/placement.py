@@ -237,7 +237,7 @@ def propose(
         raise PlacementError(f"{num_ranks} ranks: a placement needs 2 to num_experts ({config.num_experts})")
     if not artifact.tokens_per_expert:
         raise PlacementError("the artifact has no routing counts (experts.csv): calibrate with a method that uses data")
-    coactivation = getattr(artifact, "coactivation", {})
+    coactivation = artifact.coactivation
     affinity = affinity or ("coactivation" if coactivation else "similarity")
     if affinity == "coactivation" and not coactivation:
         raise PlacementError("the artifact has no coactivation: calibrate again, or place by similarity")

@@ -167,7 +167,7 @@ def reroute_projection(
     num_slots = topk_ids_TK.shape[1]
     if not 0 < select_top_k < num_slots:
         return topk_weights_TK.clone(), topk_ids_TK.clone()
-    weights_TK, ids_TK = topk_weights_TK.float().clone(), topk_ids_TK.clone()
+    weights_TK, ids_TK = topk_weights_TK.float(), topk_ids_TK
     num_experts = similarity_EE.shape[0]
     itself_EE = torch.eye(num_experts, dtype=torch.bool, device=similarity_EE.device)
     similarity_EE = similarity_EE.float().masked_fill(itself_EE, 1)
@@ -209,8 +209,8 @@ def reroute_projection(
         takes_T = settles_T & ~drops_T
         new_weight_T = torch.where(takes_T, weight_T * coefficient_EE[expert_T, substitute_T], weight_T)
         new_id_T = torch.where(takes_T, substitute_T.to(ids_TK.dtype), ids_TK.gather(1, slot_T1).squeeze(1))
-        weights_TK.scatter_(1, slot_T1, new_weight_T.masked_fill(drops_T, 0)[:, None])
-        ids_TK.scatter_(1, slot_T1, new_id_T.masked_fill(drops_T, -1)[:, None])
+        weights_TK = weights_TK.scatter(1, slot_T1, new_weight_T.masked_fill(drops_T, 0)[:, None])
+        ids_TK = ids_TK.scatter(1, slot_T1, new_id_T.masked_fill(drops_T, -1)[:, None])
         if domain_E is not None:
             visited_TE = visited_TE | (neighbour_EE[substitute_T] & takes_T[:, None])
     changed_TK = weights_TK != topk_weights_TK.float()

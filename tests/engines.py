@@ -23,7 +23,9 @@ def run(
 ) -> list[dict[str, Any]]:
     """Starts an engine, lets it answer all prompts once each turn, and returns tokens and counters of every turn.
 
-    A turn holds changes of the policy; `pretend` and `kernel` are arguments of the functions of tests.engine_spy.
+    A turn holds changes of the policy; `pretend` and `kernel` are arguments of the functions of tests.engine_spy, and
+    `only` are the places of the prompts to answer, if not all, and `lengths` the tokens to answer each with, if not
+    `new_tokens`.
     """
     return _answers(_start(options, prompts, new_tokens, turns, env))
 
@@ -34,16 +36,12 @@ def run_data_parallel(
     """The same by several data-parallel ranks, which share the prompts out in order. Returns the answers of each."""
     port, share = str(get_open_port()), len(prompts) // ranks
     common = {"VLLM_DP_SIZE": str(ranks), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}
-    engines = [
-        _start(
-            options,
-            prompts[rank * share : (rank + 1) * share],
-            new_tokens,
-            turns,
-            {**common, "VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)},
-        )
-        for rank in range(ranks)
-    ]
+    engines = []
+    for rank in range(ranks):
+        mine = slice(rank * share, (rank + 1) * share)
+        my_turns = [turn | ({"lengths": turn["lengths"][mine]} if "lengths" in turn else {}) for turn in turns]
+        env = {**common, "VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)}
+        engines.append(_start(options, prompts[mine], new_tokens, my_turns, env))
     return [_answers(engine) for engine in engines]
 
 
@@ -66,11 +64,12 @@ def main() -> None:
 
     options, prompts, new_tokens, turns = json.loads(sys.argv[1])
     llm = LLM(**options)
-    parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     answers = []
     for turn in turns:
         reroutes = "additional_config" in options
         changes = dict(turn)
+        chosen = changes.pop("only", range(len(prompts)))
+        lengths = changes.pop("lengths", [new_tokens] * len(prompts))
         for name in ("pretend", "kernel"):
             if name in changes:
                 llm.collective_rpc(getattr(engine_spy, name), args=tuple(changes.pop(name)))
@@ -78,7 +77,8 @@ def main() -> None:
             llm.collective_rpc("sere_policy", kwargs=changes)
         if reroutes:
             llm.collective_rpc("sere_counters", kwargs={"reset": True})
-        generated = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
+        parameters = [SamplingParams(temperature=0, max_tokens=lengths[i], ignore_eos=True) for i in chosen]
+        generated = llm.generate([{"prompt_token_ids": prompts[i]} for i in chosen], parameters, use_tqdm=False)
         tokens = [list(answer.outputs[0].token_ids) for answer in generated]
         answers.append({"tokens": tokens, "counters": llm.collective_rpc("sere_counters") if reroutes else []})
     if not reroutes and os.environ.get("VLLM_PLUGINS") == "":

@@ -63,6 +63,7 @@ def projection(tmp_path):
     artifact = small_artifact(method="projection")
     artifact.coefficient = {layer: torch.rand(4, 4) for layer in (0, 1)}
     artifact.size = {layer: torch.rand(4) for layer in (0, 1)}
+    artifact.coactivation = {layer: torch.rand(4, 4) for layer in (0, 1)}
     artifact.tokens_per_expert = {0: [5, 0, 7, 9], 1: [3, 4, 4, 99]}
     artifact.save(tmp_path / "projection")
     return tmp_path / "projection", artifact
@@ -71,7 +72,7 @@ def projection(tmp_path):
 def test_round_trip_of_a_projection(projection):
     path, artifact = projection
     loaded = Artifact.load(path)
-    for kind in ("similarity", "coefficient", "size"):
+    for kind in ("similarity", "coefficient", "size", "coactivation"):
         for layer, tensor in getattr(artifact, kind).items():
             assert torch.equal(getattr(loaded, kind)[layer], tensor)
     assert loaded.tokens_per_expert == artifact.tokens_per_expert

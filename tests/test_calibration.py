@@ -67,6 +67,7 @@ def test_the_job_gives_the_similarity_of_the_experts_outputs(artifact_path, mode
     assert artifact.similarity.keys() == expected.keys() == set(range(model.config.num_hidden_layers))
     for layer, (outputs_ENH, weights_NE) in expected.items():
         assert (artifact.similarity[layer] - expert_similarity(outputs_ENH)).abs().max() < 1e-5
+        torch.testing.assert_close(artifact.coactivation[layer], weights_NE.T @ weights_NE, rtol=1e-4, atol=1e-3)
         assert artifact.tokens_per_expert[layer] == (weights_NE > 0).sum(dim=0).tolist()
 
 
