@@ -21,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -110,11 +111,15 @@ def run(sere: dict[str, Any], batch: int, rounds: int) -> list[list[dict[str, An
         work = json.dumps({"rank": index, "sere": sere, "batch": batch, "rounds": rounds})
         env = {**os.environ, **common, "VLLM_DP_RANK": str(index), "VLLM_DP_RANK_LOCAL": str(index)}
         command = [sys.executable, "-m", "benchmarks.data_parallel", "--work", work]
-        engines.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        # Files: a rank that waits for its pipe to be read would keep the others waiting.
+        output = tempfile.TemporaryFile("w+")  # noqa: SIM115 read below
+        engines.append((subprocess.Popen(command, env=env, cwd=ROOT, stdout=output), output))
     measured = []
-    for engine in engines:
-        output, _ = engine.communicate()
-        if engine.returncode:
+    for engine, file in engines:
+        failed = engine.wait()
+        file.seek(0)
+        output = file.read()
+        if failed:
             raise SystemExit(f"error: a rank failed, its log is above\n{output}")
         lines = [line.split(" ", 1)[1] for line in output.splitlines() if line.startswith("MEASURED ")]
         measured.append([json.loads(line) for line in lines])
@@ -223,7 +228,7 @@ def main(
         cells = (f"{row[name]:.4g}" for name in counts)
         table.add_row(row["turn"], row["primary_scope"], *cells, ranged(row["ms_per_step"]))
     tables().print(table)
-    of_scopes = scopes(Artifact.load(artifact), select_top_k, [batch, 64], 64)
+    of_scopes = scopes(Artifact.load(artifact), select_top_k, [batch], 32)
     table = Table(
         *("policy", "batch", "primary set of", "KL, nats a token", "experts that run", "on the largest rank"),
         title="in lockstep",

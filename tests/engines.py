@@ -7,7 +7,8 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+import tempfile
+from typing import IO, Any
 
 from vllm.utils.network_utils import get_open_port
 
@@ -45,15 +46,20 @@ def run_data_parallel(
     return [_answers(engine) for engine in engines]
 
 
-def _start(options, prompts, new_tokens, turns, env) -> subprocess.Popen:
+def _start(options, prompts, new_tokens, turns, env) -> tuple[subprocess.Popen, IO[str]]:
     work = json.dumps([options, prompts, new_tokens, turns])
     env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", **env}
-    return subprocess.Popen([sys.executable, "-m", "tests.engines", work], env=env, stdout=subprocess.PIPE, text=True)
+    # A file: a rank that waits for its pipe to be read would keep the others waiting.
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 read in _answers
+    return subprocess.Popen([sys.executable, "-m", "tests.engines", work], env=env, stdout=output), output
 
 
-def _answers(engine: subprocess.Popen) -> list[dict[str, Any]]:
-    output, _ = engine.communicate(timeout=300)
-    assert engine.returncode == 0, output
+def _answers(engine: tuple[subprocess.Popen, IO[str]]) -> list[dict[str, Any]]:
+    process, file = engine
+    failed = process.wait(timeout=300)
+    file.seek(0)
+    output = file.read()
+    assert not failed, output
     return json.loads(next(line for line in output.splitlines() if line.startswith("ANSWERS ")).split(" ", 1)[1])
 
 
