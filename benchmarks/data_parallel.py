@@ -17,32 +17,40 @@ about GPUs and networks.
 """
 
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow.parquet as pq
 import torch
 import typer
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoTokenizer
 
-from benchmarks.common import ROOT, keep, machine, progress, ranged, rounded, spread, tables, versions
+from benchmarks.common import (
+    ROOT,
+    TINY_MOE,
+    data_parallel_ranks,
+    example_texts,
+    keep,
+    machine,
+    progress,
+    ranged,
+    rounded,
+    run_together,
+    spread,
+    tables,
+    versions,
+    with_error,
+)
 from sere_dist.artifact import Artifact
 from sere_dist.evaluation.lockstep import decode_logits, lockstep
 from sere_dist.evaluation.policies import of_each_rank, projection_policy, similarity_policy
 from sere_dist.evaluation.traffic import Layout, recorded, traffic
 from sere_dist.moe import load_model
 from sere_dist.placement import linear_ranks
-from sere_dist.texts import tokenise
 
-TINY_MOE = ROOT / "examples" / "tiny_moe"
 RANKS, PROMPT, NEW = 2, 32, 48
 PRICES = (0.0, 0.01, 0.02, 0.05)
 LOCKSTEP_RANKS = (2, 4, 8)
@@ -61,10 +69,7 @@ def rank(work: dict[str, Any]) -> None:
     """One data-parallel rank: prints, for each round and turn, seconds a step and what the counters say."""
     from vllm import LLM, SamplingParams
 
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
-    texts = (row["text"] for row in pq.read_table(TINY_MOE / "heldout.parquet").to_pylist())
-    ids = (tokenizer(text)["input_ids"][:PROMPT] for text in texts)
-    prompts = [each for each in ids if len(each) == PROMPT][work["rank"] :: RANKS][: work["batch"] // RANKS]
+    prompts = example_texts("heldout.parquet", PROMPT, work["batch"]).tolist()[work["rank"] :: RANKS]
     llm = LLM(
         str(TINY_MOE / "model"),
         enforce_eager=True,
@@ -101,37 +106,20 @@ def rank(work: dict[str, Any]) -> None:
 
 def run(sere: dict[str, Any], batch: int, rounds: int) -> list[list[dict[str, Any]]]:
     """Starts all ranks; returns what each measured, in order."""
-    from vllm.utils.network_utils import get_open_port
-
-    common = {"VLLM_DP_SIZE": str(RANKS), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": str(get_open_port())}
-    common |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    common |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"}
-    engines = []
-    for index in range(RANKS):
-        work = json.dumps({"rank": index, "sere": sere, "batch": batch, "rounds": rounds})
-        env = {**os.environ, **common, "VLLM_DP_RANK": str(index), "VLLM_DP_RANK_LOCAL": str(index)}
-        command = [sys.executable, "-m", "benchmarks.data_parallel", "--work", work]
-        # Files: a rank that waits for its pipe to be read would keep the others waiting.
-        output = tempfile.TemporaryFile("w+")  # noqa: SIM115 read below
-        engines.append((subprocess.Popen(command, env=env, cwd=ROOT, stdout=output), output))
-    measured = []
-    for engine, file in engines:
-        failed = engine.wait()
-        file.seek(0)
-        output = file.read()
-        if failed:
-            raise SystemExit(f"error: a rank failed, its log is above\n{output}")
-        lines = [line.split(" ", 1)[1] for line in output.splitlines() if line.startswith("MEASURED ")]
-        measured.append([json.loads(line) for line in lines])
-    return measured
+    works = [{"rank": index, "sere": sere, "batch": batch, "rounds": rounds} for index in range(RANKS)]
+    commands = [[sys.executable, "-m", "benchmarks.data_parallel", "--work", json.dumps(work)] for work in works]
+    common = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environments = [{**common, **each} for each in data_parallel_ranks(RANKS)]
+    return [
+        [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("MEASURED ")]
+        for output in run_together(commands, environments, timeout=1800)
+    ]
 
 
 def scopes(artifact: Artifact, select_top_k: int, batches: list[int], texts: int) -> list[dict[str, Any]]:
     """Measures in lockstep what the scope of the primary set does to quality and to the experts that run."""
     model = load_model(str(TINY_MOE / "model"), "cpu")
-    rows = pq.read_table(TINY_MOE / "heldout.parquet").to_pylist()
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
-    ids_BL = torch.tensor(tokenise((row["text"] for row in rows), tokenizer, texts, 128))
+    ids_BL = example_texts("heldout.parquet", 128, texts)
     experts = artifact.config.num_experts
     policies = {
         PAPERS: similarity_policy(artifact.similarity, select_top_k),
@@ -154,15 +142,15 @@ def scopes(artifact: Artifact, select_top_k: int, batches: list[int], texts: int
                     layout = Layout(of, dict.fromkeys(run, linear_ranks(experts, of)))
                     largest.append((of, traffic(run, layout).largest_rank[0]))
             total = sum(results[1:], results[0])
-            of_texts = torch.tensor(total.divergences) / (total.tokens / len(total.divergences))
+            divergence, error = with_error(total.divergence_of_texts)
             measured.append(
                 {
                     "policy": name,
                     "batch": batch,
                     "primary_scope": scope,
                     "ranks": "any" if scope == "group" else ranks,
-                    "divergence": rounded(total.divergence),
-                    "divergence_standard_error": rounded(float(of_texts.std() / len(of_texts) ** 0.5), 2),
+                    "divergence": rounded(divergence),
+                    "divergence_standard_error": rounded(error, 2),
                     "active_experts": rounded(total.active_experts),
                     "largest_rank": {
                         of: rounded(statistics.mean(most for ranks, most in largest if ranks == of))
@@ -240,7 +228,8 @@ def main(
         table.add_row(row["policy"], str(row["batch"]), whose, kl, f"{row['active_experts']:.3g}", most)
     tables().print(table)
     result = {
-        "command": "python -m benchmarks.data_parallel",
+        "command": "python -m benchmarks.data_parallel"
+        + f" --batch {batch} --select-top-k {select_top_k} --starts {starts} --rounds {rounds}",
         "batch": batch,
         "select_top_k": select_top_k,
         "ranks": RANKS,

@@ -8,32 +8,27 @@ what re-routing costs falls as the batch grows. Prints tables and one JSON line 
 """
 
 import json
-import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import matplotlib
-import pyarrow.parquet as pq
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoTokenizer
 
+from benchmarks.common import ROOT, TINY_MOE, example_texts, with_error
 from sere_dist.artifact import Artifact
 from sere_dist.evaluation.lockstep import LockstepResult, lockstep
 from sere_dist.evaluation.policies import similarity_policy
 from sere_dist.moe import load_model
-from sere_dist.texts import tokenise
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY_MOE = ROOT / "examples" / "tiny_moe"
 BATCH, LENGTH, PROMPT = 16, 256, 32
 BATCHES, TEXTS_OF_BATCHES, S_OF_BATCHES = (1, 2, 4, 8, 16, 32), 64, (1, 2, 4)
 
@@ -41,13 +36,13 @@ BATCHES, TEXTS_OF_BATCHES, S_OF_BATCHES = (1, 2, 4, 8, 16, 32), 64, (1, 2, 4)
 def summary(select_top_k: int, on: list[LockstepResult], off: list[LockstepResult]) -> dict:
     """Returns active experts, perplexity, and the rise of the loss over the model's own, paired by batch."""
     total = sum(on[1:], on[0])
-    rises = torch.tensor([a.loss - b.loss for a, b in zip(on, off, strict=True)])
+    rise, error = with_error([a.loss - b.loss for a, b in zip(on, off, strict=True)])
     return {
         "select_top_k": select_top_k,
         "active_experts": round(total.active_experts, 2),
         "perplexity": round(total.perplexity, 3),
-        "loss_rise": round(float(rises.mean()), 5),
-        "loss_rise_standard_error": round(float(rises.std() / math.sqrt(len(rises))), 5),
+        "loss_rise": round(rise, 5),
+        "loss_rise_standard_error": round(error, 5),
     }
 
 
@@ -73,9 +68,7 @@ def main(
     picture: Annotated[Path, typer.Option(help="Where the figure goes.")] = ROOT / "docs" / "tradeoff.png",
 ) -> None:
     loaded, model = Artifact.load(artifact), load_model(str(TINY_MOE / "model"), "cpu")
-    rows = pq.read_table(TINY_MOE / "heldout.parquet").to_pylist()
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
-    ids_BL = torch.tensor(tokenise((row["text"] for row in rows), tokenizer, len(rows), LENGTH))
+    ids_BL = example_texts("heldout.parquet", LENGTH)
     batches = [batch for batch in ids_BL.split(BATCH) if len(batch) == BATCH]
     top_k = loaded.config.num_experts_per_token
 

@@ -29,16 +29,15 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import matplotlib
-import pyarrow.parquet as pq
 import ray
 import torch
 import typer
 from rich import box
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from benchmarks.common import ROOT, machine, progress, rounded, tables, versions
+from benchmarks.common import ROOT, TINY_MOE, example_texts, machine, progress, rounded, tables, versions, with_error
 from calibration_jobs.calibrate import CalibrationConfig, calibrate
 from sere_dist.artifact import Artifact
 from sere_dist.evaluation.lockstep import LockstepResult, Policy, Routed, decode_logits, lockstep, unchanged
@@ -48,12 +47,10 @@ from sere_dist.moe import load_model
 from sere_dist.placement import linear_ranks, propose
 from sere_dist.rerouting import dispatch_bytes
 from sere_dist.similarity import random_similarity
-from sere_dist.texts import tokenise
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-TINY_MOE = ROOT / "examples" / "tiny_moe"
 GOAL_RANKS = 8
 SHAPES = {"Qwen3-30B-A3B": (128, 2048), "DeepSeek-V3": (256, 7168)}  # experts, hidden size; both top-8, as the example
 TOLERANCE = 0.01  # of the closed form of C_T
@@ -133,12 +130,6 @@ class Point:
 
     def __add__(self, other: "Point") -> "Point":
         return Point(self.result + other.result, self.traffic + other.traffic)
-
-    @property
-    def divergences(self) -> list[float]:
-        """KL from the model as it is, nats a token, of each text."""
-        texts = len(self.result.divergences)
-        return [divergence * texts / self.result.tokens for divergence in self.result.divergences]
 
 
 Points = dict[tuple[int, Place, Setting], Point]  # by batch, place and setting
@@ -240,11 +231,6 @@ def layouts(artifact: Artifact, ranks: tuple[int, ...]) -> dict[Place, Layout]:
     return found
 
 
-def with_error(numbers: list[float]) -> tuple[float, float]:
-    """Returns the mean and its standard error."""
-    return statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
-
-
 def share_with_error(part: list[float], whole: list[float]) -> tuple[float, float]:
     """Returns sum(part) / sum(whole) of paired numbers, and its standard error."""
     share = math.fsum(part) / math.fsum(whole)
@@ -262,7 +248,7 @@ def sent(of: Traffic, num_ranks: int, hidden_size: int) -> dict[str, float]:
 
 def summary(key: tuple[int, Place, Setting], point: Point, hidden_size: int) -> dict[str, Any]:
     batch, place, setting = key
-    kl, kl_error = with_error(point.divergences)
+    kl, kl_error = with_error(point.result.divergence_of_texts)
     _, remote_error = with_error(list(point.traffic.remote_domains))
     found = {"kl": kl, "kl_error": kl_error, "perplexity": point.result.perplexity}
     found |= sent(point.traffic, place.ranks, hidden_size) | {"remote_domains_error": remote_error}
@@ -282,7 +268,7 @@ def compare(points: Points, batch: int, place: Place, setting: Setting, baseline
     """Returns what a setting saves of the baseline's remote domains under linear placement, and its quality."""
     ours, theirs = points[batch, place, setting], points[batch, Place(place.ranks, LINEAR), baseline]
     left, error = share_with_error(ours.traffic.remote_domains, theirs.traffic.remote_domains)
-    pairs = zip(ours.divergences, theirs.divergences, strict=True)
+    pairs = zip(ours.result.divergence_of_texts, theirs.result.divergence_of_texts, strict=True)
     difference, difference_error = with_error([a - b for a, b in pairs])
     found = {
         "fewer_remote_domains": 1 - left,
@@ -425,13 +411,6 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure.savefig(path)
 
 
-def texts(file: str, num_texts: int, length: int) -> torch.Tensor:
-    """Returns token ids [B, L] of the example's texts."""
-    rows = pq.read_table(TINY_MOE / file).to_pylist()
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
-    return torch.tensor(tokenise((row["text"] for row in rows), tokenizer, num_texts, length))
-
-
 def main(
     artifacts: Annotated[
         Path, typer.Option(help="Folder with the artifacts frobenius and projection of the example model.")
@@ -447,9 +426,9 @@ def main(
     bench = Bench(load_model(str(TINY_MOE / "model"), "cpu"), frobenius, projection, where, size, select_top_k)
     goal_places = [place for place in where if place.ranks == GOAL_RANKS]
 
-    choice_BL = texts("calibration.parquet", size.choice_texts, size.length)
+    choice_BL = example_texts("calibration.parquet", size.length, size.choice_texts)
     choice = bench.measure(choice_BL, "choosing prices", goal_only=True)
-    points = bench.measure(texts("heldout.parquet", size.goal_texts, size.length), "held-out text")
+    points = bench.measure(example_texts("heldout.parquet", size.length, size.goal_texts), "held-out text")
     hidden_size = projection.config.hidden_size
     rows = [summary(key, point, hidden_size) for key, point in points.items()]
     order = list(where)

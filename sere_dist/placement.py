@@ -182,6 +182,10 @@ class Placement(BaseModel):
         """
         return self.ranks(layer).argsort(stable=True)
 
+    def orders(self) -> dict[int, torch.Tensor]:
+        """Returns `order` of every layer."""
+        return {layer: self.order(layer) for layer in self.layers}
+
     def check_serves(self, shape: MoeShape, layers: set[int], num_ranks: int) -> None:
         """Raises PlacementError, with every field that differs, if the placement is not for this model and ranks."""
         wanted = {"num_experts": shape.num_experts, "num_ranks": num_ranks, "layers": sorted(layers)}

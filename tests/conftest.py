@@ -12,17 +12,15 @@ os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # lets a test send a spy to the workers
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer
 
+from benchmarks.common import example_texts
 from examples import demo
 from examples.local_cluster import LocalCluster
 from sere_dist.artifact import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
 from sere_dist.kernels import reroute as kernel
 from sere_dist.moe import load_model
-from sere_dist.texts import tokenise
 from tests.host_kernels import HostKernels, compile_on_host
 
 MODEL = demo.MODEL
@@ -87,8 +85,7 @@ def model():
 @pytest.fixture(scope="session")
 def heldout_ids() -> torch.Tensor:
     """Token ids [16, 96] of held-out texts."""
-    rows = pq.read_table(TEXTS / "heldout.parquet").to_pylist()
-    return torch.tensor(tokenise((row["text"] for row in rows), AutoTokenizer.from_pretrained(MODEL), 16, 96))
+    return example_texts("heldout.parquet", 96, 16)
 
 
 def small_artifact(num_experts: int = 4, layers: tuple[int, ...] = (0, 1), **changes) -> Artifact:

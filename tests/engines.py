@@ -5,14 +5,10 @@
 
 import json
 import os
-import subprocess
 import sys
-import tempfile
-from typing import IO, Any
+from typing import Any
 
-from vllm.utils.network_utils import get_open_port
-
-ALONE = {"VLLM_DP_SIZE": "1"}
+from benchmarks.common import data_parallel_ranks, run_together
 
 
 def run(
@@ -20,7 +16,7 @@ def run(
     prompts: list[list[int]],
     new_tokens: int,
     turns: list[dict[str, Any]],
-    env: dict[str, str] = ALONE,
+    env: dict[str, str] | None = None,
 ) -> list[dict[str, Any]]:
     """Starts an engine, lets it answer all prompts once each turn, and returns tokens and counters of every turn.
 
@@ -28,39 +24,30 @@ def run(
     `only` are the places of the prompts to answer, if not all, and `lengths` the tokens to answer each with, if not
     `new_tokens`.
     """
-    return _answers(_start(options, prompts, new_tokens, turns, env))
+    (answers,) = run_data_parallel(options, prompts, new_tokens, turns, ranks=1, env=env)
+    return answers
 
 
 def run_data_parallel(
-    options: dict[str, Any], prompts: list[list[int]], new_tokens: int, turns: list[dict[str, Any]], ranks: int = 2
+    options: dict[str, Any],
+    prompts: list[list[int]],
+    new_tokens: int,
+    turns: list[dict[str, Any]],
+    ranks: int = 2,
+    env: dict[str, str] | None = None,
 ) -> list[list[dict[str, Any]]]:
     """The same by several data-parallel ranks, which share the prompts out in order. Returns the answers of each."""
-    port, share = str(get_open_port()), len(prompts) // ranks
-    common = {"VLLM_DP_SIZE": str(ranks), "VLLM_DP_MASTER_IP": "127.0.0.1", "VLLM_DP_MASTER_PORT": port}
-    engines = []
+    share, commands = len(prompts) // ranks, []
     for rank in range(ranks):
         mine = slice(rank * share, (rank + 1) * share)
         my_turns = [turn | ({"lengths": turn["lengths"][mine]} if "lengths" in turn else {}) for turn in turns]
-        env = {**common, "VLLM_DP_RANK": str(rank), "VLLM_DP_RANK_LOCAL": str(rank)}
-        engines.append(_start(options, prompts[mine], new_tokens, my_turns, env))
-    return [_answers(engine) for engine in engines]
-
-
-def _start(options, prompts, new_tokens, turns, env) -> tuple[subprocess.Popen, IO[str]]:
-    work = json.dumps([options, prompts, new_tokens, turns])
-    env = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", **env}
-    # A file: a rank that waits for its pipe to be read would keep the others waiting.
-    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 read in _answers
-    return subprocess.Popen([sys.executable, "-m", "tests.engines", work], env=env, stdout=output), output
-
-
-def _answers(engine: tuple[subprocess.Popen, IO[str]]) -> list[dict[str, Any]]:
-    process, file = engine
-    failed = process.wait(timeout=300)
-    file.seek(0)
-    output = file.read()
-    assert not failed, output
-    return json.loads(next(line for line in output.splitlines() if line.startswith("ANSWERS ")).split(" ", 1)[1])
+        work = json.dumps([options, prompts[mine], new_tokens, my_turns])
+        commands.append([sys.executable, "-m", "tests.engines", work])
+    environments = [{**each, **(env or {})} for each in data_parallel_ranks(ranks)]
+    return [
+        json.loads(next(line for line in output.splitlines() if line.startswith("ANSWERS ")).split(" ", 1)[1])
+        for output in run_together(commands, environments, timeout=300)
+    ]
 
 
 def main() -> None:

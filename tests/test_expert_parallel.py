@@ -8,14 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer
 
+from benchmarks.common import example_texts
 from sere_dist.placement import LayerPlacement, Placement
 from tests import engines
-from tests.conftest import MODEL, TEXTS
+from tests.conftest import MODEL
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, BATCH, PROMPT, NEW = 6, 64, 8, 256, 8, 24, 16
 HALVES = [0] * (BATCH // 2) + [1] * (BATCH // 2)  # the rank that each prompt goes to
@@ -28,9 +27,7 @@ Turns = list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    rows = pq.read_table(TEXTS / "heldout.parquet").to_pylist()[:BATCH]
-    return [tokenizer(row["text"])["input_ids"][:PROMPT] for row in rows]
+    return example_texts("heldout.parquet", PROMPT, BATCH).tolist()
 
 
 @pytest.fixture(scope="module")

@@ -53,6 +53,11 @@ class LockstepResult:
         return math.exp(self.loss)
 
     @property
+    def divergence_of_texts(self) -> list[float]:
+        """KL from the reference, nats a token, of each sequence."""
+        return [divergence * len(self.divergences) / self.tokens for divergence in self.divergences]
+
+    @property
     def divergence(self) -> float:
         """KL from the reference, nats a token."""
         return math.fsum(self.divergences) / self.tokens

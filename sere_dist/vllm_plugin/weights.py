@@ -48,7 +48,7 @@ class PlacedWeights:
     """
 
     def __init__(self, placement: Placement):
-        self.order = {layer: placement.order(layer) for layer in placement.layers}
+        self.order = placement.orders()
         self.position = {layer: order.argsort().tolist() for layer, order in self.order.items()}
         self.routers: set[int] = set()  # layers whose router was permuted
         self.experts: dict[int, set[int]] = {layer: set() for layer in self.order}  # and the experts that were
