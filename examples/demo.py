@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import openai
 import typer
@@ -50,12 +50,18 @@ def calibrate(cluster: LocalCluster, artifact: Path = ARTIFACT) -> None:
 
 
 @contextmanager
-def served(cluster: LocalCluster, port: int, artifact: Path = ARTIFACT) -> Iterator[str]:
-    """Runs `serve run` on the example's application at this port; yields the base URL once the model answers."""
+def served(
+    cluster: LocalCluster, port: int, artifact: Path = ARTIFACT, key: str = "none", **arguments: Any
+) -> Iterator[str]:
+    """Runs `serve run` on the example's application at this port; yields the base URL once the model answers.
+
+    `arguments` are the application's, instead of the file's or beside them; `key` is what it asks its clients for.
+    """
     console.rule("serve: serve run")
     app = yaml.safe_load(APP.read_text())
     app["http_options"]["port"] = port
     app["applications"][0]["args"]["rerouting"]["artifact"] = str(artifact)
+    app["applications"][0]["args"] |= arguments
     app_file, log = cluster.folder / "app.yaml", cluster.folder / "serve.log"
     app_file.write_text(yaml.safe_dump(app))
     url = f"http://127.0.0.1:{port}/v1"
@@ -70,7 +76,7 @@ def served(cluster: LocalCluster, port: int, artifact: Path = ARTIFACT) -> Itera
         )
     try:
         with console.status(f"waiting for {url} (log: {log})"):
-            wait_until_ready(server, url, log)
+            wait_until_ready(server, url, log, key)
         console.print(f"{MODEL_ID} answers at {url}")
         yield url
     finally:
@@ -81,9 +87,9 @@ def served(cluster: LocalCluster, port: int, artifact: Path = ARTIFACT) -> Itera
             server.kill()
 
 
-def wait_until_ready(server: subprocess.Popen, url: str, log: Path) -> None:
+def wait_until_ready(server: subprocess.Popen, url: str, log: Path, key: str) -> None:
     """Returns once a completion is answered: the ingress lists the model before its engine is up."""
-    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=10)
+    client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=10)
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline and server.poll() is None:
         try:

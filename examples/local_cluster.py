@@ -14,6 +14,8 @@ from typing import Self
 
 import psutil
 
+from sere_dist.config import ADMIN_TOKEN
+
 START_SECONDS = 90
 STOP_SECONDS = 5  # then it is killed: nothing in it is worth more patience
 
@@ -22,7 +24,8 @@ class LocalCluster:
     """Starts a head node on free ports, with a token of its own, and stops every process that it led to.
 
     Use as a context manager. `environment` is what a command needs to reach the cluster: `ray job submit`, `serve run`
-    and `ray.init()` find address and token there.
+    and `ray.init()` find address and token there, and `sere-dist policy` its own. Prometheus metrics are at
+    `metrics_port`.
     """
 
     def __init__(self, num_cpus: int = 8):
@@ -31,7 +34,7 @@ class LocalCluster:
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="sere-"))  # short: Ray puts sockets there
         self.token = secrets.token_hex(16)
-        gcs, dashboard, client, agent_http, agent_grpc = free_ports(5)
+        gcs, dashboard, client, agent_http, agent_grpc, self.metrics_port = free_ports(6)
         self.address = f"127.0.0.1:{gcs}"
         self.environment = {
             **os.environ,
@@ -41,12 +44,13 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
+            ADMIN_TOKEN: self.token,  # opens the policy of applications on this cluster
         }
         command = [
             *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={self.num_cpus}"),
             *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
             *(f"--dashboard-agent-listen-port={agent_http}", f"--dashboard-agent-grpc-port={agent_grpc}"),
-            *(f"--temp-dir={self.folder}", "--disable-usage-stats"),
+            *(f"--metrics-export-port={self.metrics_port}", f"--temp-dir={self.folder}", "--disable-usage-stats"),
         ]
         self.log = self.folder / "head.log"
         with self.log.open("w") as log:

@@ -3,7 +3,7 @@
     python -m examples.measure http://127.0.0.1:8000/v1
 
 Runs beside `serve run serve_apps/tiny_moe.yaml`, with the environment that reaches its Ray cluster. It switches
-re-routing off and on in turns in the serving workers, and leaves it on.
+re-routing off and on in turns, and leaves it on.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated
 
 import openai
-import pyarrow.parquet as pq
 import ray
 import torch
 import typer
@@ -27,11 +26,12 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from sere_dist.admin import policy
 from sere_dist.artifact import Artifact
 from sere_dist.evaluation.lockstep import Policy, lockstep, unchanged
 from sere_dist.evaluation.policies import similarity_policy
 from sere_dist.moe import load_model
-from sere_dist.texts import tokenise
+from sere_dist.texts import read_texts, tokenise
 from serve_apps.workers import worker_rpc
 
 TINY_MOE = Path(__file__).parent / "tiny_moe"
@@ -72,7 +72,7 @@ def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens:
     experts, steps = {False: 0, True: 0}, {False: 0, True: 0}
     asyncio.run(time_per_output_token(url, prompts, new_tokens))  # warm up
     for enabled in [False, True] * rounds:
-        worker_rpc(MODEL_ID, "sere_policy", enabled=enabled)
+        policy(url, {"enabled": enabled})
         worker_rpc(MODEL_ID, "sere_counters", reset=True)
         times[enabled].append(asyncio.run(time_per_output_token(url, prompts, new_tokens)))
         layers = worker_rpc(MODEL_ID, "sere_counters")[0]["layers"].values()
@@ -102,19 +102,18 @@ def main(
     logging.disable(logging.WARNING)  # ray.serve.llm has every library log each request
     disable_progress_bar()
     ray.init(log_to_driver=False, logging_level="error")
-    settings = worker_rpc(MODEL_ID, "sere_policy")[0]
+    settings = policy(url)["policy"]
     artifact = Artifact.load(settings["artifact"])
-    rows = pq.read_table(TINY_MOE / "heldout.parquet").to_pylist()
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
-    ids_BL = torch.tensor(tokenise((row["text"] for row in rows), tokenizer, SCORED_TEXTS, SCORED_LENGTH))
+    texts, tokenizer = read_texts(str(TINY_MOE / "heldout.parquet")), AutoTokenizer.from_pretrained(TINY_MOE / "model")
+    ids_BL = torch.tensor(tokenise(texts, tokenizer, SCORED_TEXTS, SCORED_LENGTH))
 
     with console.status("decoding"):
         result = measure_serving(url, ids_BL[:BATCH, :PROMPT_TOKENS].tolist(), rounds, new_tokens)
     with console.status("scoring held-out text"):
         model = load_model(str(TINY_MOE / "model"), "cpu")
-        policy = similarity_policy(artifact.similarity, settings["select_top_k"], settings["threshold"])
+        rerouted = similarity_policy(artifact.similarity, settings["select_top_k"], settings["threshold"])
         result[False]["perplexity"] = round(perplexity(model, ids_BL), 3)
-        result[True]["perplexity"] = round(perplexity(model, ids_BL, policy), 3)
+        result[True]["perplexity"] = round(perplexity(model, ids_BL, rerouted), 3)
 
     table = Table(title=f"{MODEL_ID}, batch {BATCH}, {artifact.config.num_experts} experts a layer", title_style="bold")
     table.add_column("re-routing")

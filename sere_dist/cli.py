@@ -1,19 +1,22 @@
-"""The command `sere-dist`."""
+"""The command `sere-dist`. What takes seconds to import is imported in the command that needs it."""
 
+import json
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
-from sere_dist.artifact import Artifact, ArtifactError
-from sere_dist.placement import MAX_LOAD, PlacementError, propose
-from sere_dist.report import write_report
+from sere_dist.config import MAX_LOAD
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red"}  # of a check of `doctor`
 
 
 @app.callback()
@@ -24,6 +27,8 @@ def main() -> None:
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="Folder of an artifact.")]) -> None:
     """Check an artifact and describe it."""
+    from sere_dist.artifact import Artifact, ArtifactError
+
     try:
         artifact = Artifact.load(path)
     except ArtifactError as error:
@@ -51,6 +56,9 @@ def report(
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Draw an artifact: one HTML page with every layer's similarities."""
+    from sere_dist.artifact import Artifact, ArtifactError
+    from sere_dist.report import write_report
+
     try:
         write_report(Artifact.load(path), output)
     except (ArtifactError, OSError) as error:
@@ -68,6 +76,9 @@ def place(
     ] = MAX_LOAD,
 ) -> None:
     """Propose which rank holds which expert, so that tokens cross ranks less when they are re-routed."""
+    from sere_dist.artifact import Artifact, ArtifactError
+    from sere_dist.placement import PlacementError, propose
+
     console = Console()
     try:
         artifact = Artifact.load(path)
@@ -89,3 +100,76 @@ def place(
     if placement.affinity == "similarity":
         console.print("The artifact has no coactivation: which experts tokens use together is guessed from similarity.")
     print(f"wrote {output}")
+
+
+policies = typer.Typer(no_args_is_help=True, help="Read or change the policy of a serving application.")
+app.add_typer(policies, name="policy")
+Url = Annotated[str, typer.Option(help="Of the application.")]
+
+
+@policies.command()
+def get(url: Url = "http://127.0.0.1:8000") -> None:
+    """Show the policy in force, and the replicas that run it."""
+    show_policy(url)
+
+
+@policies.command(name="set")
+def set_policy(
+    settings: Annotated[list[str], typer.Argument(help="NAME=VALUE, such as select_top_k=4 or enabled=false.")],
+    url: Url = "http://127.0.0.1:8000",
+) -> None:
+    """Change the policy on every replica, without a restart."""
+    pairs = [setting.partition("=") for setting in settings]
+    if wrong := [name for name, equals, _value in pairs if not equals]:
+        raise SystemExit(f"error: {', '.join(wrong)}: settings are written NAME=VALUE")
+    try:
+        changes = {name: yaml.safe_load(value) for name, _equals, value in pairs}
+    except yaml.YAMLError as error:
+        raise SystemExit(f"error: a value can't be read: {error}") from error
+    show_policy(url, changes)
+
+
+def show_policy(url: str, changes: dict[str, Any] | None = None) -> None:
+    from sere_dist.admin import AdminError, policy
+
+    try:
+        state = policy(url, changes)
+    except AdminError as error:
+        raise SystemExit(f"error: {error}") from error
+    table = Table("setting", "value")
+    for name, value in state["policy"].items():
+        table.add_row(name, str(value))
+    console = Console()
+    console.print(table)
+    running = len(state["replicas"]) - len(state["pending"])
+    console.print(f"{running} of {len(state['replicas'])} replicas run it")
+    if state["pending"]:
+        raise SystemExit(f"pending: {', '.join(state['pending'])}; they will follow, ask again with `get`")
+
+
+@app.command()
+def doctor(
+    artifact: Annotated[Path | None, typer.Option(help="Folder of an artifact to check.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or Hugging Face model id that the artifact must fit.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to check; default: none.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of lines.")] = False,
+) -> None:
+    """Check whether this machine is ready to calibrate and to serve. Exit status 1: something failed."""
+    from sere_dist.doctor import examine
+
+    if model is not None and artifact is None:
+        raise typer.BadParameter("give --artifact too: the model is compared with it", param_hint="--model")
+    console = Console()
+    findings = []
+    for finding in examine(artifact, model, ray_address):
+        findings.append(finding)
+        if not as_json:
+            line = Text.assemble((f"{finding.status:9}", STYLES[finding.status]), f"{finding.check:10}{finding.found}")
+            console.print(line + Text(f" -> {finding.advice}" if finding.advice else ""), soft_wrap=True)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    raise typer.Exit(int(any(finding.status == "fail" for finding in findings)))

@@ -5,10 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # Every environment variable of this project, and what it does. A malformed value raises.
 ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"  # 1: start on a vLLM release that the plugin was not tested with
+API_KEY = "SERE_API_KEY"  # keys that the Serve application's clients must give; or SERE_API_KEY_FILE, a file with them
+ADMIN_TOKEN = "SERE_ADMIN_TOKEN"  # tokens that open its /sere/policy; or SERE_ADMIN_TOKEN_FILE
+
+# Settings that may change in a running engine.
+CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold", "traffic_price")
+
+MAX_LOAD = 1.1  # of a placement: tokens routed to a rank's experts, at most, over the mean of the ranks
 
 OPT_OUT = "sere"  # a request's own `extra_args` (`vllm_xargs` over HTTP)
 
@@ -52,7 +59,6 @@ class ReroutingConfig(BaseModel):
         default="all_gather",
         description="Of data-parallel attention on CPUs: tokens go to every rank, or only where their experts are.",
     )
-
     placement: Path | None = Field(
         default=None, description="Of expert parallelism: file of `sere-dist place`, which expert lives on which rank."
     )
@@ -72,6 +78,47 @@ class ReroutingConfig(BaseModel):
                 f"select_top_k ({self.select_top_k}) must be between 1 and the model's experts a token "
                 f"({num_experts_per_token})"
             )
+
+    def changed(self, changes: Mapping[str, Any], num_experts_per_token: int) -> "ReroutingConfig":
+        """Returns these settings with others of `CHANGEABLE`, for a model that uses so many experts a token.
+
+        Raises:
+            ValueError: a value is out of range, or can't be changed in a running engine; one line for each.
+        """
+        if fixed := sorted(changes.keys() - CHANGEABLE):
+            raise ValueError(f"{', '.join(fixed)} can't be changed while serving; {', '.join(CHANGEABLE)} can")
+        try:
+            settings = ReroutingConfig.model_validate({**self.model_dump(), **changes})
+        except ValidationError as error:
+            wrong = (".".join(map(str, each["loc"])) + f": {each['msg']}" for each in error.errors())
+            raise ValueError("\n".join(line.removeprefix(": ") for line in wrong)) from error
+        settings.check_top_k(num_experts_per_token)
+        return settings
+
+
+def environment_secrets(name: str) -> tuple[str, ...]:
+    """Returns the words of an environment variable, or of the file that `<name>_FILE` names; none if neither is set.
+
+    Several words are several secrets, any of which will do: an old and a new one while they are exchanged.
+
+    Raises:
+        ValueError: both are set, or what is set can't be read or holds nothing.
+    """
+    file_name = f"{name}_FILE"
+    given = [variable for variable in (name, file_name) if variable in os.environ]
+    if not given:
+        return ()
+    if len(given) > 1:
+        raise ValueError(f"{name} and {file_name} are both set: unset one")
+    text = os.environ[given[0]]
+    if given[0] == file_name:
+        try:
+            text = Path(text).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file_name}: {text} can't be read: {error}") from error
+    if not text.split():
+        raise ValueError(f"{given[0]} is set but holds nothing: give it a secret, or unset it")
+    return tuple(text.split())
 
 
 def environment_flag(name: str) -> bool:

@@ -16,10 +16,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sere_dist.artifact import Artifact
+from sere_dist.config import MAX_LOAD
 from sere_dist.moe import MoeShape
 
 SCHEMA_VERSION = 1
-MAX_LOAD = 1.1
 STARTS = 4  # searches for a map; more gain little
 Affinity = Literal["coactivation", "similarity"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from sere_dist.artifact import CONFIG_FILE, SCHEMA_VERSION, Artifact, ArtifactConfig, ArtifactError, LayerStatistics
 from sere_dist.moe import MoeShape
@@ -43,6 +44,23 @@ def load_artifact(path: Path, shape: MoeShape, model: str) -> Artifact:
         versions={},
     )
     return Artifact(about, similarity, [LayerStatistics.of(layer, names[layer], similarity[layer]) for layer in names])
+
+
+def load_artifact_of(path: Path, model: str) -> Artifact:
+    """The same for a checkpoint folder or Hub id `model`, and checks that the artifact is this model's.
+
+    Raises:
+        ArtifactError: it can't be read or used, or is not; the message names what is wrong.
+        ValueError: the model's configuration can't be read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: no configuration of {model!r} could be read: {error}") from error
+    shape = MoeShape.from_config(config)
+    artifact = load_artifact(path, shape, model)
+    artifact.check_serves(shape, model, getattr(config, "_commit_hash", None))
+    return artifact
 
 
 def _matrices(path: Path) -> dict[int, torch.Tensor] | None:

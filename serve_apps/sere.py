@@ -9,31 +9,139 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from ray import serve
 from ray.serve import Application
-from ray.serve.llm import LLMConfig, build_openai_app
-from transformers import AutoConfig
+from ray.serve.config import AutoscalingConfig
+from ray.serve.llm import LLMConfig, build_dp_deployment, build_llm_deployment
 
-from sere_dist.config import ReroutingConfig
-from sere_dist.moe import MoeShape
-from sere_dist.reference import load_artifact
+from sere_dist.config import ADMIN_TOKEN, API_KEY, ReroutingConfig
+from sere_dist.reference import load_artifact_of
+from serve_apps.ingress import build_ingress
+from serve_apps.policy import KEEPER, PolicyKeeper
+from serve_apps.server import SereDPServer, SereServer
 
 PLUGIN = "sere_dist"  # the name of the entry point that vLLM loads
+SECRETS = {f"{name}{suffix}" for name in (API_KEY, ADMIN_TOKEN) for suffix in ("", "_FILE")}
+
+# What has an argument of the application, and so may not be given in another place too.
+OF_ENGINE = {
+    "model": "model",
+    "served_model_name": "model_id",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "data_parallel_size": "data_parallel_size",
+    "enable_expert_parallel": "expert_parallel",
+}
+OF_DEPLOYMENT = {"num_replicas": "num_replicas", "autoscaling_config": "autoscaling"}
 
 
 class AppConfig(BaseModel):
     """Arguments of the application. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    # Errors don't quote the input: somebody may have put a secret there.
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
-    model: str = Field(description="Checkpoint folder or Hugging Face model id.")
-    model_id: str | None = Field(default=None, description="The name that clients use; default: the model's own.")
+    model: str = Field(min_length=1, description="Checkpoint folder or Hugging Face model id.")
+    model_id: str | None = Field(
+        default=None, min_length=1, description="The name that clients use; default: the model's own."
+    )
     rerouting: ReroutingConfig | None = Field(default=None, description="None serves the model as it is.")
     accelerator_type: str | None = Field(default=None, description="Ray's name of the GPU; None: CPU replicas.")
-    engine: dict[str, Any] = Field(default_factory=dict, description="vLLM's engine arguments.")
-    deployment: dict[str, Any] = Field(default_factory=dict, description="Ray Serve's deployment options.")
-    ingress: dict[str, Any] = Field(default_factory=dict, description="The same, of the HTTP ingress.")
+    tensor_parallel_size: int = Field(default=1, ge=1, description="Workers of a replica that share each layer.")
+    data_parallel_size: int = Field(default=1, ge=1, description="Replicas that share the experts, as one group.")
+    expert_parallel: bool = Field(default=False, description="Whole experts on each of those, not slices of all.")
+    num_replicas: int | None = Field(
+        default=None, ge=1, description="Of the model; with data parallelism: groups. None: 1, or autoscaling."
+    )
+    autoscaling: AutoscalingConfig | None = Field(default=None, description="Ray Serve's, instead of num_replicas.")
+    engine: dict[str, Any] = Field(default_factory=dict, description="vLLM's other engine arguments.")
+    deployment: dict[str, Any] = Field(default_factory=dict, description="Ray Serve's other deployment options.")
+    ingress: dict[str, Any] = Field(default_factory=dict, description="Those of the HTTP ingress.")
     environment: dict[str, str] = Field(default_factory=dict, description="Environment variables of the replicas.")
+    stream_batching_interval_ms: float = Field(
+        default=0, ge=0, allow_inf_nan=False, description="Gather streamed tokens this long before sending them."
+    )
+    require_api_key: bool = Field(
+        default=False, description=f"Don't start without a key, {API_KEY} or {API_KEY}_FILE of the ingress's nodes."
+    )
+
+    @model_validator(mode="after")
+    def _said_once(self) -> "AppConfig":
+        for name, given, own in (("engine", self.engine, OF_ENGINE), ("deployment", self.deployment, OF_DEPLOYMENT)):
+            for key in given.keys() & own.keys():
+                raise ValueError(f"{name} has {key}: set the application's own {own[key]} instead")
+        if "sere" in (self.engine.get("additional_config") or {}):
+            raise ValueError("re-routing is set by `rerouting`, not in the engine's additional_config")
+        if self.num_replicas is not None and self.autoscaling is not None:
+            raise ValueError("num_replicas and autoscaling exclude each other: remove one")
+        if secrets := SECRETS & self.environment.keys():
+            raise ValueError(
+                f"environment has {', '.join(sorted(secrets))}: secrets don't belong in a configuration file. Set them "
+                "in the environment in which Ray starts on the nodes, or mount a file there"
+            )
+        if self.rerouting is not None and self.data_parallel_size > 1:
+            if not self.expert_parallel:
+                raise ValueError("data_parallel_size needs expert_parallel: true, to re-route")
+            if self.tensor_parallel_size > 1:
+                raise ValueError("data and tensor parallelism together can't be re-routed yet: set one of them to 1")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What clients call the model."""
+        return self.model_id or Path(self.model).name
+
+
+def check_plugin_loads(config: AppConfig) -> None:
+    """Raises ValueError if the replicas' environment keeps vLLM from loading the plugin, of which vLLM says nothing."""
+    plugins = config.environment.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
+    if plugins is not None and PLUGIN not in plugins.split(","):
+        raise ValueError(f"VLLM_PLUGINS is {plugins!r} and leaves {PLUGIN} out: the model would not be re-routed")
+
+
+def llm_config(config: AppConfig) -> LLMConfig:
+    """Returns the same in Ray Serve LLM's terms.
+
+    Raises:
+        ValueError: Ray Serve LLM refuses an argument, or vLLM has none of that name.
+    """
+    engine = {
+        **config.engine,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "data_parallel_size": config.data_parallel_size,
+        "enable_expert_parallel": config.expert_parallel,
+    }
+    if config.rerouting is not None:
+        paths = {
+            name: path.resolve() for name in ("artifact", "placement") if (path := getattr(config.rerouting, name))
+        }
+        rerouting = config.rerouting.model_copy(update=paths)
+        additional = engine.get("additional_config") or {}
+        engine["additional_config"] = {**additional, "sere": rerouting.model_dump(mode="json")}
+    deployment = dict(config.deployment)
+    if config.autoscaling is not None:
+        deployment["autoscaling_config"] = config.autoscaling.model_dump(exclude_unset=True)
+    else:
+        deployment["num_replicas"] = config.num_replicas or 1
+    placement = {}
+    if config.accelerator_type is None:
+        workers = config.tensor_parallel_size * engine.get("pipeline_parallel_size", 1)
+        placement = {"placement_group_config": {"bundles": [{"CPU": 1}] * workers}}
+    translated = LLMConfig(
+        model_loading_config={
+            "model_id": config.name,
+            "model_source": str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
+        },
+        engine_kwargs=engine,
+        accelerator_type=config.accelerator_type,
+        deployment_config=deployment,
+        runtime_env={"env_vars": config.environment},
+        # Serve LLM's own default of 50 ms adds to the time to the first token.
+        experimental_configs={"stream_batching_interval_ms": config.stream_batching_interval_ms},
+        **placement,
+    )
+    translated.get_engine_config()  # names an engine argument that vLLM does not have
+    return translated
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -43,35 +151,26 @@ def build_app(args: dict[str, Any]) -> Application:
         ValueError: an argument is unknown or out of range, or the artifact is not for the model.
     """
     config = AppConfig.model_validate(args)
-    engine = dict(config.engine)
-    if "sere" in engine.get("additional_config", {}):
-        raise ValueError("re-routing is set by `rerouting`, not in the engine's additional_config")
-    if config.rerouting is not None:
-        plugins = config.environment.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
-        if plugins is not None and PLUGIN not in plugins.split(","):
-            raise ValueError(f"VLLM_PLUGINS is {plugins!r} and leaves {PLUGIN} out: the model would not be re-routed")
-        model_config = AutoConfig.from_pretrained(config.model)
-        shape = MoeShape.from_config(model_config)
-        config.rerouting.check_top_k(shape.num_experts_per_token)
-        revision = getattr(model_config, "_commit_hash", None)
-        artifact = load_artifact(config.rerouting.artifact, shape, config.model)
-        artifact.check_serves(shape, config.model, revision)
-        rerouting = config.rerouting.model_copy(update={"artifact": config.rerouting.artifact.resolve()})
-        additional = engine.get("additional_config", {})
-        engine["additional_config"] = {**additional, "sere": rerouting.model_dump(mode="json")}
-    model = str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model
-    placement = {}
-    if config.accelerator_type is None:
-        workers = engine.get("tensor_parallel_size", 1) * engine.get("pipeline_parallel_size", 1)
-        placement = {"placement_group_config": {"bundles": [{"CPU": 1}] * workers}}
-    llm_config = LLMConfig(
-        model_loading_config={"model_id": config.model_id or Path(config.model).name, "model_source": model},
-        engine_kwargs=engine,
-        accelerator_type=config.accelerator_type,
-        deployment_config=config.deployment,
-        runtime_env={"env_vars": config.environment},
-        # Serve LLM's default of 50 ms gathers streamed tokens: it adds to the time to the first one.
-        experimental_configs={"stream_batching_interval_ms": 0},
-        **placement,
+    build = build_llm_deployment if config.data_parallel_size == 1 else build_dp_deployment
+    if config.rerouting is None:
+        translated = llm_config(config)
+        return build_ingress(translated, build(translated), config.ingress, require_api_key=config.require_api_key)
+
+    check_plugin_loads(config)
+    artifact = load_artifact_of(config.rerouting.artifact, config.model)
+    config.rerouting.check_top_k(artifact.config.num_experts_per_token)
+    translated = llm_config(config)
+    settings = translated.engine_kwargs["additional_config"]["sere"]
+    keeper = serve.deployment(
+        PolicyKeeper, name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
+    ).bind(settings, artifact.config.num_experts_per_token)
+    servers = build(
+        translated,
+        name_prefix="LLMServer:",
+        deployment_cls=SereServer if config.data_parallel_size == 1 else SereDPServer,
+        bind_kwargs={
+            "keeper": keeper,
+            "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
+        },
     )
-    return build_openai_app({"llm_configs": [llm_config], "ingress_deployment_config": config.ingress})
+    return build_ingress(translated, servers, config.ingress, keeper, config.require_api_key)

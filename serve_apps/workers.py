@@ -8,7 +8,7 @@ from ray.serve import get_deployment_handle
 def worker_rpc(model_id: str, method: str, app: str = "sere", **kwargs: Any) -> list[Any]:
     """Calls a `sere_` method of every vLLM worker of one replica, from a process that is connected to the cluster.
 
-    Returns what each worker returned: `sere_counters` and `sere_policy` are in `sere_dist.vllm_plugin.worker`.
+    Returns what each worker returned. `sere_counters` is in `sere_dist.vllm_plugin.worker`.
     """
     deployment = "LLMServer:" + model_id.replace("/", "--").replace(".", "_")
     handle = get_deployment_handle(deployment, app)

@@ -29,7 +29,7 @@ TEXTS = MODEL.parent
 
 @pytest.fixture(scope="session")
 def cluster():
-    with LocalCluster() as cluster:
+    with LocalCluster(num_cpus=12) as cluster:  # logical: a gang of replicas, their ingress and proxies need them
         yield cluster
     assert cluster.processes() == []
 

@@ -1,5 +1,7 @@
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -7,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -14,8 +18,10 @@ from sere_dist.artifact import (
     CONFIG_FILE,
     EXPERTS_FILE,
     LAYERS_FILE,
+    SETTINGS_FILE,
     TENSORS_FILE,
     Artifact,
+    ArtifactConfig,
     ArtifactError,
     check_output,
 )
@@ -38,8 +44,6 @@ def edit_config(path, **changes):
 
 def replace_tensors(path, tensors):
     """Writes other tensors with a checksum that fits, so that the checks behind it are reached."""
-    import hashlib
-
     save_file(tensors, path / TENSORS_FILE)
     edit_config(path, tensors_sha256=hashlib.sha256((path / TENSORS_FILE).read_bytes()).hexdigest())
 
@@ -208,6 +212,48 @@ def test_a_file_cut_short(saved, name):
     (path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(ArtifactError):
         Artifact.load(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=6,
+)
+fields = st.sampled_from((*ArtifactConfig.model_fields, "unknown"))
+a_file = st.one_of(
+    st.tuples(st.sampled_from((CONFIG_FILE, SETTINGS_FILE, LAYERS_FILE, EXPERTS_FILE, TENSORS_FILE)), st.binary()),
+    st.tuples(st.just(LAYERS_FILE), st.text(alphabet='0123456789.,-layer\n"', max_size=60).map(str.encode)),
+    st.tuples(st.just(EXPERTS_FILE), st.text(alphabet="0123456789,-layerexpto\n", max_size=60).map(str.encode)),
+    st.tuples(st.just(SETTINGS_FILE), st.text(alphabet="a: [{&*!-#\n'\"", max_size=20).map(str.encode)),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(fields, json_values, max_size=3),
+    file=st.none() | a_file,
+    cut=st.none() | st.integers(0, 400),
+)
+def test_whatever_is_in_the_folder_is_refused_or_loads(saved, changes, file, cut):
+    """Nothing but an ArtifactError leaves the loader; what it lets through can be saved, and loads again."""
+    path, artifact = saved
+    shutil.rmtree(path)
+    artifact.save(path)
+    edit_config(path, **changes)
+    if cut is not None:  # a header that lies, under a checksum that fits
+        payload = bytearray((path / TENSORS_FILE).read_bytes())
+        payload[cut % len(payload)] = ord("9")
+        (path / TENSORS_FILE).write_bytes(payload)
+        edit_config(path, tensors_sha256=hashlib.sha256(payload).hexdigest())
+    if file is not None:
+        (path / file[0]).write_bytes(file[1])
+    try:
+        loaded = Artifact.load(path)
+    except ArtifactError as error:
+        assert str(path) in str(error)
+        return
+    loaded.save(path, overwrite=True)
+    assert torch.equal(Artifact.load(path).similarity[0], loaded.similarity[0])
 
 
 def test_another_model():

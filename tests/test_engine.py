@@ -318,6 +318,16 @@ def test_the_start_warns_where_no_traffic_can_be_saved(projection_path, caplog_v
     assert message is None or message in warnings[0]
 
 
+@pytest.mark.parametrize(("select_top_k", "warns"), [(1, True), (2, False), (TOP_K, False)])
+def test_the_start_warns_of_lost_quality(artifact_path, caplog_vllm, select_top_k, warns):
+    from vllm.engine.arg_utils import EngineArgs
+
+    sere = {"artifact": str(artifact_path), "select_top_k": select_top_k}
+    EngineArgs(str(MODEL), additional_config={"sere": sere}).create_engine_config()
+    warnings = [record for record in caplog_vllm.records if "raise select_top_k" in record.getMessage()]
+    assert len(warnings) == warns
+
+
 def test_an_untested_vllm_is_refused(artifact_path, monkeypatch):
     from vllm.engine.arg_utils import EngineArgs
 

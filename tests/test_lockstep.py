@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from sere_dist.artifact import Artifact
 from sere_dist.evaluation.lockstep import Policy, active_by_step, decode_logits, lockstep, unchanged
 from sere_dist.evaluation.policies import dropping_policy, projection_policy, similarity_policy
 from sere_dist.evaluation.traffic import Layout
@@ -95,6 +96,25 @@ def test_divergence(model, texts, similarity):
     logits = decode_logits(model, texts, prompt_length=PROMPT, policy=similarity_policy(similarity, 2))
     by_hand = (p_BDV * (p_BDV.log() - logits.softmax(dim=2).log())).sum(dim=(1, 2))
     assert torch.allclose(torch.tensor(on.divergences), by_hand, rtol=1e-3)
+
+
+def test_where_quality_collapses_and_what_brings_it_back(model, texts, artifact_path):
+    """With few experts kept, or few rows to share them: a larger S, a threshold, or leaving small steps alone."""
+    similarity = Artifact.load(artifact_path).similarity
+
+    def divergence(batch: int, select_top_k: int, threshold: float = 0.0) -> float:
+        policy = similarity_policy(similarity, select_top_k, threshold)
+        references = [decode_logits(model, ids, prompt_length=PROMPT) for ids in texts.split(batch)]
+        results = [
+            lockstep(model, ids, prompt_length=PROMPT, policy=policy, reference_BDV=reference)
+            for ids, reference in zip(texts.split(batch), references, strict=True)
+        ]
+        return sum(results[1:], results[0]).divergence
+
+    collapsed, alone = divergence(8, 1), divergence(1, 2)
+    assert collapsed > 3 * divergence(8, 2) > 3 * divergence(8, 4)
+    assert alone > 1.5 * divergence(8, 2)
+    assert divergence(8, 1, threshold=0.5) < 0.5 * collapsed
 
 
 def test_results_of_batches_add_up(model, texts):

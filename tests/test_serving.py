@@ -5,19 +5,21 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 
 import openai
 import pytest
-import yaml
-from pydantic import ValidationError
-from ray.serve.schema import ServeDeploySchema
 
+from benchmarks.common import example_texts
 from examples import demo
 from examples.local_cluster import free_ports
-from serve_apps.sere import build_app
+from sere_dist.admin import AdminError, policy
+from sere_dist.config import ADMIN_TOKEN, CHANGEABLE
+from tests import engines
 from tests.conftest import MODEL
+from tests.metrics import eventually, metrics
 
-APPS = sorted((demo.ROOT / "serve_apps").glob("*.yaml"))
+NEW = 24
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +51,6 @@ def test_streams(client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
 
 
-def test_the_clients_mistakes_are_the_clients(client):
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="another-model", prompt="a")
-    with pytest.raises(openai.BadRequestError):
-        client.completions.create(model=demo.MODEL_ID, prompt=[1] * 600, max_tokens=8)
-
-
 def test_rerouting_acts_in_the_serving_workers(cluster, url):
     """What `make demo` measures: fewer active experts with re-routing on, counted where the model runs."""
     command = [sys.executable, "-m", "examples.measure", url, "--rounds", "1", "--new-tokens", "24"]
@@ -68,46 +63,128 @@ def test_rerouting_acts_in_the_serving_workers(cluster, url):
     assert "on, S = 2" in done.stdout
 
 
-@pytest.mark.parametrize("path", APPS, ids=lambda path: path.name)
-def test_application_files_fit_rays_schema(path):
-    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text()))
-    assert [application.import_path for application in schema.applications] == ["serve_apps.sere:build_app"]
+def test_requests_over_the_models_limits(client):
+    """Errors in OpenAI's shape, which says what the limit is."""
+    for too_much, message in (
+        ({"prompt": [1] * 600, "max_tokens": 8}, "maximum context length is 512 tokens"),
+        ({"prompt": "In", "max_tokens": 100_000}, "max_model_len=512"),
+        ({"prompt": [10**8], "max_tokens": 8}, "out of vocabulary"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model=demo.MODEL_ID, **too_much)
+        assert message in refused.value.body["message"]
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.completions.create(model="another-model", prompt="a")
+    assert "another-model" in refused.value.body["message"]
 
 
-def arguments(artifact, **changes) -> dict:
-    return {"model": str(MODEL), "rerouting": {"artifact": str(artifact), "select_top_k": 2, **changes}}
+@pytest.fixture
+def admin(cluster, url, monkeypatch):
+    """Reads and changes the policy over HTTP; leaves it as the application started."""
+    monkeypatch.setenv(ADMIN_TOKEN, cluster.environment[ADMIN_TOKEN])
+    as_started = policy(url)["policy"]
+    yield lambda **changes: policy(url, changes or None)
+    policy(url, {name: as_started[name] for name in CHANGEABLE})
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"select_top_k": 0}, "select_top_k\n.*greater than or equal to 1"),
-        ({"select_top_k": 9}, r"select_top_k \(9\) must be between 1 and the model's experts a token \(8\)"),
-        ({"threshold": 1.5}, "threshold\n"),
-        ({"artifact": "nowhere"}, "no artifact at nowhere"),
-    ],
-)
-def test_bad_arguments_stop_the_deployment(artifact_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        build_app(arguments(**{"artifact": artifact_path, **changes}))
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return example_texts("heldout.parquet", 24, 4).tolist()
 
 
-def test_unknown_arguments_are_refused(artifact_path):
-    with pytest.raises(ValidationError, match="tensor_paralel_size\n"):
-        build_app({**arguments(artifact_path), "tensor_paralel_size": 2})
+def greedy(client: openai.OpenAI, prompts: list[list[int]]) -> list[list[int]]:
+    """Returns the tokens that follow each prompt, one request at a time."""
+    options = {"model": demo.MODEL_ID, "max_tokens": NEW, "temperature": 0}
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    answers = [client.completions.create(prompt=prompt, extra_body=extra, **options) for prompt in prompts]
+    return [answer.choices[0].token_ids for answer in answers]
 
 
-def test_a_plugin_that_would_not_load_is_refused(artifact_path, monkeypatch):
-    monkeypatch.setenv("VLLM_PLUGINS", "something_else")
-    with pytest.raises(ValueError, match="leaves sere_dist out"):
-        build_app(arguments(artifact_path))
+def test_off_is_off_while_serving(admin, client, prompts):
+    """Switched off, the replica gives the tokens of an engine without the plugin; on, others."""
+    options = {"model": str(MODEL), "enforce_eager": True, "max_model_len": 512}
+    alone = [{"only": [place]} for place in range(len(prompts))]
+    stock = [turn["tokens"][0] for turn in engines.run(options, prompts, NEW, alone, env={"VLLM_PLUGINS": ""})]
+    assert greedy(client, prompts) != stock
+    assert admin(enabled=False)["pending"] == []
+    assert greedy(client, prompts) == stock
+    admin(enabled=True, select_top_k=8)
+    assert greedy(client, prompts) == stock
 
 
-def test_replicas_without_the_plugin_are_refused(artifact_path):
-    with pytest.raises(ValueError, match="leaves sere_dist out"):
-        build_app({**arguments(artifact_path), "environment": {"VLLM_PLUGINS": ""}})
-    with pytest.raises(ValueError, match="set by `rerouting`"):
-        build_app({"model": str(MODEL), "engine": {"additional_config": {"sere": {"select_top_k": 99}}}})
+def test_policies_out_of_range_change_nothing(admin):
+    before = admin()
+    for changes in (
+        {"select_top_k": 0},
+        {"select_top_k": 9},
+        {"threshold": 2},
+        {"artifact": "x"},
+        {"traffic_price": 1},
+    ):
+        with pytest.raises(AdminError, match=f"answered 400: .*{next(iter(changes))}"):
+            admin(**changes)
+    assert admin() == before
+
+
+def test_the_admin_route_needs_its_token(url, monkeypatch):
+    monkeypatch.setenv(ADMIN_TOKEN, "another")
+    with pytest.raises(AdminError, match="answered 401: Incorrect or missing admin token"):
+        policy(url)
+    monkeypatch.delenv(ADMIN_TOKEN)
+    with pytest.raises(AdminError, match=f"set {ADMIN_TOKEN} or {ADMIN_TOKEN}_FILE"):
+        policy(url)
+
+
+def test_the_policy_from_a_terminal(cluster, url, admin):
+    def run(*command: str) -> subprocess.CompletedProcess:
+        return cluster.run(["sere-dist", "policy", *command, "--url", url], capture_output=True, text=True)
+
+    changed = run("set", "select_top_k=3", "enabled=off", "max_rows=64")
+    assert changed.returncode == 0 and "1 of 1 replicas run it" in changed.stdout
+    assert [admin()["policy"][name] for name in ("select_top_k", "enabled", "max_rows")] == [3, False, 64]
+    assert run("get").stdout == changed.stdout
+    refused = run("set", "select_top_k=99")
+    assert refused.returncode == 1 and "select_top_k (99) must be between" in refused.stderr
+    assert "Traceback" not in run("set", "select_top_k").stderr
+    nobody = cluster.run(["sere-dist", "policy", "get", "--url", "http://127.0.0.1:9"], capture_output=True, text=True)
+    assert nobody.returncode == 1 and "error: no answer from http://127.0.0.1:9/sere/policy" in nobody.stderr
+
+
+def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
+    (replica,) = admin(select_top_k=3, threshold=0.1)["replicas"]
+
+    def now() -> Counter[str]:
+        return Counter(metrics(cluster, replica=replica))
+
+    eventually(lambda: now()["ray_sere_select_top_k"] == 3)  # the counters are then no older than the change
+    before = now()
+    greedy(client, prompts)
+    rows = len(prompts) * (NEW - 1) * 6  # one for every layer; the first token comes from the prompt's own step
+    eventually(lambda: now()["ray_sere_rows_total"] - before["ray_sere_rows_total"] == rows)
+    after = now()
+    added = {name.removeprefix("ray_sere_"): after[name] - before[name] for name in after}
+    assert added["steps_total"] == rows  # one request at a time
+    assert added["active_experts_total before"] == 8 * rows
+    assert 3 * rows <= added["active_experts_total after"] < 8 * rows
+    assert 0 < added["rerouted_slots_total"] <= 5 * rows
+    assert after["ray_sere_threshold"] == pytest.approx(0.1) and after["ray_sere_enabled"] == 1
+
+
+def test_a_replica_and_a_keeper_that_start_again_run_the_same(cluster, admin, client, prompts):
+    """Ray Serve replaces both after their processes are killed; the policy in force stays."""
+    (killed,) = admin(select_top_k=3)["replicas"]
+    expected = greedy(client, prompts)
+    for deployment in ("SerePolicy", "LLMServer:tiny-moe"):
+        kill = [sys.executable, "-m", "tests.kill_replica", deployment]
+        assert cluster.run(kill, cwd=demo.ROOT, stdout=subprocess.PIPE).returncode == 0
+
+        def is_back(deployment=deployment) -> bool:
+            state = admin()
+            is_new = deployment == "SerePolicy" or killed not in state["replicas"]
+            return state["policy"]["select_top_k"] == 3 and len(state["replicas"]) == 1 and is_new
+
+        eventually(is_back, seconds=180)
+    eventually(lambda: greedy(client, prompts) == expected, seconds=60)
 
 
 def test_a_port_in_use():

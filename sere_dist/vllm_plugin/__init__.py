@@ -91,6 +91,11 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     if settings.placement is not None:
         check_placement(settings.placement, shape, set(artifact.similarity), vllm_config)
+    if settings.select_top_k == 1 < shape.num_experts_per_token:
+        logger.warning(
+            "sere_dist: select_top_k 1 leaves a token one expert of its own; quality falls steeply there. Compare "
+            'with requests that opt out (extra_args {"sere": "off"}), set a threshold, or raise select_top_k'
+        )
     if advice := saves_no_traffic(settings, parallel):
         logger.warning("sere_dist: no bytes between ranks are saved: %s", advice)
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)

@@ -22,15 +22,12 @@ from sere_dist.placement import Placement
 from sere_dist.reference import load_artifact
 from sere_dist.rerouting import COUNTERS, dispatch_bytes
 from sere_dist.vllm_plugin import cpu_experts
-from sere_dist.vllm_plugin.backends import CpuBackend, KernelBackend
+from sere_dist.vllm_plugin.backends import Backend, CpuBackend, KernelBackend
 from sere_dist.vllm_plugin.owners import Owners
 from sere_dist.vllm_plugin.rows import Rows
 from sere_dist.vllm_plugin.weights import checkpoint_weights
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
-
-# What `sere_policy` may change in a running engine.
-CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold", "traffic_price")
 
 
 def rerouted_layers(model: torch.nn.Module, artifact: Artifact, is_placed: bool = False) -> dict[int, MoERunner]:
@@ -69,6 +66,8 @@ def rerouted_layers(model: torch.nn.Module, artifact: Artifact, is_placed: bool 
 class Rerouting:
     """What re-routing adds to a worker of vLLM. Its `sere_` methods answer `LLM.collective_rpc`."""
 
+    sere_backend_class: type[Backend]
+
     def load_model(self, **kwargs) -> None:
         settings = ReroutingConfig.model_validate(self.vllm_config.additional_config["sere"])
         served = self.vllm_config.model_config
@@ -77,7 +76,7 @@ class Rerouting:
         with checkpoint_weights(placement):
             super().load_model(**kwargs)
         if placement is not None:
-            artifact = artifact.in_order({layer: placement.order(layer) for layer in placement.layers})
+            artifact = artifact.in_order(placement.orders())
         model = self.model_runner.get_model()
         self.sere_runners = runners = rerouted_layers(model, artifact, is_placed=placement is not None)
         padding = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
@@ -135,8 +134,10 @@ class Rerouting:
         """
         owners, model = self.sere_owners, self.vllm_config.model_config
         layers = {}
-        for layer, counters in self.sere_layers.items():
-            totals, by_rank = counters[: len(COUNTERS)].tolist(), counters[len(COUNTERS) :].tolist()
+        # One copy from the device for all layers: steps wait for it.
+        all_counters = torch.stack(list(self.sere_layers.values())).tolist()
+        for layer, counters in zip(self.sere_layers, all_counters, strict=True):
+            totals, by_rank = counters[: len(COUNTERS)], counters[len(COUNTERS) :]
             layers[layer] = dict(zip(COUNTERS, totals, strict=True))
             if by_rank:
                 layers[layer]["active_experts_by_rank"] = by_rank
@@ -162,10 +163,7 @@ class Rerouting:
         Raises:
             ValueError: a value is out of range, or can't be changed in a running engine; nothing was changed.
         """
-        if fixed := changes.keys() - CHANGEABLE:
-            raise ValueError(f"{', '.join(sorted(fixed))} can't be changed while serving; {', '.join(CHANGEABLE)} can")
-        settings = ReroutingConfig.model_validate({**self.sere_settings.model_dump(), **changes})
-        settings.check_top_k(self.sere_top_k)
+        settings = self.sere_settings.changed(changes, self.sere_top_k)
         self._set_policy(settings)
         return settings.model_dump(mode="json")
 

@@ -1,0 +1,201 @@
+"""The HTTP ingress: Ray Serve LLM's OpenAI routes, behind a key, and `/sere/policy` behind a token of its own.
+
+The only place that touches Ray Serve LLM's internals: its routes, its FastAPI application and its model cards, as
+`ray.llm._internal.serve.core.ingress.dev_ingress` does. `pyproject.toml` pins the release that they were tested with.
+"""
+
+import hmac
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import ray
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from ray import serve
+from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sere_dist.config import ADMIN_TOKEN, API_KEY, CHANGEABLE, ReroutingConfig, environment_secrets
+
+try:
+    from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults
+    from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
+    from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
+except ImportError as error:
+    raise ImportError(
+        f"Ray {ray.__version__} lacks what the ingress builds on ({error}); it was tested with 2.60.0"
+    ) from error
+
+POLICY_PATH = "/sere/policy"
+
+logger = logging.getLogger("ray.serve")
+
+
+def error_response(status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
+    """Returns an error in the shape of OpenAI's."""
+    error = {"message": message, "type": kind, "param": None, "code": code or status}
+    return JSONResponse({"error": error}, status, headers={"WWW-Authenticate": "Bearer"} if status == 401 else None)
+
+
+def http_error(_request: Request, error: HTTPException) -> JSONResponse:
+    """An unknown model or route."""
+    return error_response(error.status_code, str(error.detail))
+
+
+def invalid_request(_request: Request, error: RequestValidationError) -> JSONResponse:
+    """A body or parameter that does not fit. Unlike Ray's answer, which quotes the input, this one is always JSON."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"] if part != "body")
+    return error_response(400, f"{place}: {first['msg']}".removeprefix(": "), code="invalid_parameter")
+
+
+def has_secret(headers: Iterable[tuple[bytes, bytes]], secrets: Iterable[str]) -> bool:
+    """Says whether a request's `Authorization: Bearer ...` is one of `secrets`."""
+    given = next((value for name, value in headers if name.lower() == b"authorization"), b"")
+    scheme, _space, secret = given.partition(b" ")
+    matches = [hmac.compare_digest(secret.strip(), each.encode()) for each in secrets]  # all: in constant time
+    return scheme.lower() == b"bearer" and any(matches)
+
+
+class Guard:
+    """Outermost around the ingress: asks for a key, and lets no traceback out."""
+
+    def __init__(self, app: ASGIApp):
+        self.app, self.keys = app, environment_secrets(API_KEY)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+        elif self.keys and scope["path"] != POLICY_PATH and not has_secret(scope["headers"], self.keys):
+            message = "Incorrect or missing API key: send it as 'Authorization: Bearer KEY'."
+            await error_response(401, message, code="invalid_api_key")(scope, receive, send)
+        else:
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Ray's answers to unexpected errors quote the exception, which has the worker's traceback in it."""
+        request_id = dict(scope["headers"]).get(b"x-request-id", b"none").decode(errors="replace")
+        text = f"Internal error; the server's log has it under request id {request_id}."
+        internal_error = error_response(500, text, kind="internal_error")
+        started = failed = False
+
+        async def without_traceback(message: Message) -> None:
+            nonlocal started, failed
+            if message["type"] == "http.response.start" and message["status"] == 500:
+                failed = True
+                await internal_error(scope, receive, send)
+            elif not failed:
+                await send(message)
+            started = True
+
+        try:
+            await self.app(scope, receive, without_traceback)
+        except Exception:
+            if started:  # too late for another answer: the connection breaks off
+                raise
+            logger.exception("request %s failed", request_id)
+            await internal_error(scope, receive, send)
+
+
+class SereIngress(OpenAiIngress):
+    """Ray Serve LLM's ingress with the route `/sere/policy`. `keeper`: the application's `PolicyKeeper`, if it has one.
+
+    Raises:
+        ValueError: a key is required and the environment of this process has none, or what it has can't be used.
+    """
+
+    def __init__(
+        self, *args: Any, keeper: DeploymentHandle | None = None, require_api_key: bool = False, **kwargs: Any
+    ):
+        super().__init__(*args, **kwargs)
+        if require_api_key and not environment_secrets(API_KEY):
+            raise ValueError(
+                f"require_api_key is on, but this node's environment has neither {API_KEY} nor {API_KEY}_FILE: set one "
+                "before Ray starts on the nodes that run the ingress"
+            )
+        self.keeper = keeper
+        self.admin_tokens = environment_secrets(ADMIN_TOKEN)
+
+    async def get_policy(self, request: Request) -> JSONResponse:
+        """The policy in force, and the replicas that run it."""
+        return self._refused(request) or JSONResponse(await self.keeper.state.remote())
+
+    async def change_policy(self, request: Request) -> JSONResponse:
+        """Changes settings of the policy on every replica, from the next step on.
+
+        202 instead of 200 says that some replicas, `pending`, have not confirmed yet; they are told until they do.
+        """
+        if refused := self._refused(request):
+            return refused
+        try:
+            changes = json.loads(await request.body())
+        except (ValueError, RecursionError):
+            return error_response(400, "The body is not JSON.")
+        if not isinstance(changes, dict):
+            return error_response(400, f"The body must be an object with some of: {', '.join(CHANGEABLE)}.")
+        state = await self.keeper.change.remote(changes)
+        if "error" in state:
+            return error_response(400, state["error"])
+        return JSONResponse(state, 202 if state["pending"] else 200)
+
+    def _refused(self, request: Request) -> JSONResponse | None:
+        if not self.admin_tokens:
+            return error_response(403, f"This route is closed: the server has no {ADMIN_TOKEN}.", code="closed")
+        if not has_secret(request.scope["headers"], self.admin_tokens):
+            message = "Incorrect or missing admin token: send it as 'Authorization: Bearer TOKEN'."
+            return error_response(401, message, code="invalid_admin_token")
+        if self.keeper is None:
+            return error_response(404, "The model is served without re-routing.", code="not_rerouted")
+        return None
+
+
+def _policy_schema() -> dict[str, Any]:
+    properties = ReroutingConfig.model_json_schema()["properties"]
+    schema = {"type": "object", "properties": {name: properties[name] for name in CHANGEABLE}}
+    return {"requestBody": {"content": {"application/json": {"schema": schema | {"additionalProperties": False}}}}}
+
+
+def _errors(*statuses: int) -> dict[int, dict[str, str]]:
+    meanings = {202: "Some replicas are pending", 400: "Bad request", 401: "Bad token", 403: "Closed", 404: "None"}
+    return {status: {"description": meanings[status]} for status in statuses}
+
+
+ENDPOINTS = {
+    **DEFAULT_ENDPOINTS,
+    "get_policy": lambda app: app.get(POLICY_PATH, responses=_errors(401, 403, 404)),
+    "change_policy": lambda app: app.patch(
+        POLICY_PATH, responses=_errors(202, 400, 401, 403, 404), openapi_extra=_policy_schema()
+    ),
+}
+
+
+def build_ingress(
+    llm_config: LLMConfig,
+    servers: Application,
+    options: dict[str, Any],
+    keeper: Application | None = None,
+    require_api_key: bool = False,
+) -> Application:
+    """Returns the application: an ingress before `servers`, with Ray Serve's deployment options.
+
+    As `ray.serve.llm.build_openai_app`, which takes another class for its ingress but no other route.
+    """
+    app: FastAPI = init()
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, invalid_request)
+    app.add_middleware(Guard)
+    ingress = make_fastapi_ingress(SereIngress, endpoint_map=ENDPOINTS, app=app)
+    options = maybe_apply_llm_deployment_config_defaults(SereIngress.get_deployment_options([llm_config]), options)
+    return serve.deployment(ingress, **options).bind(
+        llm_deployments={llm_config.model_id: servers},
+        model_cards={llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config)},
+        keeper=keeper,
+        require_api_key=require_api_key,
+    )
