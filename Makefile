@@ -3,6 +3,7 @@
 # make test   lint and tests
 # make tradeoff  redraw the figure of the README
 # make bench-calibration  what the README says of calibration's speed and memory (25 minutes, idle machine)
+# make soak   fuzz the served example and change its policy under load (15 minutes; installs schemathesis in .venv-soak)
 # make lock   rewrite the lock from pyproject.toml
 # Each makes .venv first if it is missing.
 
@@ -12,8 +13,9 @@ TORCH_FROM ?= --torch-backend cpu # where uv looks for the CPU build of torch wh
 LOCK := requirements/cpu.lock
 TORCH := $(shell grep '^torch==' $(LOCK))
 BIN := .venv/bin
+SCHEMATHESIS := 4.32.5
 
-.PHONY: demo serve test tradeoff bench-calibration lock clean
+.PHONY: demo serve test tradeoff bench-calibration soak lock clean
 
 demo: .venv/.ready
 	$(BIN)/python -m examples.demo --port $(PORT)
@@ -32,6 +34,14 @@ tradeoff: .venv/.ready
 bench-calibration: .venv/.ready
 	$(BIN)/python -m benchmarks.calibration
 
+soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS)
+	$(BIN)/python -m benchmarks.soak --schemathesis .venv-soak/bin/st
+
+.venv-soak/.ready-%:
+	$(PYTHON) -m venv .venv-soak
+	.venv-soak/bin/pip install -q schemathesis==$*
+	touch $@
+
 # Torch comes first: from wherever pip is told to look if that has the CPU build, else from PyTorch's own CPU index, which
 # uv knows by name. The lock is whole, so nothing pulls in a requirement that it leaves out (cpu.exclude).
 .venv/.ready: $(LOCK) pyproject.toml
@@ -47,4 +57,4 @@ lock:
 	  --excludes requirements/cpu.exclude $(TORCH_FROM) -o $(LOCK)
 
 clean:
-	rm -rf .venv build
+	rm -rf .venv .venv-soak build

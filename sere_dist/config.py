@@ -15,6 +15,7 @@ ADMIN_TOKEN = "SERE_ADMIN_TOKEN"  # tokens that open its /sere/policy; or SERE_A
 # Settings that may change in a running engine.
 CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold", "traffic_price")
 
+MAX_ROWS = 2**31 - 1  # of a step, as the kernel counts them
 MAX_LOAD = 1.1  # of a placement: tokens routed to a rank's experts, at most, over the mean of the ranks
 
 OPT_OUT = "sere"  # a request's own `extra_args` (`vllm_xargs` over HTTP)
@@ -37,8 +38,12 @@ class ReroutingConfig(BaseModel):
         default=0.0, ge=0.0, le=1.0, description="rho: an expert with no active substitute this similar stays; 0: none."
     )
     rows: Literal["decode", "all"] = Field(default="decode", description="Re-route decode rows only, or prefill too.")
-    min_rows: int = Field(default=1, ge=0, description="Leave steps alone in which fewer rows could be re-routed.")
-    max_rows: int | None = Field(default=None, ge=0, description="Leave steps alone in which more rows could be.")
+    min_rows: int = Field(
+        default=1, ge=0, le=MAX_ROWS, description="Leave steps alone in which fewer rows could be re-routed."
+    )
+    max_rows: int | None = Field(
+        default=None, ge=0, le=MAX_ROWS, description="Leave steps alone in which more rows could be."
+    )
     enabled: bool = Field(default=True, description="Start with re-routing on; it can be switched while serving.")
     policy: Literal["sere", "projection"] = Field(
         default="sere",

@@ -71,9 +71,10 @@ class Guard:
         self.app, self.keys = app, environment_secrets(API_KEY)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))  # of an application not at /
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif self.keys and scope["path"] != POLICY_PATH and not has_secret(scope["headers"], self.keys):
+        elif self.keys and path != POLICY_PATH and not has_secret(scope["headers"], self.keys):
             message = "Incorrect or missing API key: send it as 'Authorization: Bearer KEY'."
             await error_response(401, message, code="invalid_api_key")(scope, receive, send)
         else:

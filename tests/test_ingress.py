@@ -108,6 +108,16 @@ def test_clients_need_the_key(monkeypatch):
     assert client().get("/v1/models").status_code == 200
 
 
+def test_the_admin_route_needs_no_key(admin, monkeypatch, keeper):
+    """Its own token is enough, under a route prefix too."""
+    monkeypatch.setenv(API_KEY, "key")
+    for prefix in ("", "/moe"):
+        prefixed = client(keeper)
+        prefixed.app.root_path = prefix
+        assert prefixed.get(prefix + POLICY_PATH, headers=ADMIN).status_code == 200
+        assert prefixed.get(prefix + "/v1/models", headers=ADMIN).status_code == 401
+
+
 @pytest.mark.parametrize("path", ["/broken", "/quoted"])
 def test_no_traceback_leaves(admin, path):
     answer = admin.get(path, headers={"x-request-id": "abc"})
@@ -134,7 +144,7 @@ json_values = st.recursive(
 )
 settings_near_valid = st.dictionaries(
     st.sampled_from((*CHANGEABLE, "artifact", "unknown")),
-    st.sampled_from((0, 1, TOP_K, TOP_K + 1, -1, 0.5, 1e308, True, "2", "decode", None)) | json_values,
+    st.sampled_from((0, 1, TOP_K, TOP_K + 1, -1, 2**70, 0.5, 1e308, True, "2", "decode", None)) | json_values,
     max_size=4,
 )
 bodies = st.binary(max_size=40) | (json_values | settings_near_valid).map(lambda value: json.dumps(value).encode())
@@ -157,7 +167,8 @@ def test_whatever_is_sent_is_refused_or_valid(body):
     else:
         policy = after["policy"]
         assert 1 <= policy["select_top_k"] <= TOP_K and 0 <= policy["threshold"] <= 1
-        assert policy["max_rows"] is None or policy["max_rows"] >= policy["min_rows"] >= 0
+        assert 2**31 > (policy["max_rows"] or 0) >= 0 <= policy["min_rows"] < 2**31
+        assert policy["max_rows"] is None or policy["max_rows"] >= policy["min_rows"]
 
 
 @settings(deadline=None)

@@ -114,6 +114,7 @@ def test_replicas_of_another_configuration_are_left_alone():
         ({"select_top_k": 9}, r"select_top_k \(9\) must be between 1 and"),
         ({"select_top_k": "many", "threshold": 2}, "select_top_k: .*\nthreshold: "),
         ({"artifact": "elsewhere"}, "artifact can't be changed while serving; enabled, "),
+        ({"min_rows": 2**70}, "min_rows: Input should be less than or equal to 2147483647"),
         ({"min_rows": 5, "max_rows": 2}, r"max_rows \(2\) must not be less than min_rows"),
         ({"traffic_price": 0.1}, "needs policy: projection"),
     ],

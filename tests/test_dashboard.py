@@ -1,0 +1,83 @@
+"""The Grafana dashboard: it shows what our replicas and vLLM really export, and loads beside Ray's own."""
+
+import inspect
+import itertools
+import json
+import re
+
+import pytest
+from ray.dashboard.modules.metrics import grafana_dashboard_factory
+from vllm.v1.metrics import loggers
+
+from examples.demo import ROOT
+from serve_apps import metrics
+
+DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "sere_dashboard.json").read_text())
+PANELS = DASHBOARD["panels"]
+EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel.get("targets", [])]
+VARIABLES = DASHBOARD["templating"]["list"]
+QUERIES = [variable["definition"] for variable in VARIABLES if variable["type"] == "query"]
+GENERATE = [make for name, make in vars(grafana_dashboard_factory).items() if name.startswith("generate_")]
+
+
+def named(prefix: str) -> set[str]:
+    return set(re.findall(rf"\b{prefix}\w+", " ".join(EXPRESSIONS)))
+
+
+@pytest.fixture
+def exported(monkeypatch) -> dict[str, tuple[str, ...]]:
+    """What a replica's `ReroutingMetrics` declares, by the names that Ray gives it in Prometheus: its labels."""
+    declared = {}
+
+    def declare(suffix: str):
+        return lambda name, _description, labels: declared.setdefault(f"ray_{name}{suffix}", labels)
+
+    monkeypatch.setattr(metrics, "Counter", declare("_total"))
+    monkeypatch.setattr(metrics, "Gauge", declare(""))
+    metrics.ReroutingMetrics("tiny-moe", {"artifact": "0fceb5430c7d", "method": "frobenius"})
+    return declared
+
+
+def test_every_metric_of_ours_is_shown_and_no_other(exported):
+    assert len(exported) == len(metrics.DESCRIPTIONS) + len(metrics.POLICY) + 1
+    assert named("ray_sere_") == exported.keys()
+
+
+def test_expressions_group_by_labels_that_the_metrics_have(exported):
+    for expression in EXPRESSIONS:
+        for by, metric in re.findall(r"by \(([^)]*)\) \((?:rate\()?(ray_sere_\w+)", expression):
+            assert set(by.split(", ")) <= {"replica", *exported[metric]}, expression
+
+
+def test_every_metric_of_vllm_is_one_that_it_defines():
+    defined = {f"ray_vllm_{name}" for name in re.findall(r'name="vllm:(\w+)"', inspect.getsource(loggers))}
+    assert named("ray_vllm_")
+    assert {name.removesuffix("_bucket") for name in named("ray_vllm_")} <= defined
+
+
+def test_variables_are_defined():
+    used = set(re.findall(r"\$(\w+)", " ".join(EXPRESSIONS + QUERIES))) - {"__rate_interval"}
+    assert used == {variable["name"] for variable in VARIABLES} - {"datasource"}
+    asking = [each for each in PANELS + VARIABLES if each["type"] not in ("row", "datasource")]
+    assert all(each["datasource"] == "${datasource}" for each in asking)
+
+
+def test_panels_have_ids_of_their_own_and_do_not_overlap():
+    assert len({panel["id"] for panel in PANELS}) == len(PANELS)
+    for panel in PANELS:
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
+    for one, other in itertools.combinations((panel["gridPos"] for panel in PANELS), 2):
+        apart_x = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        apart_y = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert apart_x or apart_y, (one, other)
+
+
+def test_it_loads_beside_rays_own():
+    """Ray's dashboards lie in the same folder: same structure, another title and uid."""
+    rays = [json.loads(generate()[0]) for generate in GENERATE]
+    assert len(rays) > 5
+    assert not {DASHBOARD["title"], DASHBOARD["uid"]} & {each[name] for each in rays for name in ("title", "uid")}
+    serve_llm = next(each for each in rays if each["title"] == "Serve LLM Dashboard")
+    assert DASHBOARD.keys() <= serve_llm.keys()
+    assert DASHBOARD["schemaVersion"] == serve_llm["schemaVersion"]
+    assert VARIABLES[0] == serve_llm["templating"]["list"][0]  # the data source
