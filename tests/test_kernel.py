@@ -257,6 +257,14 @@ def test_compiles_without_spills(tmp_path, arch, weight_dtype, id_dtype):
     assert frames.keys() >= set(kernel.ENTRIES) and not any(frames.values())
 
 
+def test_a_compile_error_says_what_to_do(tmp_path):
+    refused = (
+        "can't be compiled for sm_13 .*invalid value for --gpu-architecture.*`sere-dist doctor` says what to install"
+    )
+    with pytest.raises(RuntimeError, match=f"(?s){refused}"):
+        kernel.compile_kernels("sm_13", torch.float32, torch.int32, tmp_path)
+
+
 def test_spills_would_be_seen(tmp_path):
     source = kernel.SOURCE.read_text().replace("__launch_bounds__(MAX_THREADS)", "")
     options = ProgramOptions(arch="sm_90", std="c++17", max_register_count=24)

@@ -231,12 +231,20 @@ def compile_kernels(
     written (default: `$XDG_CACHE_HOME/cuda-python`), the kernel is compiled anyway, with a warning.
 
     Raises:
-        cuda.core's NVRTC error: the compiler refused the source, its log is in the message.
+        RuntimeError: NVRTC is missing, or refused the source; its log is in the message.
     """
 
     def compile_with(cache: FileStreamProgramCache | None) -> ObjectCode:
         options = compile_options(arch, weight_dtype, id_dtype)
-        return Program(SOURCE.read_text(), "c++", options).compile("cubin", cache=cache)
+        try:
+            return Program(SOURCE.read_text(), "c++", options).compile("cubin", cache=cache)
+        except OSError:
+            raise
+        except Exception as error:  # cuda.core's, cuda.bindings' and cuda.pathfinder's have no common type
+            raise RuntimeError(
+                f"the re-routing kernel can't be compiled for {arch} ({type(error).__name__}: {error}); "
+                "`sere-dist doctor` says what to install"
+            ) from error
 
     try:
         return compile_with(FileStreamProgramCache(cache_folder))
