@@ -4,6 +4,7 @@
 # make tradeoff  redraw the figure of the README
 # make bench-calibration  what the README says of calibration's speed and memory (25 minutes, idle machine)
 # make soak   fuzz the served example and change its policy under load (15 minutes; installs schemathesis in .venv-soak)
+# make check-deploy CRDS=FOLDER  deploy/kubernetes against the operator's custom resource definitions in FOLDER
 # make lock   rewrite the lock from pyproject.toml
 # Each makes .venv first if it is missing.
 
@@ -15,7 +16,7 @@ TORCH := $(shell grep '^torch==' $(LOCK))
 BIN := .venv/bin
 SCHEMATHESIS := 4.32.5
 
-.PHONY: demo serve test tradeoff bench-calibration soak lock clean
+.PHONY: demo serve test tradeoff bench-calibration soak check-deploy lock clean
 
 demo: .venv/.ready
 	$(BIN)/python -m examples.demo --port $(PORT)
@@ -36,6 +37,9 @@ bench-calibration: .venv/.ready
 
 soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS)
 	$(BIN)/python -m benchmarks.soak --schemathesis .venv-soak/bin/st
+
+check-deploy: .venv/.ready
+	$(BIN)/python -m deploy.check $(CRDS)
 
 .venv-soak/.ready-%:
 	$(PYTHON) -m venv .venv-soak
