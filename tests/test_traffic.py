@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from benchmarks import traffic as benchmark
+from benchmarks.common import example_texts
 from sere_dist.artifact import SCHEMA_VERSION, Artifact, ArtifactConfig
 from sere_dist.calibration import expert_inputs, score_layer, text_blocks
 from sere_dist.checkpoint import Checkpoint
@@ -107,7 +108,7 @@ def artifacts(tmp_path_factory):
     """Both artifacts of the example model, from a few texts."""
     folder = tmp_path_factory.mktemp("artifacts")
     checkpoint = Checkpoint(str(MODEL))
-    blocks = text_blocks(benchmark.texts("calibration.parquet", 8, 64).tolist())
+    blocks = text_blocks(example_texts("calibration.parquet", 64, 8).tolist())
     inputs = dict(expert_inputs(checkpoint, blocks))
     for method in ("frobenius", "projection"):
         results = {layer: score_layer(checkpoint, layer, inputs[layer], method) for layer in inputs}
