@@ -11,6 +11,7 @@ The driver plans, and gathers matrices [E, E]; it needs no GPU. A forward task r
 the states that it leaves in the object store feed the next layer's forward task and, for a MoE layer, its scoring task.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -201,25 +202,25 @@ class Workers:
     """What the cluster has for the tasks of a calibration."""
 
     device: Literal["cpu", "cuda"]
-    count: int  # tasks at a time
     options: dict[str, Any]  # Ray's, of each task
 
     @classmethod
     def of_cluster(cls, config: CalibrationConfig) -> "Workers":
-        """Connects to the cluster, or starts Ray here, and counts; a dry run starts nothing."""
-        try:
+        """Connects to the cluster, or starts Ray here; a dry run starts nothing."""
+        with contextlib.suppress(ConnectionError):  # of a dry run: no cluster is up
             ray.init(address="auto" if config.dry_run else None, ignore_reinit_error=True, log_to_driver=False)
-            resources = ray.cluster_resources()
-        except ConnectionError:  # of a dry run: no cluster is up
-            resources = {}
-        gpus = int(resources.get("GPU", 0))
         options: dict[str, Any] = {}
         if config.memory_per_task:
             options["memory"] = int(config.memory_per_task * 2**30)
-        if config.device == "cuda" or (config.device == "auto" and gpus):
-            return cls("cuda", max(1, gpus), {"num_gpus": 1, **options})
-        count = max(1, int(resources.get("CPU", 0)) // config.cpus_per_task)
-        return cls("cpu", count, {"num_cpus": config.cpus_per_task, **options})
+        if config.device == "cuda" or (config.device == "auto" and resources().get("GPU")):
+            return cls("cuda", {"num_gpus": 1, **options})
+        return cls("cpu", {"num_cpus": config.cpus_per_task, **options})
+
+    @property
+    def count(self) -> int:
+        """Tasks at a time. It changes: nodes come when tasks wait for them, and are lost."""
+        kind, each = ("GPU", 1) if self.device == "cuda" else ("CPU", self.options["num_cpus"])
+        return max(1, int(resources().get(kind, 0)) // each)
 
     def __str__(self) -> str:
         each = "1 GPU" if self.device == "cuda" else f"{self.options['num_cpus']} CPU"
@@ -227,6 +228,11 @@ class Workers:
             f"{len([node for node in ray.nodes() if node['Alive']])} nodes" if ray.is_initialized() else "no cluster"
         )
         return f"{self.count} at a time, {each} each ({nodes})"
+
+
+def resources() -> dict[str, float]:
+    """Returns what the cluster's living nodes have in all; nothing without a cluster."""
+    return ray.cluster_resources() if ray.is_initialized() else {}
 
 
 def scored(

@@ -29,7 +29,7 @@ ARTIFACT = ROOT / "build" / "tiny-moe-sere"
 APP = ROOT / "serve_apps" / "tiny_moe.yaml"
 MODEL_ID = "tiny-moe"
 
-READY_SECONDS = 300
+READY_SECONDS = 420  # two engines that start together on two busy cores took 150
 SAMPLING = {"max_tokens": 48, "temperature": 0.7, "seed": 1}
 
 console = Console()

@@ -133,6 +133,38 @@ def test_out_of_memory(cluster, tmp_path):
     Artifact.load(tmp_path / "out")
 
 
+COUNTS = """
+import sys
+from calibration_jobs.calibrate import CalibrationConfig, Workers
+workers = Workers.of_cluster(CalibrationConfig(model="m", output="o", cpus_per_task=1))
+for _line in sys.stdin:
+    print(workers.count, flush=True)
+"""
+
+
+def test_nodes_count_while_they_are_there(nodes):
+    """Those that an autoscaler starts for the job's first tasks get a share of the others."""
+    cluster, workers = nodes
+    environment, pipe = {**os.environ, "RAY_ADDRESS": cluster.address}, subprocess.PIPE
+    command = [sys.executable, "-c", COUNTS]
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as driver:
+
+        def count() -> int:
+            driver.stdin.write("\n")
+            driver.stdin.flush()
+            return int(driver.stdout.readline())
+
+        assert count() == len(workers)
+        more = cluster.add_node(num_cpus=3)
+        assert count() == len(workers) + 3
+        cluster.remove_node(more)
+        deadline = time.monotonic() + SECONDS
+        while count() != len(workers) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert count() == len(workers)
+        driver.stdin.close()
+
+
 def test_a_lost_node(nodes, undisturbed, tmp_path):
     """The last test: the cluster has one node less after it."""
     cluster, workers = nodes
