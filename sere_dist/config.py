@@ -12,6 +12,8 @@ ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"  # 1: start on a vLLM release t
 API_KEY = "SERE_API_KEY"  # keys that the Serve application's clients must give; or SERE_API_KEY_FILE, a file with them
 ADMIN_TOKEN = "SERE_ADMIN_TOKEN"  # tokens that open its /sere/policy; or SERE_ADMIN_TOKEN_FILE
 
+PLUGIN = "sere_dist"  # the name of the entry point that vLLM loads
+
 # Settings that may change in a running engine.
 CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold", "traffic_price")
 
@@ -76,6 +78,11 @@ class ReroutingConfig(BaseModel):
             raise ValueError(f"traffic_price ({self.traffic_price}) needs policy: projection, not {self.policy}")
         return self
 
+    def resolved(self) -> "ReroutingConfig":
+        """Returns the same with absolute paths: other processes may run elsewhere."""
+        paths = {name: path.resolve() for name in ("artifact", "placement") if (path := getattr(self, name))}
+        return self.model_copy(update=paths)
+
     def check_top_k(self, num_experts_per_token: int) -> None:
         """Raises ValueError if `select_top_k` is more than the experts that the model uses a token."""
         if self.select_top_k > num_experts_per_token:
@@ -136,6 +143,11 @@ def environment_flag(name: str) -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"{name} must be 0 or 1, not {value!r}")
     return value == "1"
+
+
+def leaves_plugin_out(vllm_plugins: str | None) -> bool:
+    """Says whether this value of `VLLM_PLUGINS` keeps vLLM from loading the plugin, of which vLLM says nothing."""
+    return vllm_plugins is not None and PLUGIN not in vllm_plugins.split(",")
 
 
 def opts_out(extra_args: dict[str, Any] | None) -> bool:

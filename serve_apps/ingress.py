@@ -22,6 +22,7 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sere_dist.admin import POLICY_PATH
 from sere_dist.config import ADMIN_TOKEN, API_KEY, CHANGEABLE, ReroutingConfig, environment_secrets
 
 try:
@@ -32,8 +33,6 @@ except ImportError as error:
     raise ImportError(
         f"Ray {ray.__version__} lacks what the ingress builds on ({error}); it was tested with 2.60.0"
     ) from error
-
-POLICY_PATH = "/sere/policy"
 
 logger = logging.getLogger("ray.serve")
 

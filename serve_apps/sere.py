@@ -15,13 +15,12 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.llm import LLMConfig, build_dp_deployment, build_llm_deployment
 
-from sere_dist.config import ADMIN_TOKEN, API_KEY, ReroutingConfig
+from sere_dist.config import ADMIN_TOKEN, API_KEY, PLUGIN, ReroutingConfig, leaves_plugin_out
 from sere_dist.reference import load_artifact_of
 from serve_apps.ingress import build_ingress
 from serve_apps.policy import KEEPER, PolicyKeeper
 from serve_apps.server import SereDPServer, SereServer
 
-PLUGIN = "sere_dist"  # the name of the entry point that vLLM loads
 SECRETS = {f"{name}{suffix}" for name in (API_KEY, ADMIN_TOKEN) for suffix in ("", "_FILE")}
 
 # What has an argument of the application, and so may not be given in another place too.
@@ -93,9 +92,9 @@ class AppConfig(BaseModel):
 
 
 def check_plugin_loads(config: AppConfig) -> None:
-    """Raises ValueError if the replicas' environment keeps vLLM from loading the plugin, of which vLLM says nothing."""
+    """Raises ValueError if the replicas' environment keeps vLLM from loading the plugin."""
     plugins = config.environment.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
-    if plugins is not None and PLUGIN not in plugins.split(","):
+    if leaves_plugin_out(plugins):
         raise ValueError(f"VLLM_PLUGINS is {plugins!r} and leaves {PLUGIN} out: the model would not be re-routed")
 
 
@@ -112,12 +111,8 @@ def llm_config(config: AppConfig) -> LLMConfig:
         "enable_expert_parallel": config.expert_parallel,
     }
     if config.rerouting is not None:
-        paths = {
-            name: path.resolve() for name in ("artifact", "placement") if (path := getattr(config.rerouting, name))
-        }
-        rerouting = config.rerouting.model_copy(update=paths)
         additional = engine.get("additional_config") or {}
-        engine["additional_config"] = {**additional, "sere": rerouting.model_dump(mode="json")}
+        engine["additional_config"] = {**additional, "sere": config.rerouting.resolved().model_dump(mode="json")}
     deployment = dict(config.deployment)
     if config.autoscaling is not None:
         deployment["autoscaling_config"] = config.autoscaling.model_dump(exclude_unset=True)

@@ -164,7 +164,7 @@ def test_kubernetes_clusters_grow_from_a_head_alone(name):
 
 
 def test_a_calibrations_cluster_has_its_gpus_from_the_start_and_gives_them_back():
-    """The job counts them once; KubeRay submits it when all pods run."""
+    """KubeRay submits the job when all pods run."""
     head, workers = autoscaled("rayjob.yaml").values()
     assert head["resources"]["CPU"] == 0
     (group,) = CLUSTERS["rayjob.yaml"]["workerGroupSpecs"]

@@ -71,9 +71,7 @@ def configure_engine(vllm_config: VllmConfig) -> None:
             f"sere_dist was tested with vLLM {', '.join(TESTED_VLLM)}, this is {vllm.__version__}. Install a tested "
             f"release, or set {ALLOW_UNTESTED_VLLM}=1 and check the counters."
         )
-    settings = ReroutingConfig.model_validate(vllm_config.additional_config["sere"])
-    paths = {name: path.resolve() for name in ("artifact", "placement") if (path := getattr(settings, name))}
-    settings = settings.model_copy(update=paths)
+    settings = ReroutingConfig.model_validate(vllm_config.additional_config["sere"]).resolved()
     model = vllm_config.model_config
     shape = MoeShape.from_config(model.hf_config)
     settings.check_top_k(shape.num_experts_per_token)
