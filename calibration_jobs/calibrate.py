@@ -86,6 +86,12 @@ class CalibrationConfig(BaseModel):
 
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs if the cluster has any.")
     cpus_per_task: int = Field(default=1, ge=1, description="Of each task on CPUs.")
+    gpus_per_task: float | None = Field(
+        default=None, gt=0, description="That Ray reserves for each task; may be a part of one (default: 1 on cuda)."
+    )
+    accelerator_type: str | None = Field(
+        default=None, min_length=1, description="Ray's name of the GPU of the nodes to run on, such as H100."
+    )
     memory_per_task: float | None = Field(default=None, gt=0, description="GiB that Ray reserves for each task.")
     block_tokens: int | None = Field(default=None, ge=1, description="Tokens a scoring task takes at a time.")
 
@@ -209,30 +215,38 @@ class Workers:
         """Connects to the cluster, or starts Ray here; a dry run starts nothing."""
         with contextlib.suppress(ConnectionError):  # of a dry run: no cluster is up
             ray.init(address="auto" if config.dry_run else None, ignore_reinit_error=True, log_to_driver=False)
-        options: dict[str, Any] = {}
+        has_gpus = any(resources.get("GPU") for resources in nodes())
+        device = ("cuda" if has_gpus else "cpu") if config.device == "auto" else config.device
+        options: dict[str, Any] = {"num_cpus": config.cpus_per_task if device == "cpu" else 1}
+        if gpus := config.gpus_per_task or (1 if device == "cuda" else None):
+            options["num_gpus"] = gpus
+        if config.accelerator_type:
+            options["accelerator_type"] = config.accelerator_type
         if config.memory_per_task:
             options["memory"] = int(config.memory_per_task * 2**30)
-        if config.device == "cuda" or (config.device == "auto" and resources().get("GPU")):
-            return cls("cuda", {"num_gpus": 1, **options})
-        return cls("cpu", {"num_cpus": config.cpus_per_task, **options})
+        return cls(device, options)
 
     @property
     def count(self) -> int:
         """Tasks at a time. It changes: nodes come when tasks wait for them, and are lost."""
-        kind, each = ("GPU", 1) if self.device == "cuda" else ("CPU", self.options["num_cpus"])
-        return max(1, int(resources().get(kind, 0)) // each)
+        each = {"CPU": self.options["num_cpus"]}
+        if "num_gpus" in self.options:
+            each["GPU"] = self.options["num_gpus"]
+        if "accelerator_type" in self.options:
+            each[f"accelerator_type:{self.options['accelerator_type']}"] = 0.001  # what Ray reserves of it
+        fit = (min(int(resources.get(kind, 0) / amount) for kind, amount in each.items()) for resources in nodes())
+        return max(1, sum(fit))
 
     def __str__(self) -> str:
-        each = "1 GPU" if self.device == "cuda" else f"{self.options['num_cpus']} CPU"
-        nodes = (
-            f"{len([node for node in ray.nodes() if node['Alive']])} nodes" if ray.is_initialized() else "no cluster"
-        )
-        return f"{self.count} at a time, {each} each ({nodes})"
+        gpus, kind = self.options.get("num_gpus"), self.options.get("accelerator_type", "GPU")
+        each = f"{gpus:g} {kind}" if gpus else f"{self.options['num_cpus']} CPU"
+        where = f"{len(nodes())} nodes" if ray.is_initialized() else "no cluster"
+        return f"{self.count} at a time, {each} each ({where})"
 
 
-def resources() -> dict[str, float]:
-    """Returns what the cluster's living nodes have in all; nothing without a cluster."""
-    return ray.cluster_resources() if ray.is_initialized() else {}
+def nodes() -> list[dict[str, float]]:
+    """Returns the resources of each living node; of none without a cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
 
 
 def scored(

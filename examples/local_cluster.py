@@ -1,6 +1,7 @@
 """A Ray cluster of this machine's own, for the demo and the tests: it disturbs no other, and leaves nothing behind."""
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -10,11 +11,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
-from sere_dist.config import ADMIN_TOKEN
+from sere_dist.config import ADMIN_TOKEN, API_KEY
 
 START_SECONDS = 90
 STOP_SECONDS = 5  # then it is killed: nothing in it is worth more patience
@@ -26,10 +27,15 @@ class LocalCluster:
     Use as a context manager. `environment` is what a command needs to reach the cluster: `ray job submit`, `serve run`
     and `ray.init()` find address and token there, and `sere-dist policy` its own. Prometheus metrics are at
     `metrics_port`.
+
+    `num_cpus` are the head's. With `worker_types`, the worker node types of a `cluster.yaml`, Ray's autoscaler starts
+    such nodes, as further raylets on this machine, when something asks for them, and stops them after `idle_seconds`.
     """
 
-    def __init__(self, num_cpus: int = 8):
-        self.num_cpus = num_cpus
+    def __init__(
+        self, num_cpus: int = 8, worker_types: dict[str, dict[str, Any]] | None = None, idle_seconds: float = 5
+    ):
+        self.num_cpus, self.worker_types, self.idle_seconds = num_cpus, worker_types, idle_seconds
 
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="sere-"))  # short: Ray puts sockets there
@@ -44,14 +50,23 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
-            ADMIN_TOKEN: self.token,  # opens the policy of applications on this cluster
+            # Opens the policy of applications on this cluster: to whoever set it, too.
+            ADMIN_TOKEN: os.environ.get(ADMIN_TOKEN, self.token),
         }
+        for other in (API_KEY, f"{API_KEY}_FILE", f"{ADMIN_TOKEN}_FILE"):  # meant for another cluster
+            self.environment.pop(other, None)
         command = [
             *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={self.num_cpus}"),
             *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
             *(f"--dashboard-agent-listen-port={agent_http}", f"--dashboard-agent-grpc-port={agent_grpc}"),
             *(f"--metrics-export-port={self.metrics_port}", f"--temp-dir={self.folder}", "--disable-usage-stats"),
         ]
+        if self.worker_types is not None:
+            config = self.folder / "autoscaling.json"
+            config.write_text(json.dumps(self._autoscaling()))
+            command.append(f"--autoscaling-config={config}")
+            # The provider refuses to work without the first; the second: look for work and idleness every second.
+            self.environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
         self.log = self.folder / "head.log"
         with self.log.open("w") as log:
             self.head = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
@@ -61,6 +76,35 @@ class LocalCluster:
             self.__exit__()
             raise
         return self
+
+    def _autoscaling(self) -> dict[str, Any]:
+        """Returns what `ray up` would hand to the autoscaler, with Ray's provider of several nodes on one machine."""
+        head = {"resources": {"CPU": self.num_cpus}, "node_config": {}, "max_workers": 0}
+        return {
+            "cluster_name": "local",
+            "provider": {
+                "type": "fake_multinode",
+                "gcs_address": self.address,
+                "use_node_id_as_ip": True,  # the nodes share one
+                "disable_node_updaters": True,  # and need no SSH
+                "disable_launch_config_check": True,
+            },
+            "head_node_type": "ray.head.default",  # the provider's name for it
+            "available_node_types": {**self.worker_types, "ray.head.default": head},
+            "max_workers": sum(node["max_workers"] for node in self.worker_types.values()),
+            "idle_timeout_minutes": self.idle_seconds / 60,
+            "upscaling_speed": 1,
+            "auth": {},
+            "docker": {},
+            "file_mounts": {},
+            "cluster_synced_files": [],
+            "initialization_commands": [],
+            "setup_commands": [],
+            "head_setup_commands": [],
+            "worker_setup_commands": [],
+            "head_start_ray_commands": [],
+            "worker_start_ray_commands": [],
+        }
 
     def _wait(self, port: int) -> None:
         deadline = time.monotonic() + START_SECONDS

@@ -2,6 +2,7 @@
 
     python -m examples.tiny_moe.texts
     python -m examples.tiny_moe.train --minutes 90
+    python -m examples.tiny_moe.train --start-from examples/tiny_moe/model --peak 1e-3 --output build/tiny_moe/longer
 
 Runs on whatever device is there, for the time it is given: the learning rate follows the clock. Writes the tokenizer,
 the bfloat16 checkpoint, `training.json` (loss by step, held-out perplexity by kind, device, versions) and a model card
@@ -178,6 +179,7 @@ The texts and their licences: `../LICENSES.md`.
 def main(
     work: Annotated[Path, typer.Option(help="Folder that holds train.parquet.")] = Path("build/tiny_moe"),
     output: Annotated[Path, typer.Option(help="Where checkpoint and tokenizer go.")] = HERE / "model",
+    start_from: Annotated[Path | None, typer.Option(help="Checkpoint to train further; default: a new model.")] = None,
     minutes: Annotated[float, typer.Option(help="Training time.")] = 90,
     context: int = 512,
     batch: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
@@ -187,14 +189,21 @@ def main(
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = pq.read_table(work / "train.parquet").to_pylist()
-    tokenizer = train_tokenizer([row["text"] for row in rows])
+    if start_from is None:
+        tokenizer = train_tokenizer([row["text"] for row in rows])
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(start_from)
     tokenizer.save_pretrained(output)
     encoded = tokenizer([row["text"] + END_OF_TEXT for row in rows])["input_ids"]
     stream = torch.tensor([token for ids in encoded for token in ids])
     print(f"{stream.numel() / 1e6:.1f} million tokens of training text")
 
-    config = model_config(context)
-    model = Qwen3MoeForCausalLM._from_config(config, experts_implementation="dense").to(device)
+    if start_from is None:
+        model = Qwen3MoeForCausalLM._from_config(model_config(context), experts_implementation="dense").to(device)
+    else:
+        options = {"dtype": torch.float32, "experts_implementation": "dense"}
+        model = Qwen3MoeForCausalLM.from_pretrained(start_from, **options).to(device).train()
+    config = model.config
     compiled = torch.compile(model)
     print(f"{model.num_parameters() / 1e6:.2f} million parameters on {device}")
     decay = [p for p in model.parameters() if p.dim() >= 2]
@@ -232,7 +241,14 @@ def main(
     report = {
         "tokens": step * batch * context,
         "parameters": model.num_parameters(),
-        "arguments": {"minutes": minutes, "context": context, "batch": batch, "peak": peak, "seed": seed},
+        "arguments": {
+            "start_from": str(start_from) if start_from else None,
+            "minutes": minutes,
+            "context": context,
+            "batch": batch,
+            "peak": peak,
+            "seed": seed,
+        },
         "heldout_perplexity": {
             kind: round(perplexity(model, tokenizer, [row["text"] for row in heldout if row["kind"] == kind]), 3)
             for kind in sorted({row["kind"] for row in heldout})
