@@ -3,7 +3,7 @@
 # make test   lint and tests
 # make tradeoff  redraw the figure of the README
 # make bench-calibration  what the README says of calibration's speed and memory (25 minutes, idle machine)
-# make soak   fuzz the served example and change its policy under load (15 minutes; installs schemathesis in .venv-soak)
+# make soak   kill, replace and fuzz what serves the example, under load (25 minutes; installs schemathesis in .venv-soak)
 # make check-deploy CRDS=FOLDER  deploy/kubernetes against the operator's custom resource definitions in FOLDER
 # make lock   rewrite the lock from pyproject.toml
 # Each makes .venv first if it is missing.
@@ -36,6 +36,7 @@ bench-calibration: .venv/.ready
 	$(BIN)/python -m benchmarks.calibration
 
 soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS)
+	$(BIN)/python -m benchmarks.survival
 	$(BIN)/python -m benchmarks.soak --schemathesis .venv-soak/bin/st
 
 check-deploy: .venv/.ready

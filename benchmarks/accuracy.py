@@ -28,9 +28,10 @@ import yaml
 from lm_eval.tasks import TaskManager
 from rich.table import Table
 
-from benchmarks.common import keep, machine, progress, tables, versions, with_error
+from benchmarks.common import keep, machine, progress, tables, versions
 from sere_dist.admin import AdminError, policy
 from sere_dist.config import API_KEY, environment_secrets
+from sere_dist.evaluation.errors import with_error
 
 FOLLOW_SECONDS = 120  # for replicas to follow a change
 REQUEST_SECONDS = 3600  # a long answer in a full batch

@@ -1,7 +1,6 @@
 """What the benchmarks share: the machine, versions, spreads, and where results are kept."""
 
 import json
-import math
 import os
 import platform
 import re
@@ -31,11 +30,6 @@ def rounded(number: float, digits: int = 4) -> float:
 def spread(numbers: list[float]) -> dict[str, float]:
     values = {"median": statistics.median(numbers), "min": min(numbers), "max": max(numbers)}
     return {name: rounded(value) for name, value in values.items()}
-
-
-def with_error(numbers: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and its standard error."""
-    return statistics.fmean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
 def ranged(values: dict[str, float]) -> str:
@@ -86,6 +80,15 @@ def keep(results: Path, measured: dict[str, Any]) -> None:
     kept = json.loads(results.read_text()) if results.exists() else {}
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(json.dumps(kept | measured, indent=1) + "\n")
+
+
+def line_by_line(report: dict[str, Any]) -> str:
+    """Returns JSON with a line for each entry of a list: a diff shows which measurement changed."""
+    lines = []
+    for name, value in report.items():
+        entries = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else None
+        lines.append(f" {json.dumps(name)}: " + (json.dumps(value) if entries is None else f"[\n  {entries}\n ]"))
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def example_texts(file: str, length: int, num_texts: int = sys.maxsize) -> torch.Tensor:

@@ -42,9 +42,9 @@ from benchmarks.common import (
     spread,
     tables,
     versions,
-    with_error,
 )
 from sere_dist.artifact import Artifact
+from sere_dist.evaluation.errors import with_error
 from sere_dist.evaluation.lockstep import decode_logits, lockstep
 from sere_dist.evaluation.policies import of_each_rank, projection_policy, similarity_policy
 from sere_dist.evaluation.traffic import Layout, recorded, traffic

@@ -20,8 +20,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.common import ROOT, TINY_MOE, example_texts, with_error
+from benchmarks.common import ROOT, TINY_MOE, example_texts
 from sere_dist.artifact import Artifact
+from sere_dist.evaluation.errors import difference_with_error
 from sere_dist.evaluation.lockstep import LockstepResult, lockstep
 from sere_dist.evaluation.policies import similarity_policy
 from sere_dist.moe import load_model
@@ -36,7 +37,7 @@ BATCHES, TEXTS_OF_BATCHES, S_OF_BATCHES = (1, 2, 4, 8, 16, 32), 64, (1, 2, 4)
 def summary(select_top_k: int, on: list[LockstepResult], off: list[LockstepResult]) -> dict:
     """Returns active experts, perplexity, and the rise of the loss over the model's own, paired by batch."""
     total = sum(on[1:], on[0])
-    rise, error = with_error([a.loss - b.loss for a, b in zip(on, off, strict=True)])
+    rise, error = difference_with_error([result.loss for result in on], [result.loss for result in off])
     return {
         "select_top_k": select_top_k,
         "active_experts": round(total.active_experts, 2),

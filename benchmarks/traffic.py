@@ -19,7 +19,6 @@ Errors are standard errors over texts, of differences by pairs. Prints tables an
 
 import itertools
 import json
-import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -37,9 +36,10 @@ from rich.progress import track
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from benchmarks.common import ROOT, TINY_MOE, example_texts, machine, progress, rounded, tables, versions, with_error
+from benchmarks.common import ROOT, TINY_MOE, example_texts, line_by_line, machine, progress, rounded, tables, versions
 from calibration_jobs.calibrate import CalibrationConfig, calibrate
 from sere_dist.artifact import Artifact
+from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
 from sere_dist.evaluation.lockstep import LockstepResult, Policy, Routed, decode_logits, lockstep, unchanged
 from sere_dist.evaluation.policies import dropping_policy, projection_policy, similarity_policy
 from sere_dist.evaluation.traffic import Layout, Traffic, recorded, traffic, uniform_domains
@@ -231,13 +231,6 @@ def layouts(artifact: Artifact, ranks: tuple[int, ...]) -> dict[Place, Layout]:
     return found
 
 
-def share_with_error(part: list[float], whole: list[float]) -> tuple[float, float]:
-    """Returns sum(part) / sum(whole) of paired numbers, and its standard error."""
-    share = math.fsum(part) / math.fsum(whole)
-    _, error = with_error([a - share * b for a, b in zip(part, whole, strict=True)])
-    return share, error / statistics.fmean(whole)
-
-
 def sent(of: Traffic, num_ranks: int, hidden_size: int) -> dict[str, float]:
     """Returns the means of all measures, and the bytes that a token sends and receives in a layer."""
     means = {name: statistics.fmean(values) for name, values in vars(of).items()}
@@ -267,9 +260,9 @@ def choose(points: Points, batch: int, place: Place, baseline: Setting) -> Setti
 def compare(points: Points, batch: int, place: Place, setting: Setting, baseline: Setting) -> dict[str, Any]:
     """Returns what a setting saves of the baseline's remote domains under linear placement, and its quality."""
     ours, theirs = points[batch, place, setting], points[batch, Place(place.ranks, LINEAR), baseline]
-    left, error = share_with_error(ours.traffic.remote_domains, theirs.traffic.remote_domains)
-    pairs = zip(ours.result.divergence_of_texts, theirs.result.divergence_of_texts, strict=True)
-    difference, difference_error = with_error([a - b for a, b in pairs])
+    left, error = ratio_with_error(ours.traffic.remote_domains, theirs.traffic.remote_domains)
+    of_texts = ours.result.divergence_of_texts, theirs.result.divergence_of_texts
+    difference, difference_error = difference_with_error(*of_texts)
     found = {
         "fewer_remote_domains": 1 - left,
         "error": error,
@@ -286,7 +279,7 @@ def router_weights(model: PreTrainedModel, ids_BL: torch.Tensor, prompt: int) ->
     """Returns float32 [N, K], falling: the weights that the model's routers gave tokens of all layers."""
     seen: list[torch.Tensor] = []
 
-    def look(_layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor) -> Routed:
+    def look(_layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, _scores: torch.Tensor | None) -> Routed:
         seen.append(weights_DBK.flatten(0, 1))
         return weights_DBK, ids_DBK
 
@@ -331,7 +324,7 @@ def synthetic(bench: Bench, weights_NK: torch.Tensor) -> Iterator[dict[str, Any]
             }
             for setting, policy in policies.items():
                 about = {"shape": name, "skewed": skewed, "ranks": num_ranks, **setting._asdict()}
-                found = sent(traffic({0: policy(0, *steps)[1]}, layout), num_ranks, hidden_size)
+                found = sent(traffic({0: policy(0, *steps, None)[1]}, layout), num_ranks, hidden_size)
                 if setting == OFF and not skewed:
                     expected = uniform_domains(num_experts, weights_NK.shape[1], num_ranks)
                     if abs(found["domains"] / expected - 1) > TOLERANCE:
@@ -474,15 +467,6 @@ def main(
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(line_by_line(report))
     print(json.dumps(report))
-
-
-def line_by_line(report: dict[str, Any]) -> str:
-    """Returns JSON with a line for each entry of a list: a diff shows which measurement changed."""
-    lines = []
-    for name, value in report.items():
-        entries = ",\n  ".join(map(json.dumps, value)) if isinstance(value, list) else None
-        lines.append(f" {json.dumps(name)}: " + (json.dumps(value) if entries is None else f"[\n  {entries}\n ]"))
-    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 if __name__ == "__main__":

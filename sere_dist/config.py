@@ -15,7 +15,7 @@ ADMIN_TOKEN = "SERE_ADMIN_TOKEN"  # tokens that open its /sere/policy; or SERE_A
 PLUGIN = "sere_dist"  # the name of the entry point that vLLM loads
 
 # Settings that may change in a running engine.
-CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold", "traffic_price")
+CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold", "expert_price", "traffic_price")
 
 MAX_ROWS = 2**31 - 1  # of a step, as the kernel counts them
 MAX_LOAD = 1.1  # of a placement: tokens routed to a rank's experts, at most, over the mean of the ranks
@@ -51,6 +51,12 @@ class ReroutingConfig(BaseModel):
         default="sere",
         description="The paper's policy, or the cheapest of all substitutes and dropping (needs method projection).",
     )
+    expert_price: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Of policy projection: the error that one expert less to run is worth; 0: S alone says what runs.",
+    )
     traffic_price: float = Field(
         default=0.0,
         ge=0.0,
@@ -74,8 +80,9 @@ class ReroutingConfig(BaseModel):
     def _fits_together(self) -> "ReroutingConfig":
         if self.max_rows is not None and self.max_rows < self.min_rows:
             raise ValueError(f"max_rows ({self.max_rows}) must not be less than min_rows ({self.min_rows})")
-        if self.traffic_price and self.policy != "projection":
-            raise ValueError(f"traffic_price ({self.traffic_price}) needs policy: projection, not {self.policy}")
+        for name in ("expert_price", "traffic_price"):
+            if getattr(self, name) and self.policy != "projection":
+                raise ValueError(f"{name} ({getattr(self, name)}) needs policy: projection, not {self.policy}")
         return self
 
     def resolved(self) -> "ReroutingConfig":

@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 # Names that the families' configurations use. Most map to the first by transformers' attribute_map.
 NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+# Of the module beside the experts whose output, or the first of its outputs, is the router's logits [N, E].
+ROUTER_NAMES = ("gate", "router")
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,51 @@ def hooked_experts(model: PreTrainedModel, hook: Callable[[int, Routing], Routin
         for layer, (_name, experts) in routed_experts(model).items():
             stack.enter_context(experts.register_forward_pre_hook(before_experts(layer)))
         yield
+
+
+@contextmanager
+def hooked_routing(
+    model: PreTrainedModel, hook: Callable[[int, Routing, torch.Tensor | None], Routing | None]
+) -> Iterator[None]:
+    """Like `hooked_experts`, for a hook that also gets what `router_scores` says of the layer's router.
+
+    That is None, too, where no router is found beside the experts.
+    """
+    logits: dict[int, torch.Tensor] = {}
+
+    def after_router(layer: int) -> Callable[[torch.nn.Module, tuple, torch.Tensor | tuple], None]:
+        def keep(_module: torch.nn.Module, _arguments: tuple, output: torch.Tensor | tuple) -> None:
+            logits[layer] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    def before_experts(layer: int, routing: Routing) -> Routing | None:
+        _, *index_and_weights = routing
+        return hook(layer, routing, router_scores(logits.pop(layer), *index_and_weights) if layer in logits else None)
+
+    with ExitStack() as stack:
+        for layer, (name, _experts) in routed_experts(model).items():
+            beside = dict(model.get_submodule(name.rpartition(".")[0]).named_children())
+            for router in (beside[name] for name in ROUTER_NAMES if name in beside):
+                stack.enter_context(router.register_forward_hook(after_router(layer)))
+        stack.enter_context(hooked_experts(model, before_experts))
+        yield
+
+
+def router_scores(
+    logits_NE: torch.Tensor, top_k_index_NK: torch.Tensor, top_k_weights_NK: torch.Tensor
+) -> torch.Tensor | None:
+    """Returns the router's score of every expert [N, E], float32, in proportion to the weights of the chosen ones.
+
+    Families score by softmax or by sigmoid of the logits, and scale the weights in their own ways: it is the one that
+    agrees with the weights. None: neither does.
+    """
+    shares_NK = top_k_weights_NK.float() / top_k_weights_NK.float().sum(dim=1, keepdim=True)
+    for scores_NE in (logits_NE.float().softmax(dim=1), logits_NE.float().sigmoid()):
+        chosen_NK = scores_NE.gather(1, top_k_index_NK.long())
+        if torch.allclose(chosen_NK / chosen_NK.sum(dim=1, keepdim=True), shares_NK, atol=1e-3):
+            return scores_NE
+    return None
 
 
 @torch.no_grad()

@@ -28,6 +28,10 @@ COUNTERS = (
     "remote_slots_after",
 )
 
+# What speaks for an expert to be primary, counted in integers: in whatever order they are added, the sum is the same.
+VOTES_OF_ONE = 2**24  # for an error of 1, in the unit of (w w) size
+LARGEST_VOTE = 2**40  # of a slot, or of a price
+
 
 def slots_by_weight(topk_weights_TK: torch.Tensor) -> torch.Tensor:
     """Returns int64 [T, K]: each token's slots, the largest weight first (equal weights: the lower slot).
@@ -46,7 +50,57 @@ def active_experts(topk_ids_TK: torch.Tensor, counted_TK: torch.Tensor, num_expe
     """Returns bool [E]: the experts named in the slots of `counted_TK` (bool [T, K]); an id of -1 names none."""
     ids = torch.where(counted_TK & (topk_ids_TK >= 0), topk_ids_TK, num_experts).long()
     active = torch.zeros(num_experts + 1, dtype=torch.bool, device=topk_ids_TK.device)
-    return active.index_fill_(0, ids.flatten(), True)[:num_experts]
+    return active.index_fill(0, ids.flatten(), True)[:num_experts]
+
+
+def votes_that_suffice(expert_price: float) -> int:
+    """Returns how many votes make an expert primary, 1 to LARGEST_VOTE: the price rounded to float32, then in votes.
+
+    No price (0) and one that is too large for votes are LARGEST_VOTE: only a token's heaviest slots have that many.
+    """
+    votes = float(torch.tensor(expert_price, dtype=torch.float32)) * VOTES_OF_ONE
+    return max(1, round(min(votes, LARGEST_VOTE))) if expert_price > 0 else LARGEST_VOTE
+
+
+def loss_votes(
+    topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor, size_E: torch.Tensor, counted_TK: torch.Tensor
+) -> torch.Tensor:
+    """Returns int64 [E]: the error that the slots of `counted_TK` (bool [T, K]) would make without each expert.
+
+    A slot's is (w w) size in float32, rounded to a whole number of votes (half to even; NaN: none).
+    """
+    num_experts, weights_TK = len(size_E), topk_weights_TK.float()
+    losses_TK = (weights_TK * weights_TK) * size_E.float()[topk_ids_TK.clamp(min=0).long()]
+    votes_TK = (losses_TK * VOTES_OF_ONE).round().nan_to_num(0).clamp(0, LARGEST_VOTE).long()
+    ids = torch.where(counted_TK & (topk_ids_TK >= 0), topk_ids_TK, num_experts).long()
+    votes = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids_TK.device)
+    return votes.index_add(0, ids.flatten(), votes_TK.flatten())[:num_experts]
+
+
+def primary_votes(
+    topk_weights_TK: torch.Tensor,
+    topk_ids_TK: torch.Tensor,
+    num_experts: int,
+    *,
+    select_top_k: int,
+    expert_price: float = 0.0,
+    size_E: torch.Tensor | None = None,
+    valid_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns int64 [E]: what the valid tokens of a step say for each expert to be primary.
+
+    LARGEST_VOTE for an expert in one of their `select_top_k` heaviest slots; for any other, if there is an
+    `expert_price`, the `loss_votes` of all their slots (which needs `size_E`). Nothing where `select_top_k` means off.
+    Ranks that share one primary set add these up.
+    """
+    votes_E = torch.zeros(num_experts, dtype=torch.int64, device=topk_ids_TK.device)
+    if not 0 < select_top_k < topk_ids_TK.shape[1]:
+        return votes_E
+    valid_TK = torch.ones_like(topk_ids_TK, dtype=torch.bool) if valid_T is None else valid_T[:, None]
+    if votes_that_suffice(expert_price) < LARGEST_VOTE:
+        votes_E = loss_votes(topk_weights_TK, topk_ids_TK, size_E, valid_TK)
+    heaviest_TK = primary_slots(topk_weights_TK, select_top_k)
+    return votes_E.masked_fill(active_experts(topk_ids_TK, heaviest_TK & valid_TK, num_experts), LARGEST_VOTE)
 
 
 def primary_experts(
@@ -55,16 +109,18 @@ def primary_experts(
     num_experts: int,
     *,
     select_top_k: int,
+    expert_price: float = 0.0,
+    size_E: torch.Tensor | None = None,
     valid_T: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns bool [E]: the union of the experts in every valid token's `select_top_k` heaviest slots.
+    """Returns bool [E]: the experts with votes that suffice, see `primary_votes`.
 
-    No expert where `select_top_k` means off. Ranks that share one primary set unite these masks.
+    Without an `expert_price` that is the union of the experts in every valid token's `select_top_k` heaviest slots.
+    No expert where `select_top_k` means off.
     """
-    if not 0 < select_top_k < topk_ids_TK.shape[1]:
-        return torch.zeros(num_experts, dtype=torch.bool, device=topk_ids_TK.device)
-    votes_TK = primary_slots(topk_weights_TK, select_top_k)
-    return active_experts(topk_ids_TK, votes_TK if valid_T is None else votes_TK & valid_T[:, None], num_experts)
+    settings = {"select_top_k": select_top_k, "expert_price": expert_price, "size_E": size_E, "valid_T": valid_T}
+    votes_E = primary_votes(topk_weights_TK, topk_ids_TK, num_experts, **settings)
+    return votes_E >= votes_that_suffice(expert_price)
 
 
 def ranked_neighbors(similarity_EE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,8 +157,8 @@ def reroute(
         select_top_k: S, slots a token keeps. S <= 0 and S >= K change nothing.
         threshold: rho, rounded to float32 like the similarities; 0 or less: every slot is substitutable.
         valid_T: bool [T]; invalid tokens (prefill rows, padding) keep their experts and add none to the union.
-        primary_E: bool [E], the primary experts where more ranks than this one have a say: their `primary_experts`,
-            united. None: those of this step.
+        primary_E: bool [E], the primary experts where more ranks than this one have a say: those whose
+            `primary_votes`, added up, suffice. None: those of this step.
 
     Returns:
         New ids [T, K] in the dtype of `topk_ids_TK`. The inputs are not changed.
@@ -139,6 +195,7 @@ def reroute_projection(
     *,
     select_top_k: int,
     threshold: float = 0.0,
+    expert_price: float = 0.0,
     traffic_price: float = 0.0,
     domain_E: torch.Tensor | None = None,
     home_T: torch.Tensor | None = None,
@@ -147,16 +204,19 @@ def reroute_projection(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Re-routes one decode step of one layer by what each change costs, in error of the output and in traffic.
 
-    Primary and critical slots are those of `reroute`, and stay. A token's other slots are settled in order of weight,
-    each by the cheapest of: substitute a primary expert p, at (w w) size[e] (1 - similarity[e, p]), the squared error
-    that remains, plus `traffic_price` if the token has no other business in p's domain; or drop the slot, at
-    (w w) size[e]. Equal costs: the larger similarity, then the lower id, dropping last. A substituted slot's weight
-    becomes w coefficient[e, p]. This policy is not in the paper.
+    Primary and critical slots are those of `reroute`, and stay. With an `expert_price`, experts without which the step
+    would lose that much are primary too (`loss_votes`). A token's other slots are settled in order of weight, each by
+    the cheapest of: substitute a primary expert p, at (w w) size[e] (1 - similarity[e, p]), the squared error that
+    remains, plus `traffic_price` if the token has no other business in p's domain; or drop the slot, at (w w) size[e].
+    Equal costs: the larger similarity, then the lower id, dropping last. A substituted slot's weight becomes
+    w coefficient[e, p]. This policy is not in the paper.
 
     Args:
         topk_weights_TK, topk_ids_TK, select_top_k, threshold, valid_T, primary_E: as in `reroute`.
         similarity_EE, coefficient_EE, size_E: of `similarity.expert_projection`; diagonals count as 1.
-        traffic_price: what one more visited domain costs, in the unit of (w w) size; 0: quality alone.
+        expert_price: what one more active expert costs, in the unit of (w w) size; 0: only slots of largest weight
+            make an expert primary. Has no say where `primary_E` is given.
+        traffic_price: what one more visited domain costs, in the same unit; 0: quality alone.
         domain_E: int [E], where each expert lives: a rank or a node. None: one domain, nothing has a price.
         home_T: int [T], the domain where a token's attention ran, which it visits anyway; None: none.
 
@@ -179,7 +239,8 @@ def reroute_projection(
     order_TK = slots_by_weight(weights_TK)
     primary_TK = order_TK.argsort(dim=1) < select_top_k
     if primary_E is None:
-        primary_E = active_experts(topk_ids_TK, primary_TK & filled_TK, num_experts)
+        votes = {"select_top_k": select_top_k, "expert_price": expert_price, "size_E": size_E, "valid_T": valid_T}
+        primary_E = primary_experts(weights_TK, ids_TK, num_experts, **votes)
     candidates_EE = similarity_EE.masked_fill(~primary_E, -torch.inf)
     rho = torch.tensor(threshold, dtype=torch.float32, device=similarity_EE.device)
     critical_E = ~primary_E & (rho > 0) & (candidates_EE.amax(dim=1) < rho)
@@ -250,6 +311,8 @@ def step_counts(
     *,
     select_top_k: int,
     num_experts: int,
+    expert_price: float = 0.0,
+    size_E: torch.Tensor | None = None,
     valid_T: torch.Tensor | None = None,
     primary_E: torch.Tensor | None = None,
     rank_E: torch.Tensor | None = None,
@@ -260,14 +323,15 @@ def step_counts(
     """Returns int64 [len(COUNTERS) + num_ranks]: what one step of one layer adds to its counters.
 
     `topk_weights_TK` and `ids_TK` are the router's, `new_ids_TK` what became of them by `select_top_k` (0: off) and
-    `primary_E`. A step without a valid row counts nothing. `rank_E` says which of `num_ranks` ranks holds each expert
-    (None: one holds all); behind the counters stand the active experts of each, after re-routing. Without `domain_E` no
-    domain and no slot is counted. Experts are those that these rows choose: ranks that have other rows may run more.
+    `primary_E` (None: the `primary_experts` of these rows, at this `expert_price`). A step without a valid row counts
+    nothing. `rank_E` says which of `num_ranks` ranks holds each expert (None: one holds all); behind the counters stand
+    the active experts of each, after re-routing. Without `domain_E` no domain and no slot is counted. Experts are those
+    that these rows choose: ranks that have other rows may run more.
     """
     valid_TK = torch.ones_like(ids_TK, dtype=torch.bool) if valid_T is None else valid_T[:, None].expand_as(ids_TK)
     if primary_E is None:
-        masks = {"select_top_k": select_top_k, "valid_T": valid_T}
-        primary_E = primary_experts(topk_weights_TK, ids_TK, num_experts, **masks)
+        votes = {"select_top_k": select_top_k, "expert_price": expert_price, "size_E": size_E, "valid_T": valid_T}
+        primary_E = primary_experts(topk_weights_TK, ids_TK, num_experts, **votes)
     changed_TK = ids_TK != new_ids_TK
     dropped_TK = changed_TK & (new_ids_TK < 0)
     # What still runs outside the primary union stayed there because nothing was similar enough.

@@ -265,6 +265,7 @@ def caplog_vllm(caplog, monkeypatch):
         ({"select_top_k": 2, "artifact": "nowhere"}, "no artifact at .*nowhere"),
         ({"select_top_k": 2, "policy": "projection"}, "artifact of method projection, .* has frobenius: calibrate"),
         ({"select_top_k": 2, "traffic_price": 0.01}, r"traffic_price \(0.01\) needs policy: projection"),
+        ({"select_top_k": 2, "expert_price": 0.1}, r"expert_price \(0.1\) needs policy: projection"),
     ],
 )
 def test_bad_settings_stop_the_start(artifact_path, settings, message):

@@ -21,6 +21,7 @@ HALVES = [0] * (BATCH // 2) + [1] * (BATCH // 2)  # the rank that each prompt go
 OFF, ON = {"enabled": False}, {"enabled": True}
 SHORTER = {"lengths": [NEW] * (BATCH // 2) + [4] * (BATCH // 2)}  # rank 1 runs dry
 PRICES = [{"enabled": True, "traffic_price": price} for price in (0.0, 0.02)]
+EXPERT_PRICES = [{**ON, "select_top_k": 1, "traffic_price": 0.0, "expert_price": price} for price in (0.0, 0.02)]
 
 Turns = list[dict[str, Any]]
 
@@ -57,8 +58,9 @@ def papers(options, prompts) -> Turns:
 
 @pytest.fixture(scope="module")
 def priced(options, prompts) -> Turns:
-    """One worker that prices as if its experts were on two ranks: off and two prices; then the same with homes."""
-    turns = [{"pretend": [2, None], **OFF}, *PRICES, {"pretend": [2, HALVES], **OFF}, *PRICES]
+    """One worker that prices as if its experts were on two ranks: off and two prices; then the same with homes, and two
+    prices of experts."""
+    turns = [{"pretend": [2, None], **OFF}, *PRICES, {"pretend": [2, HALVES], **OFF}, *PRICES, *EXPERT_PRICES]
     return engines.run(options(sere={"policy": "projection"}), prompts, NEW, turns)
 
 
@@ -133,14 +135,21 @@ def test_data_parallel_ranks_that_share_the_primary_set_answer_as_one(options, p
     assert bytes_sent(off) == bytes_sent(on), "all-gather saves no byte"
 
 
-def test_prices_lower_the_bytes_on_the_wire(options, prompts, priced):
-    """Sparse dispatch: what is sent follows the remote domains, to the byte."""
+def test_prices_lower_the_bytes_on_the_wire(options, prompts, priced, host_kernels):
+    """Sparse dispatch: what is sent follows the remote domains, to the byte.
+
+    Ranks that share the primary set also share what an expert is worth to them, by the backend of GPUs too.
+    """
     sere = {"policy": "projection", "primary_scope": "group", "cpu_dispatch": "all_to_all"}
-    ranks = engines.run_data_parallel(options(sere=sere, enable_expert_parallel=True), prompts, NEW, [OFF, *PRICES])
-    off, free, dear = together = joined(ranks)
-    assert tokens(together) == tokens(priced[3:])
+    kernel = host_kernels[torch.float32, torch.int32].library._name
+    turns = [OFF, *PRICES, *EXPERT_PRICES, {"kernel": [kernel], **EXPERT_PRICES[1]}]
+    ranks = engines.run_data_parallel(options(sere=sere, enable_expert_parallel=True), prompts, NEW, turns)
+    off, free, dear, few_experts, more_experts, by_kernel = together = joined(ranks)
+    assert tokens(together[:5]) == tokens(priced[3:])
+    assert more_experts == by_kernel
+    assert total(few_experts, "active_experts_after") < total(more_experts, "active_experts_after")
     visits = [total(turn, "remote_domains_after") for turn in together]
-    assert visits == [total(turn, "remote_domains_after") for turn in priced[3:]]
+    assert visits[:5] == [total(turn, "remote_domains_after") for turn in priced[3:]]
     assert visits[2] < 0.9 * visits[1] <= visits[0]
     # A token goes with its weights and ids, all of 4 bytes, and its output comes back.
     a_visit = 4 * (HIDDEN + TOP_K + TOP_K) + 4 * HIDDEN

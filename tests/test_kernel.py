@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 
 from sere_dist.kernels import reroute as kernel
 from sere_dist.kernels.random_steps import CHOICES, RandomStep, assert_equal, random_steps
-from sere_dist.rerouting import COUNTERS
+from sere_dist.rerouting import COUNTERS, LARGEST_VOTE
 from tests.host_kernels import compile_on_host
 
 HERE = Path(__file__).parent
@@ -81,6 +81,7 @@ def test_largest_shapes(on_host, rows, launches, projection):
         select_top_k=2,
         projection=projection,
         threshold=0.4,
+        expert_price=0.5 if rows < 2000 else 20.0,
         traffic_price=0.02,
         domains=8,
         ranks=1024 if rows == 1024 else 8,
@@ -117,19 +118,21 @@ def test_weights_round_as_torch_rounds(on_host, weight_dtype):
     assert (step.by_torch()[0] != step.weights_TK).float().mean() > 0.5
 
 
-def test_policy_and_threshold_change_in_place(on_host):
+@pytest.mark.parametrize("projection", [False, True])
+def test_policy_and_threshold_change_in_place(on_host, projection):
     step = RandomStep(
-        seed=5, rows=16, top_k=4, experts=60, select_top_k=1, projection=False, ties=False, valid_share=None
+        seed=5, rows=16, top_k=4, experts=60, select_top_k=1, projection=projection, ties=False, valid_share=None
     )
     layer = step.layer("cpu")
     memory = (layer.policy.block, layer.cutoff_E, layer.counters)
     addresses = [tensor.data_ptr() for tensor in memory]
-    total = 0
-    for step.select_top_k, step.threshold, step.enabled in [
-        (1, 0.0, True),
-        (2, 0.0, True),
-        (2, 0.9, True),
-        (2, 0.9, False),
+    total, active = 0, []
+    for step.select_top_k, step.threshold, step.enabled, step.expert_price in [
+        (1, 0.0, True, 0.0),
+        (2, 0.0, True, 0.0),
+        (2, 0.9, True, 0.0),
+        (2, 0.9, False, 0.0),
+        (1, 0.0, True, 0.25),
     ]:
         step.set(layer.policy)
         layer.set_threshold(step.threshold)
@@ -138,7 +141,9 @@ def test_policy_and_threshold_change_in_place(on_host):
         expected_weights_TK, expected_ids_TK, counts = step.by_torch()
         total = total + counts
         assert_equal((weights_TK, ids_TK, layer.counters), (expected_weights_TK, expected_ids_TK, total), step)
+        active.append(counts[COUNTERS.index("active_experts_after")].item())
     assert addresses == [tensor.data_ptr() for tensor in memory]
+    assert (active[4] > active[0]) == projection, "the paper's policy has no price"
 
 
 def test_experts_move_between_ranks(on_host):
@@ -180,24 +185,26 @@ def test_a_rank_that_does_not_act_unites_all_the_same(on_host, changes):
     step = RandomStep(seed=7, projection=False, **common | changes)
     layer, weights_TK, ids_TK, calls = step.layer("cpu"), step.weights_TK.clone(), step.ids_TK.clone(), []
 
-    def unite(primary_E: torch.Tensor) -> None:
-        calls.append(primary_E.clone())
-        primary_E.fill_(1)
+    def unite(votes_E: torch.Tensor) -> None:
+        calls.append(votes_E.clone())
+        votes_E.fill_(LARGEST_VOTE)
 
     layer.reroute(weights_TK, ids_TK, step.valid_T, unite=unite)
-    assert len(calls) == 1 and calls[0].dtype == torch.uint8
-    assert calls[0].tolist() == step.own_primary().int().tolist()
+    assert len(calls) == 1 and calls[0].dtype == torch.int64
+    assert torch.equal(calls[0], step.own_votes())
     assert calls[0].any() == (changes.keys() & {"enabled", "min_rows", "max_rows"} != set())
     assert not layer.workspace.any()
     assert_equal((weights_TK, ids_TK, layer.counters), (step.weights_TK, step.ids_TK, step.by_torch()[2]), step)
 
 
-def test_ranks_that_unite_act_as_one(on_host):
+@pytest.mark.parametrize("expert_price", [0.0, 0.5])
+def test_ranks_that_unite_act_as_one(on_host, expert_price):
     """Two ranks with half of the tokens each do to these what one rank does to all."""
-    step = RandomStep(seed=8, rows=32, top_k=4, experts=60, select_top_k=1, projection=True, domains=4, ties=False)
+    common = {"rows": 32, "top_k": 4, "experts": 60, "select_top_k": 1, "projection": True, "domains": 4}
+    step = RandomStep(seed=8, expert_price=expert_price, ties=False, **common)
     weights_TK, ids_TK, _ = step.by_torch()
     own = []  # votes of both halves; a first pass collects them
-    for unite in (lambda primary_E: own.append(primary_E.clone()), lambda primary_E: primary_E.copy_(own[0] | own[1])):
+    for unite in (lambda votes_E: own.append(votes_E.clone()), lambda votes_E: votes_E.copy_(own[0] + own[1])):
         layer = step.layer("cpu")
         halves = [(step.weights_TK[half].clone(), step.ids_TK[half].clone()) for half in (slice(20), slice(20, None))]
         for half, start in zip(halves, (0, 20), strict=True):
@@ -221,8 +228,10 @@ def test_a_dropped_barrier_is_caught(tmp_path, monkeypatch, which):
     caught = []
     for seed in range(20):
         kernels.seed = seed
-        step = RandomStep(seed=seed, rows=40, top_k=8, experts=60, select_top_k=1, projection=False, domains=4)
-        for one_launch_rows in (1024, 0):
+        common = {"rows": 40, "top_k": 8, "experts": 60, "select_top_k": 1, "domains": 4}
+        papers = RandomStep(seed=seed, projection=False, **common)
+        priced = RandomStep(seed=seed, projection=True, expert_price=0.5, traffic_price=0.1, **common)
+        for step, one_launch_rows in itertools.product((papers, priced), (1024, 0)):
             monkeypatch.setattr(kernel, "ONE_LAUNCH_ROWS", one_launch_rows)
             try:
                 step.check("cpu")

@@ -7,9 +7,16 @@ from transformers import DynamicCache
 
 from sere_dist.artifact import Artifact
 from sere_dist.evaluation.lockstep import Policy, active_by_step, decode_logits, lockstep, unchanged
-from sere_dist.evaluation.policies import dropping_policy, projection_policy, similarity_policy
+from sere_dist.evaluation.policies import (
+    dropping_policy,
+    oea_policy,
+    projection_policy,
+    similarity_policy,
+    top_k_policy,
+    xshare_policy,
+)
 from sere_dist.evaluation.traffic import Layout
-from sere_dist.moe import hooked_experts
+from sere_dist.moe import hooked_routing
 from sere_dist.placement import linear_ranks
 from sere_dist.rerouting import active_experts, reroute, reroute_projection
 from sere_dist.similarity import random_similarity
@@ -42,16 +49,16 @@ def stepwise_loss(model, ids_BL: torch.Tensor, policy: Policy) -> tuple[float, f
     """Returns loss and active experts of decoding for real: a prefill, then a token of each sequence a step."""
     cache, loss, active, rerouting = DynamicCache(config=model.config), 0.0, [], False
 
-    def route(layer, routing):
+    def route(layer, routing, scores_BE):
         hidden_states, ids_BK, weights_BK = routing
         if not rerouting:
             return None
-        new_weights_1BK, new_ids_1BK = policy(layer, weights_BK[None], ids_BK[None])
+        new_weights_1BK, new_ids_1BK = policy(layer, weights_BK[None], ids_BK[None], scores_BE[None])
         active.append(len(set(new_ids_1BK.flatten().tolist()) - {-1}))
         # A dropped slot, of weight 0, may name any expert here.
         return hidden_states, new_ids_1BK[0].clamp(min=0), new_weights_1BK[0]
 
-    with hooked_experts(model, route):
+    with hooked_routing(model, route):
         model(ids_BL[:, :PROMPT], past_key_values=cache)
         rerouting = True
         for step in range(PROMPT, ids_BL.shape[1] - 1):
@@ -65,6 +72,9 @@ POLICIES = {
     "paper, S = 1": lambda similarity, *_: similarity_policy(similarity, 1),
     "paper, S = 2": lambda similarity, *_: similarity_policy(similarity, 2),
     "dropping": lambda *_: dropping_policy(EXPERTS, 2),
+    "top-k": lambda *_: top_k_policy(2, renormalise=True),
+    "OEA": lambda *_: oea_policy(2),
+    "XShare": lambda *_: xshare_policy(12, warm_up=1),
     "projection": lambda *matrices: projection_policy(*matrices, 2, traffic_price=0.01, layout=LAYOUT),
 }
 
@@ -88,7 +98,8 @@ def test_divergence(model, texts, similarity):
     on = run(reference_BDV=reference, policy=similarity_policy(similarity, 2))
     assert off == kept_all
     assert off.divergences == (0.0,) * 8
-    assert run().divergences == ()
+    assert off.agreement == 1
+    assert run().divergences == run().agreements == ()
     assert min(on.divergences) > 0
     assert on.active_experts < 0.7 * off.active_experts
 
@@ -96,6 +107,10 @@ def test_divergence(model, texts, similarity):
     logits = decode_logits(model, texts, prompt_length=PROMPT, policy=similarity_policy(similarity, 2))
     by_hand = (p_BDV * (p_BDV.log() - logits.softmax(dim=2).log())).sum(dim=(1, 2))
     assert torch.allclose(torch.tensor(on.divergences), by_hand, rtol=1e-3)
+    same_BD = logits.argmax(dim=2) == p_BDV.argmax(dim=2)
+    assert on.agreement_of_texts == same_BD.double().mean(dim=1).tolist()
+    assert on.agreement == pytest.approx(float(same_BD.double().mean()))
+    assert 0.5 < on.agreement < 1
 
 
 def test_where_quality_collapses_and_what_brings_it_back(model, texts, artifact_path):
@@ -134,8 +149,8 @@ def steps():
 
 
 def test_policies_do_to_each_step_what_the_functions_do(steps, similarity, projections):
-    _, moved = similarity_policy(similarity, 2, threshold=0.9)(3, *steps)
-    new_weights, new_ids = projection_policy(*projections, 2, traffic_price=0.1, layout=LAYOUT)(3, *steps)
+    _, moved = similarity_policy(similarity, 2, threshold=0.9)(3, *steps, None)
+    new_weights, new_ids = projection_policy(*projections, 2, traffic_price=0.1, layout=LAYOUT)(3, *steps, None)
     matrices = [each[3] for each in projections]
     where = {"domain_E": LAYOUT.rank[3], "home_T": torch.arange(6)}
     for step, (weights, ids) in enumerate(zip(*steps, strict=True)):
@@ -148,7 +163,7 @@ def test_policies_do_to_each_step_what_the_functions_do(steps, similarity, proje
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_dropping(steps, renormalise):
     weights, ids = steps
-    new_weights, new_ids = dropping_policy(EXPERTS, 2, renormalise=renormalise)(0, weights, ids)
+    new_weights, new_ids = dropping_policy(EXPERTS, 2, renormalise=renormalise)(0, weights, ids, None)
     for step in range(len(ids)):
         primary = set(ids[step].gather(1, weights[step].topk(2).indices).flatten().tolist())
         expected = torch.tensor([[expert if expert in primary else -1 for expert in row] for row in ids[step].tolist()])

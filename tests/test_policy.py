@@ -1,6 +1,7 @@
 """The keeper of the policy in force, and replicas that follow it, in one process: who runs what when something dies."""
 
 import asyncio
+import math
 import re
 
 import pytest
@@ -117,6 +118,9 @@ def test_replicas_of_another_configuration_are_left_alone():
         ({"min_rows": 2**70}, "min_rows: Input should be less than or equal to 2147483647"),
         ({"min_rows": 5, "max_rows": 2}, r"max_rows \(2\) must not be less than min_rows"),
         ({"traffic_price": 0.1}, "needs policy: projection"),
+        ({"expert_price": 0.1}, r"expert_price \(0.1\) needs policy: projection"),
+        ({"expert_price": -0.1}, "expert_price: Input should be greater than or equal to 0"),
+        ({"expert_price": math.inf}, "expert_price: Input should be a finite number"),
     ],
 )
 def test_what_is_out_of_range_changes_nothing(changes, message):

@@ -7,11 +7,16 @@ from hypothesis import strategies as st
 
 from sere_dist.rerouting import (
     COUNTERS,
+    LARGEST_VOTE,
+    VOTES_OF_ONE,
+    loss_votes,
     primary_experts,
+    primary_votes,
     remote_domains,
     reroute,
     reroute_projection,
     step_counts,
+    votes_that_suffice,
 )
 
 
@@ -165,7 +170,11 @@ def test_does_not_loop_over_tokens():
     assert operations(4096) == operations(4)
 
 
-def projection_oracle(step, size, coefficient, domain, home, price):
+def in_votes(value):
+    return min(round(float(np.float32(value)) * 2**24), 2**40)
+
+
+def projection_oracle(step, size, coefficient, domain, home, price, expert_price=0.0):
     """The definition of policy projection, slot by slot, in float32."""
     weights, ids, similarity = step["weights"].float().numpy(), step["ids"].tolist(), step["similarity"].numpy()
     select_top_k, valid, num_slots = step["select_top_k"], step["valid"].tolist(), len(ids[0]) if ids else 0
@@ -174,6 +183,13 @@ def projection_oracle(step, size, coefficient, domain, home, price):
         return new_weights, new_ids
     order = [sorted(range(num_slots), key=lambda k, row=row: (-row[k], k)) for row in weights]
     primary = {ids[t][k] for t in range(len(ids)) if valid[t] for k in order[t][:select_top_k]} - {-1}
+    if expert_price:
+        losses = dict.fromkeys(range(len(similarity)), 0)
+        for t, row in enumerate(ids):
+            for k, expert in enumerate(row):
+                if valid[t] and expert >= 0:
+                    losses[expert] += in_votes(weights[t][k] * weights[t][k] * size[expert])
+        primary |= {expert for expert, votes in losses.items() if votes >= max(1, in_votes(expert_price))}
     rho, price = np.float32(step["threshold"]), np.float32(price)
 
     def similar(e, p):
@@ -210,13 +226,15 @@ def projection_oracle(step, size, coefficient, domain, home, price):
     steps(),
     st.integers(0, 2**32),
     st.sampled_from([0.0, 0.01, 0.1, 1.0, 5.0]),
+    st.sampled_from([0.0, 1e-9, 0.1, 0.25, 0.5, 1.0, 2.0, 1e30]),
     st.sampled_from([0, 1, 2, 5]),
     st.booleans(),
 )
-def test_projection_equals_the_definition(step, seed, price, domains, has_home):
+def test_projection_equals_the_definition(step, seed, price, expert_price, domains, has_home):
     generator = torch.Generator().manual_seed(seed)
     num_experts, num_tokens = len(step["similarity"]), len(step["ids"])
     size = torch.rand(num_experts, generator=generator) * 2
+    size = (size * 4).round() / 4 if seed % 2 else size  # what is lost may be the price
     coefficient = torch.rand(num_experts, num_experts, generator=generator) * 2
     domain = torch.randint(domains, (num_experts,), generator=generator) if domains else None
     home = torch.randint(-1, domains, (num_tokens,), generator=generator) if domains and has_home else None
@@ -229,13 +247,15 @@ def test_projection_equals_the_definition(step, seed, price, domains, has_home):
         size,
         select_top_k=step["select_top_k"],
         threshold=step["threshold"],
+        expert_price=expert_price,
         traffic_price=price,
         domain_E=domain,
         home_T=home,
         valid_T=step["valid"],
     )
     lists = [None if tensor is None else tensor.tolist() for tensor in (domain, home)]
-    expected_weights, expected_ids = projection_oracle(step, size.numpy(), coefficient.numpy(), *lists, price)
+    tables = (size.numpy(), coefficient.numpy())
+    expected_weights, expected_ids = projection_oracle(step, *tables, *lists, price, expert_price)
     assert ids.tolist() == expected_ids
     expected = torch.from_numpy(expected_weights)
     changed = expected != step["weights"].float()
@@ -245,26 +265,100 @@ def test_projection_equals_the_definition(step, seed, price, domains, has_home):
 
 
 @settings(max_examples=400, deadline=None)
-@given(steps(), st.integers(0, 6), st.integers(0, 2**32))
-def test_ranks_that_unite_act_as_one(step, rows_of_first, seed):
+@given(steps(), st.integers(0, 6), st.sampled_from([0.0, 1e-9, 0.1, 0.5, 2.0]), st.integers(0, 2**32))
+def test_ranks_that_unite_act_as_one(step, rows_of_first, expert_price, seed):
     """Two ranks with a share of the tokens each do to these what one rank does to all."""
     generator = torch.Generator().manual_seed(seed)
     num_experts = len(step["similarity"])
     tables = (torch.rand(num_experts, num_experts, generator=generator), torch.rand(num_experts, generator=generator))
     common = {"select_top_k": step["select_top_k"], "threshold": step["threshold"]}
 
-    def rerouted(rows, primary_E=None):
+    def united(price):
+        votes_E = torch.zeros(num_experts, dtype=torch.int64)
+        for rows in ranks:
+            masks = {"select_top_k": step["select_top_k"], "valid_T": step["valid"][rows]}
+            tokens, priced = (step["weights"][rows], step["ids"][rows]), {"expert_price": price, "size_E": tables[1]}
+            votes_E += primary_votes(*tokens, num_experts, **priced, **masks)
+        return votes_E >= votes_that_suffice(price)
+
+    def rerouted(rows, unites):
         tokens, masks = (step["weights"][rows], step["ids"][rows]), {"valid_T": step["valid"][rows]}
-        ids = reroute(*tokens, step["similarity"], **common, **masks, primary_E=primary_E)
-        return ids, *reroute_projection(*tokens, step["similarity"], *tables, **common, **masks, primary_E=primary_E)
+        papers, priced = (united(price) if unites else None for price in (0.0, expert_price))
+        ids = reroute(*tokens, step["similarity"], **common, **masks, primary_E=papers)
+        masks |= {"expert_price": expert_price, "primary_E": priced}
+        return ids, *reroute_projection(*tokens, step["similarity"], *tables, **common, **masks)
 
     ranks = (slice(rows_of_first), slice(rows_of_first, None))
-    primary_E = torch.zeros(num_experts, dtype=torch.bool)
-    for rows in ranks:
-        masks = {"select_top_k": step["select_top_k"], "valid_T": step["valid"][rows]}
-        primary_E |= primary_experts(step["weights"][rows], step["ids"][rows], num_experts, **masks)
-    together = [torch.cat(parts) for parts in zip(*(rerouted(rows, primary_E) for rows in ranks), strict=True)]
-    assert all(map(torch.equal, together, rerouted(slice(None))))
+    together = [torch.cat(parts) for parts in zip(*(rerouted(rows, True) for rows in ranks), strict=True)]
+    assert all(map(torch.equal, together, rerouted(slice(None), False)))
+
+
+def test_votes_by_hand():
+    """Three tokens, the last not valid. With S = 1 the floor is 0 and 1; 2 and 3 are bought by what they would lose."""
+    weights = torch.tensor([[0.5, 0.25, 0.25], [0.75, 0.5, 0.5], [1.0, 1.0, 1.0]])
+    ids, size = torch.tensor([[0, 2, 3], [1, 2, -1], [3, 3, 3]]), torch.tensor([1.0, 1.0, 2.0, 4.0])
+    valid = torch.tensor([True, True, False])
+    losses = [1 / 4, 9 / 16, 2 / 16 + 2 / 4, 4 / 16]
+    assert loss_votes(weights, ids, size, valid[:, None]).tolist() == [round(loss * VOTES_OF_ONE) for loss in losses]
+
+    def primary(price, **settings):
+        settings = {"select_top_k": 1, "expert_price": price, "size_E": size, "valid_T": valid} | settings
+        return primary_experts(weights, ids, 4, **settings).int().tolist()
+
+    assert primary(0) == primary(0.626) == primary(1e9) == primary(1e300) == [1, 1, 0, 0]
+    assert primary(0.625) == primary(0.251) == [1, 1, 1, 0], "as much as the price is enough"
+    assert primary(0.25) == primary(1e-9) == primary(1e-300) == [1, 1, 1, 1]
+    assert primary(1e-9, valid_T=torch.tensor([False, True, False])) == [0, 1, 1, 0]
+    assert primary(1e-9, size_E=torch.tensor([1.0, 1.0, torch.nan, 0.0])) == [1, 1, 0, 0]
+    for select_top_k in (-1, 0, 3, 4):
+        assert primary(1e-9, select_top_k=select_top_k) == [0] * 4
+
+
+def test_sums_of_votes_are_exact():
+    """Float32 would lose the small ones: 2^18 losses of 2^-24 beside one of 2^15."""
+    weights = torch.cat([torch.full((2**18, 1), 2.0**-12), torch.full((1, 1), 2.0**7.5)]).float()
+    ids = torch.zeros(len(weights), 1, dtype=torch.int32)
+    big = round(float(weights[-1, 0] * weights[-1, 0]) * VOTES_OF_ONE)
+    for order in (torch.arange(len(ids)), torch.arange(len(ids)).flip(0)):
+        votes = loss_votes(weights[order], ids, torch.ones(1), torch.ones(1, dtype=torch.bool))
+        assert votes.tolist() == [2**18 + big]
+    huge = torch.full((4096, 1), 1e30)
+    assert loss_votes(huge, ids[:4096], torch.ones(1), torch.ones(1, dtype=torch.bool)).tolist() == [
+        4096 * LARGEST_VOTE
+    ]
+
+
+def test_steps_of_a_batch_by_vmap():
+    """As `evaluation` re-routes them."""
+    generator = torch.Generator().manual_seed(0)
+    weights, similarity = torch.rand(5, 8, 4, generator=generator), torch.rand(16, 16, generator=generator)
+    ids, tables = torch.randint(-1, 16, (5, 8, 4), generator=generator), (similarity, similarity, torch.ones(16))
+
+    def step(weights_TK, ids_TK):
+        return reroute_projection(weights_TK, ids_TK, *tables, select_top_k=1, expert_price=0.4)
+
+    together, alone = torch.vmap(step)(weights, ids), [step(*each) for each in zip(weights, ids, strict=True)]
+    assert all(map(torch.equal, together, map(torch.stack, zip(*alone, strict=True))))
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps(), st.sampled_from([1, 2, 3]))
+def test_what_the_cheapest_experts_change(step, select_top_k):
+    """Nothing, as every expert is worth running; and one too dear for any changes nothing of the policy's."""
+    num_experts = len(step["similarity"])
+    generator = torch.Generator().manual_seed(num_experts)
+    coefficient, size = torch.rand(num_experts, num_experts, generator=generator), torch.ones(num_experts)
+    unlike = step["similarity"] * 0.9  # no expert is another's twin
+    tokens, settings = (step["weights"], step["ids"]), {"select_top_k": select_top_k, "valid_T": step["valid"]}
+
+    def rerouted(price):
+        return reroute_projection(*tokens, unlike, coefficient, size, expert_price=price, **settings)
+
+    cheap = rerouted(1e-9)
+    assert all(map(torch.equal, cheap, tokens))
+    counts = step_counts(*tokens, cheap[1], num_experts=num_experts, expert_price=1e-9, size_E=size, **settings)
+    assert not counts[COUNTERS.index("critical_slots")]
+    assert all(map(torch.equal, rerouted(1e5), rerouted(0)))
 
 
 # With S = 1 the primary experts are 0, 1 and 2; tokens 0 and 1 settle expert 3. Two ranks hold two experts each.

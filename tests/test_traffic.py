@@ -1,5 +1,4 @@
 import json
-import math
 
 import pytest
 import torch
@@ -59,16 +58,9 @@ def test_counts_are_those_of_the_engine():
 def test_recording_changes_nothing():
     ids: dict[int, torch.Tensor] = {}
     weights, chosen = torch.rand(2, 3, 4), uniform_ids(2, 3, num_experts=8, top_k=4)
-    routed = recorded(unchanged, ids)(7, weights, chosen)
+    routed = recorded(unchanged, ids)(7, weights, chosen, None)
     assert routed[0] is weights
     assert ids[7] is routed[1] is chosen
-
-
-def test_share_with_error():
-    assert benchmark.share_with_error([1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == (0.5, 0.0)
-    share, error = benchmark.share_with_error([1.0, 3.0], [2.0, 2.0])
-    assert share == 1
-    assert error == pytest.approx(math.sqrt(2) / math.sqrt(2) / 2)
 
 
 def test_where_experts_are():
@@ -85,7 +77,7 @@ def test_where_experts_are():
 
 def point(kl: float, remote_domains: list[float]) -> benchmark.Point:
     """Two texts of 10 tokens."""
-    result = LockstepResult((30.0, 30.0), (10 * kl, 10 * kl), tokens=20, active_sum=8, steps=2)
+    result = LockstepResult((30.0, 30.0), (10 * kl, 10 * kl), (10, 10), tokens=20, active_sum=8, steps=2)
     return benchmark.Point(result, Traffic((4, 4), tuple(remote_domains), (7, 7), (4,), (2,)))
 
 

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from sere_dist.moe import Routing, hooked_experts, routed_experts
+from sere_dist.moe import Routing, hooked_routing, routed_experts
 from sere_dist.rerouting import repeat_dropped
 
 Routed = tuple[torch.Tensor, torch.Tensor]  # weights_DBK, ids_DBK; an id of -1 is a dropped slot, of weight 0
-# What re-routes all decode steps of a layer, each by itself: (layer, weights_DBK, ids_DBK) -> the same of what runs.
-Policy = Callable[[int, torch.Tensor, torch.Tensor], Routed]
+# What re-routes all decode steps of a layer, each by itself: (layer, weights_DBK, ids_DBK, scores_DBE) -> the first two
+# of what runs. The router's scores of all experts are in proportion to the weights; None where they can't be read.
+Policy = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], Routed]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class LockstepResult:
 
     losses: tuple[float, ...]  # of each sequence, nats, summed over its scored tokens
     divergences: tuple[float, ...]  # likewise KL(reference, model) of the next token; empty without a reference
+    agreements: tuple[int, ...]  # steps of each sequence whose likeliest token is the reference's; likewise
     tokens: int  # scored, of all sequences
     active_sum: int  # active experts, summed over steps and layers
     steps: int  # decode steps times MoE layers
@@ -38,6 +40,7 @@ class LockstepResult:
         return LockstepResult(
             self.losses + other.losses,
             self.divergences + other.divergences,
+            self.agreements + other.agreements,
             self.tokens + other.tokens,
             self.active_sum + other.active_sum,
             self.steps + other.steps,
@@ -53,9 +56,22 @@ class LockstepResult:
         return math.exp(self.loss)
 
     @property
+    def loss_of_texts(self) -> list[float]:
+        """Nats a token, of each sequence."""
+        return self._a_token(self.losses)
+
+    @property
     def divergence_of_texts(self) -> list[float]:
         """KL from the reference, nats a token, of each sequence."""
-        return [divergence * len(self.divergences) / self.tokens for divergence in self.divergences]
+        return self._a_token(self.divergences)
+
+    @property
+    def agreement_of_texts(self) -> list[float]:
+        """The share of each sequence's steps whose likeliest token is the reference's."""
+        return self._a_token(self.agreements)
+
+    def _a_token(self, sums: tuple[float, ...]) -> list[float]:
+        return [of_text * len(self.losses) / self.tokens for of_text in sums]
 
     @property
     def divergence(self) -> float:
@@ -63,12 +79,19 @@ class LockstepResult:
         return math.fsum(self.divergences) / self.tokens
 
     @property
+    def agreement(self) -> float:
+        """The share of steps whose likeliest token is the reference's."""
+        return sum(self.agreements) / self.tokens
+
+    @property
     def active_experts(self) -> float:
         """Distinct experts that a layer runs in a step, the mean over steps and layers."""
         return self.active_sum / self.steps
 
 
-def unchanged(_layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor) -> Routed:
+def unchanged(
+    _layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, _scores_DBE: torch.Tensor | None
+) -> Routed:
     """The policy of a model as it is."""
     return weights_DBK, ids_DBK
 
@@ -94,9 +117,11 @@ def lockstep(
     """
     active_sum, steps = 0, 0
 
-    def counted(layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor) -> Routed:
+    def counted(
+        layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None
+    ) -> Routed:
         nonlocal active_sum, steps
-        weights_DBK, ids_DBK = policy(layer, weights_DBK, ids_DBK)
+        weights_DBK, ids_DBK = policy(layer, weights_DBK, ids_DBK, scores_DBE)
         active_sum += int(active_by_step(ids_DBK, num_experts[layer]).sum())
         steps += len(ids_DBK)
         return weights_DBK, ids_DBK
@@ -107,11 +132,13 @@ def lockstep(
     loss_BD = F.cross_entropy(logits_BDV.transpose(1, 2), next_BD, reduction="none")
     losses = tuple(loss_BD.double().sum(dim=1).tolist())
     divergences: tuple[float, ...] = ()
+    agreements: tuple[int, ...] = ()
     if reference_BDV is not None:
         log_p_BDV, log_q_BDV = reference_BDV.log_softmax(dim=2), logits_BDV.log_softmax(dim=2)
         divergence_BD = F.kl_div(log_q_BDV, log_p_BDV, reduction="none", log_target=True).sum(dim=2)
         divergences = tuple(divergence_BD.double().sum(dim=1).tolist())
-    return LockstepResult(losses, divergences, loss_BD.numel(), active_sum, steps)
+        agreements = tuple((logits_BDV.argmax(dim=2) == reference_BDV.argmax(dim=2)).sum(dim=1).tolist())
+    return LockstepResult(losses, divergences, agreements, loss_BD.numel(), active_sum, steps)
 
 
 @torch.inference_mode()
@@ -124,18 +151,19 @@ def decode_logits(
         raise ValueError(f"prompt_length ({prompt_length}) must leave a decode step in sequences of {length} tokens")
     steps = slice(prompt_length, length - 1)
 
-    def route(layer: int, routing: Routing) -> Routing:
+    def route(layer: int, routing: Routing, scores_NE: torch.Tensor | None) -> Routing:
         hidden_states, *index_and_weights = routing
         ids_BLK, weights_BLK = (tensor.view(batch, length, -1).clone() for tensor in index_and_weights)
         weights_DBK, ids_DBK = weights_BLK[:, steps].transpose(0, 1), ids_BLK[:, steps].transpose(0, 1)
-        new_weights_DBK, new_ids_DBK = policy(layer, weights_DBK, ids_DBK)
+        scores_DBE = None if scores_NE is None else scores_NE.view(batch, length, -1)[:, steps].transpose(0, 1)
+        new_weights_DBK, new_ids_DBK = policy(layer, weights_DBK, ids_DBK, scores_DBE)
         # The experts of transformers can't skip a slot.
         slots_TK = [tensor.flatten(0, 1) for tensor in (weights_DBK, ids_DBK, new_ids_DBK)]
         run_ids_DBK = repeat_dropped(*slots_TK).view_as(ids_DBK)
         weights_BLK[:, steps], ids_BLK[:, steps] = new_weights_DBK.transpose(0, 1), run_ids_DBK.transpose(0, 1)
         return hidden_states, ids_BLK.flatten(0, 1), weights_BLK.flatten(0, 1)
 
-    with hooked_experts(model, route):
+    with hooked_routing(model, route):
         return model(ids_BL.to(model.device)).logits[:, steps].float()
 
 

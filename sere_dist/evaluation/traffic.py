@@ -58,8 +58,10 @@ def traffic(ids: Mapping[int, torch.Tensor], layout: Layout) -> Traffic:
 def recorded(policy: Policy, ids: dict[int, torch.Tensor]) -> Policy:
     """Returns the policy, leaving in `ids` by layer what it lets run: what `traffic` measures."""
 
-    def recording(layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor) -> Routed:
-        routed = policy(layer, weights_DBK, ids_DBK)
+    def recording(
+        layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None
+    ) -> Routed:
+        routed = policy(layer, weights_DBK, ids_DBK, scores_DBE)
         ids[layer] = routed[1]
         return routed
 

@@ -13,12 +13,15 @@ from sere_dist.kernels.reroute import ID_DTYPES, WEIGHT_DTYPES, Layer, Policy
 from sere_dist.kernels.reroute_cpu import reroute_step
 from sere_dist.rerouting import (
     COUNTERS,
-    primary_experts,
+    LARGEST_VOTE,
+    VOTES_OF_ONE,
+    primary_votes,
     ranked_neighbors,
     repeat_dropped,
     reroute,
     reroute_projection,
     step_counts,
+    votes_that_suffice,
 )
 
 
@@ -29,7 +32,7 @@ class RandomStep:
     Attributes:
         domains: number of domains that experts live in; None: no domains.
         ranks: number of ranks that hold the experts; 0: one holds all, and is not named.
-        elsewhere_share: of the experts, those that are primary on other ranks; None: there are no other ranks.
+        elsewhere_share: of the experts, those that must be primary for other ranks; None: there are no other ranks.
         valid_share: of the rows; None: no mask.
         ties: weights and similarities have few values.
         empty_share: of the slots, with id -1.
@@ -42,6 +45,7 @@ class RandomStep:
     select_top_k: int
     projection: bool
     threshold: float = 0.0
+    expert_price: float = 0.0
     traffic_price: float = 0.0
     domains: int | None = None
     ranks: int = 0
@@ -82,12 +86,16 @@ class RandomStep:
         if self.ranks:
             self.rank_E = torch.randint(self.ranks, (experts,), generator=random)
         if self.elsewhere_share is not None:
-            self.elsewhere_E = torch.rand(experts, generator=random) < self.elsewhere_share
+            heaviest_E = torch.rand(experts, generator=random) < self.elsewhere_share
+            losses_E = (uniform(experts) / 4 * VOTES_OF_ONE).long()
+            self.elsewhere_E = losses_E.masked_fill(heaviest_E, LARGEST_VOTE)
 
     def by_torch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns weights, ids and counts by the functions of `rerouting.py`."""
         select_top_k, valid_T, home_T = self._in_force()
-        primary_E = None if self.elsewhere_E is None else self.elsewhere_E | self.own_primary()
+        primary_E = None
+        if self.elsewhere_E is not None:
+            primary_E = self.elsewhere_E + self.own_votes() >= votes_that_suffice(self._expert_price())
         common = {"select_top_k": select_top_k, "valid_T": valid_T, "primary_E": primary_E}
         weights_TK = self.weights_TK
         if self.projection:
@@ -98,6 +106,7 @@ class RandomStep:
                 self.coefficient_EE,
                 self.size_E,
                 threshold=self.threshold,
+                expert_price=self.expert_price,
                 traffic_price=self.traffic_price,
                 domain_E=self.domain_E,
                 home_T=home_T,
@@ -110,6 +119,8 @@ class RandomStep:
             self.ids_TK,
             ids_TK,
             num_experts=self.experts,
+            expert_price=self._expert_price(),
+            size_E=self.size_E,
             rank_E=self.rank_E,
             num_ranks=self.ranks,
             domain_E=self.domain_E,
@@ -120,11 +131,14 @@ class RandomStep:
             ids_TK = repeat_dropped(self.weights_TK, self.ids_TK, ids_TK)
         return weights_TK, ids_TK, counts
 
-    def own_primary(self) -> torch.Tensor:
-        """Returns bool [E]: what this rank says are primary experts, whether or not it then acts."""
+    def own_votes(self) -> torch.Tensor:
+        """Returns int64 [E]: this rank's votes for primary experts, whether or not it then acts."""
         _, valid_T, _ = self._in_force()
-        masks = {"select_top_k": self.select_top_k, "valid_T": valid_T}
-        return primary_experts(self.weights_TK, self.ids_TK, self.experts, **masks)
+        settings = {"select_top_k": self.select_top_k, "expert_price": self._expert_price(), "size_E": self.size_E}
+        return primary_votes(self.weights_TK, self.ids_TK, self.experts, valid_T=valid_T, **settings)
+
+    def _expert_price(self) -> float:
+        return self.expert_price if self.projection else 0.0
 
     def by_cpu(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the same by `reroute_cpu`, which knows neither projection nor domains nor ranks."""
@@ -159,6 +173,7 @@ class RandomStep:
             enabled=self.enabled,
             min_rows=self.min_rows,
             max_rows=self.max_rows,
+            expert_price=self.expert_price,
             traffic_price=self.traffic_price,
         )
 
@@ -169,14 +184,15 @@ class RandomStep:
         masks = [None if mask is None else mask.to(device) for mask in (self.valid_T, self.home_T)]
         offered = []
 
-        def unite(primary_E: torch.Tensor) -> None:
-            offered.append(primary_E.clone().cpu())
-            torch.maximum(primary_E, self.elsewhere_E.to(primary_E), out=primary_E)
+        def unite(votes_E: torch.Tensor) -> None:
+            offered.append(votes_E.clone().cpu())
+            votes_E += self.elsewhere_E.to(votes_E)
 
         layer.reroute(weights_TK, ids_TK, *masks, unite=None if self.elsewhere_E is None else unite)
         if self.elsewhere_E is not None:
             (own,) = offered
-            assert torch.equal(own, self.own_primary().to(torch.uint8)), "other ranks got other primary experts"
+            same = torch.equal(*(votes_E.clamp(max=LARGEST_VOTE) for votes_E in (own, self.own_votes())))
+            assert same, "other ranks got other votes"
         assert not layer.workspace.any(), "the workspace was not left as it was found"
         return weights_TK.cpu(), ids_TK.cpu(), layer.counters.cpu()
 
@@ -206,6 +222,7 @@ CHOICES = {
     "select_top_k": [-1, 0, 1, 1, 2, 2, 3, 4, 6, 8, 9],
     "projection": [False, True],
     "threshold": [0.0, 0.3, 0.75, 0.95, 1.0],
+    "expert_price": [0.0, 0.0, 0.0, 1e-9, 0.0625, 0.125, 0.25, 0.5, 2.0, 1e6],
     "traffic_price": [0.0, 0.01, 0.125, 0.25, 0.25, 3.0],
     "domains": [None, 1, 2, 8, 8, 70],
     "ranks": [0, 0, 1, 3, 8, 70],

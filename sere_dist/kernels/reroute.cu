@@ -3,13 +3,15 @@
 // A step is T tokens (rows) of K slots, each a weight and the id of one of E experts. A token's slots are neighbouring
 // lanes of a warp: K rounded up to a power of two is the `width` of such a group.
 //
-//   1. vote        every valid token marks the experts of its slots: `chosen`, and `primary` in its S heaviest slots
+//   1. vote        every valid token marks the experts of its slots: `chosen`, and `primary` in its S heaviest slots;
+//                  where an expert has a price, its other slots say what they would lose without theirs: what loses
+//                  as much in all becomes primary too
 //   2. substitute  for each chosen expert: the first of its neighbours, in order of falling similarity, that is primary
 //   3. settle      every token rewrites its slots and counts
 //
 // Up to 1,024 rows one block does it all (`reroute`). More rows take two launches over many blocks (`reroute_vote`,
-// `reroute_settle`), which hand over the marks in a workspace that is all zero before and after. Between the two, other
-// ranks' primary experts may join those marks; `chosen` stays this rank's own.
+// `reroute_settle`), which hand over the votes in a workspace that is all zero before and after. Between the two, other
+// ranks' votes may be added; `chosen` stays this rank's own.
 //
 // Whatever a CUDA graph must not freeze is read from memory here: the policy, the tables, the rows' masks.
 // Compiled by NVRTC through reroute.py, and by g++ against tests/cuda_on_host.h. No fused multiply-add: results equal
@@ -21,6 +23,10 @@ constexpr int PREFETCHED = 8;  // experts a warp whose first 32 neighbours it lo
 constexpr unsigned ALL = 0xffffffffu;
 constexpr unsigned short NO_SUBSTITUTE = 0xffff;
 constexpr int NOWHERE = -1;
+
+// A vote is a loss or a price as an integer: sums of votes do not depend on the order of threads.
+typedef unsigned long long Count;
+constexpr Count LARGEST_VOTE = 1ull << 40;
 
 #ifdef IDS_64
 typedef long long Id;
@@ -68,6 +74,7 @@ struct Policy {
     int select_top_k;
     int least_rows, most_rows;  // valid rows of a step between which re-routing is on
     float traffic_price;
+    Count votes_that_suffice;  // of an expert that has a price; LARGEST_VOTE: it has none
 };
 
 enum Counter {  // COUNTERS of rerouting.py; of a pair, the second is AFTER
@@ -78,14 +85,18 @@ enum When { BEFORE, AFTER };
 
 // What the valid tokens of a step chose.
 struct Votes {
+    Count losses[MAX_EXPERTS];  // of the slots that are not their token's heaviest; all zero without a price
     unsigned char primary[MAX_EXPERTS], chosen[MAX_EXPERTS];
     int rows;
 };
 
 // What two launches share.
 struct Workspace {
-    Votes votes;                      // `primary` comes first: reroute.py shows it to other ranks
+    Count votes[MAX_EXPERTS];  // LARGEST_VOTE of every block that marked an expert primary, else its losses. Comes
+                               // first: reroute.py shows it to other ranks
+    unsigned char chosen[MAX_EXPERTS];
     unsigned char runs[MAX_EXPERTS];  // experts of valid tokens that are settled
+    int rows;
     unsigned finished_blocks;
 };
 
@@ -116,7 +127,7 @@ struct Step {
     const short *rank_E;                  // ? one rank holds all
     int num_ranks;                        // 0 without rank_E, at most MAX_EXPERTS
     int repeats;                          // a dropped slot repeats its token's heaviest expert, else it gets id -1
-    unsigned long long *counters;         // one each, then one a rank: the experts that run there
+    Count *counters;                      // one each, then one a rank: the experts that run there
     Workspace *workspace;
 };
 
@@ -125,7 +136,7 @@ struct Step {
     Weight *weights_TK, Id *ids_TK, int T, int K, int E, const Policy *policy, const unsigned char *valid_T,      \
         const unsigned short *neighbors_EE, const unsigned short *cutoff_E, const float *ranked_similarity_EE,    \
         const float *coefficient_EE, const float *size_E, const short *domain_E, const int *home_T,               \
-        const short *rank_E, int num_ranks, int repeats, unsigned long long *counters, Workspace *workspace
+        const short *rank_E, int num_ranks, int repeats, Count *counters, Workspace *workspace
 #define ARGUMENTS                                                                                                 \
     weights_TK, ids_TK, T, K, E, policy, valid_T, neighbors_EE, cutoff_E, ranked_similarity_EE, coefficient_EE,   \
         size_E, domain_E, home_T, rank_E, num_ranks, repeats, counters, workspace
@@ -196,8 +207,27 @@ __device__ void count_visit(int visits, int home, int column, int K, int width, 
     counts[REMOTE_SLOTS + when] += remote;
 }
 
-// Marks what the tokens of `blocks` blocks chose. Returns whether this thread marked a primary expert.
-__device__ bool vote(const Step &step, int select_top_k, Slot slot, Votes *votes, int block, int blocks) {
+// The votes with which an expert is primary: it has a price under policy projection alone.
+__device__ Count votes_that_suffice(const Step &step, const Policy &policy) {
+    return step.size_E ? policy.votes_that_suffice : LARGEST_VOTE;
+}
+
+// 2^24 votes for a loss of 1; NaN has none.
+__device__ Count votes_of_loss(float loss) {
+    return static_cast<Count>(fminf(fmaxf(rintf(loss * 0x1p24f), 0.0f), static_cast<float>(LARGEST_VOTE)));
+}
+
+__device__ void clear_votes(Votes &votes, int E) {
+    for (int e = threadIdx.x; e < E; e += blockDim.x) {
+        votes.losses[e] = 0;
+        votes.primary[e] = votes.chosen[e] = 0;
+    }
+    if (threadIdx.x == 0) votes.rows = 0;
+}
+
+// Marks what the tokens of `blocks` blocks chose and, if `priced`, adds up what they would lose. Returns whether this
+// thread marked a primary expert.
+__device__ bool vote(const Step &step, int select_top_k, bool priced, Slot slot, Votes &votes, int block, int blocks) {
     int width = group_width(step.K), tokens = 32 / width, warps = blockDim.x / 32, lane = lane_index();
     int start = (block * warps + warp_index()) * tokens;
     int heaviest = select_top_k < step.K ? select_top_k : 0;  // S = K and more means off
@@ -207,12 +237,24 @@ __device__ bool vote(const Step &step, int select_top_k, Slot slot, Votes *votes
         if (first != start) slot = read_slot(step, first + lane / width, lane % width);
         int rank = rank_in_group(slot, step.K, width);
         if (slot.expert >= 0) {
-            votes->chosen[slot.expert] = 1;
-            if (rank < heaviest) votes->primary[slot.expert] = marked = true;
+            votes.chosen[slot.expert] = 1;
+            if (rank < heaviest)
+                votes.primary[slot.expert] = marked = true;
+            else if (priced && heaviest > 0)
+                atomicAdd(&votes.losses[slot.expert],
+                          votes_of_loss((slot.weight * slot.weight) * step.size_E[slot.expert]));
         }
         int rows = __popc(__ballot_sync(ALL, slot.votes && slot.column == 0));
-        if (lane == 0 && rows) atomicAdd(&votes->rows, rows);
+        if (lane == 0 && rows) atomicAdd(&votes.rows, rows);
     }
+    return marked;
+}
+
+// Marks the experts without which the tokens would lose enough. Returns whether this thread marked one.
+__device__ bool mark_by_losses(Votes &votes, int E, Count enough) {
+    bool marked = false;
+    for (int e = threadIdx.x; e < E; e += blockDim.x)
+        if (votes.losses[e] >= enough) votes.primary[e] = marked = true;
     return marked;
 }
 
@@ -403,8 +445,9 @@ __device__ void settle(const Step &step, const Policy &policy, Slot slot, const 
     }
 }
 
-// Counts the experts that valid tokens chose, and those that run in the end. Where the votes are this rank's alone,
-// `runs` may be null: what was chosen then runs if it is primary or has no substitute, and nothing else does.
+// Counts the experts that valid tokens chose, and those that run in the end. Where all that is primary is in a heaviest
+// slot of this rank's, `runs` may be null: what was chosen then runs if it is primary or has no substitute, and nothing
+// else does.
 __device__ void count_experts(const Step &step, const Votes &votes, Experts &experts, bool acts,
                               const unsigned char *runs) {
 #pragma unroll 1
@@ -430,7 +473,7 @@ __device__ void count_experts(const Step &step, const Votes &votes, Experts &exp
 
 // What a block counted goes to the layer's counters, after a barrier.
 __device__ void add(const Step &step, int counter, int count) {
-    if (count) atomicAdd(&step.counters[counter], static_cast<unsigned long long>(count));
+    if (count) atomicAdd(&step.counters[counter], static_cast<Count>(count));
 }
 
 __device__ void add_experts(const Step &step, const Experts &experts) {
@@ -458,28 +501,49 @@ __device__ void add_slots(const Step &step, const Experts &experts) {
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute(PARAMETERS) {
     __shared__ Votes votes;
     __shared__ Experts experts;
+    __shared__ unsigned char runs[MAX_EXPERTS];
     const Step step = {ARGUMENTS};
     const Policy now = *policy;
     const Slot slot = first_slot(step, 0);
     int neighbors[PREFETCHED];
     prefetch(step, neighbors);
     load_experts(step, experts);
-    for (int e = threadIdx.x; e < E; e += blockDim.x) votes.primary[e] = votes.chosen[e] = 0;
-    if (threadIdx.x == 0) votes.rows = 0;
+    clear_votes(votes, E);
+    for (int e = threadIdx.x; e < E; e += blockDim.x) runs[e] = 0;
     __syncthreads();
-    bool any_primary = __syncthreads_or(vote(step, now.select_top_k, slot, &votes, 0, 1));
+    const Count enough = votes_that_suffice(step, now);
+    const bool priced = enough < LARGEST_VOTE;  // of all threads, or none
+    bool marked = vote(step, now.select_top_k, priced, slot, votes, 0, 1);
+    if (priced) {
+        __syncthreads();
+        marked |= mark_by_losses(votes, E, enough);
+    }
+    bool any_primary = __syncthreads_or(marked);
     if (votes.rows == 0) return;  // all threads
     bool acts = is_on(now, votes, any_primary, K);
-    settle(step, now, slot, votes, experts, neighbors, acts, nullptr, 0, 1);
-    count_experts(step, votes, experts, acts, nullptr);
+    settle(step, now, slot, votes, experts, neighbors, acts, priced ? runs : nullptr, 0, 1);
+    if (priced) __syncthreads();  // what runs is marked
+    count_experts(step, votes, experts, acts, priced ? runs : nullptr);
     __syncthreads();
     add_slots(step, experts);
     add_experts(step, experts);
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_vote(PARAMETERS) {
+    __shared__ Votes votes;
     const Step step = {ARGUMENTS};
-    vote(step, policy->select_top_k, first_slot(step, blockIdx.x), &workspace->votes, blockIdx.x, gridDim.x);
+    const Slot slot = first_slot(step, blockIdx.x);
+    clear_votes(votes, E);
+    __syncthreads();
+    const bool priced = votes_that_suffice(step, *policy) < LARGEST_VOTE;
+    vote(step, policy->select_top_k, priced, slot, votes, blockIdx.x, gridDim.x);
+    __syncthreads();
+    for (int e = threadIdx.x; e < E; e += blockDim.x) {
+        Count said = votes.primary[e] ? LARGEST_VOTE : votes.losses[e];
+        if (said) atomicAdd(&workspace->votes[e], said);
+        if (votes.chosen[e]) workspace->chosen[e] = 1;
+    }
+    if (threadIdx.x == 0 && votes.rows) atomicAdd(&workspace->rows, votes.rows);
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_settle(PARAMETERS) {
@@ -492,12 +556,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_settle(PARAMET
     int neighbors[PREFETCHED];
     prefetch(step, neighbors);
     load_experts(step, experts);
+    const Count enough = votes_that_suffice(step, now);
     bool marked = false;
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        marked |= votes.primary[e] = workspace->votes.primary[e];
-        votes.chosen[e] = workspace->votes.chosen[e];
+        marked |= votes.primary[e] = workspace->votes[e] >= enough;
+        votes.chosen[e] = workspace->chosen[e];
     }
-    if (threadIdx.x == 0) votes.rows = workspace->votes.rows;
+    if (threadIdx.x == 0) votes.rows = workspace->rows;
     bool any_primary = __syncthreads_or(marked);
     bool acts = votes.rows > 0 && is_on(now, votes, any_primary, K);
     if (votes.rows > 0) {  // all threads, or none
@@ -518,7 +583,9 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_settle(PARAMET
     count_experts(step, votes, experts, acts, workspace->runs);
     __syncthreads();
     add_experts(step, experts);
-    for (int e = threadIdx.x; e < E; e += blockDim.x)
-        workspace->votes.primary[e] = workspace->votes.chosen[e] = workspace->runs[e] = 0;
-    if (threadIdx.x == 0) workspace->votes.rows = 0, workspace->finished_blocks = 0;
+    for (int e = threadIdx.x; e < E; e += blockDim.x) {
+        workspace->votes[e] = 0;
+        workspace->chosen[e] = workspace->runs[e] = 0;
+    }
+    if (threadIdx.x == 0) workspace->rows = 0, workspace->finished_blocks = 0;
 }

@@ -22,7 +22,7 @@ import torch
 from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
 from cuda.core.utils import FileStreamProgramCache
 
-from sere_dist.rerouting import COUNTERS, ranked_neighbors
+from sere_dist.rerouting import COUNTERS, ranked_neighbors, votes_that_suffice
 
 SOURCE = Path(__file__).with_name("reroute.cu")
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
@@ -30,7 +30,7 @@ ONE_LAUNCH_ROWS = 1024  # more rows than this take two launches
 MAX_THREADS = 1024
 EXPERTS_A_WARP = 4  # at most, where the threads suffice: a warp finds their substitutes one after the other
 THREADS_OF_TWO, BLOCKS_OF_TWO = 512, 264  # two blocks for each multiprocessor of an H200
-WORKSPACE_BYTES = 3 * MAX_EXPERTS + 8  # struct Workspace
+WORKSPACE_BYTES = 10 * MAX_EXPERTS + 8  # struct Workspace
 NO_LIMIT = 2**31 - 1
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,7 +51,7 @@ class Policy:
     """What may change while a model runs, one block of device memory for all its layers. Off until it is set."""
 
     def __init__(self, device: torch.device | str):
-        self.block = torch.zeros(5, dtype=torch.int32, device=device)  # struct Policy
+        self.block = torch.zeros(8, dtype=torch.int32, device=device)  # struct Policy
 
     def set(
         self,
@@ -60,15 +60,17 @@ class Policy:
         enabled: bool = True,
         min_rows: int = 0,
         max_rows: int | None = None,
+        expert_price: float = 0.0,
         traffic_price: float = 0.0,
     ) -> None:
-        """Sets S, on or off, the valid rows of a step between which re-routing is on, and the price of a domain.
+        """Sets S, on or off, the valid rows of a step between which re-routing is on, and both prices.
 
         Takes effect in the steps that the current stream runs afterwards, replays of captured graphs too.
         """
         most = NO_LIMIT if max_rows is None else max_rows
-        numbers = torch.tensor([enabled, select_top_k, min_rows, most, 0], dtype=torch.int32)
-        numbers[4:] = torch.tensor([traffic_price], dtype=torch.float32).view(torch.int32)
+        numbers = torch.tensor([enabled, select_top_k, min_rows, most, 0, 0, 0, 0], dtype=torch.int32)
+        numbers[4:5] = torch.tensor([traffic_price], dtype=torch.float32).view(torch.int32)
+        numbers[6:] = torch.tensor([votes_that_suffice(expert_price)]).view(torch.int32)
         self.block.copy_(numbers)
 
 
@@ -143,7 +145,7 @@ class Layer:
         self.num_ranks = num_ranks
         self.counters = torch.zeros(len(COUNTERS) + num_ranks, dtype=torch.int64, device=device)
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self.primary_E = self.workspace[:num_experts]  # the first member of struct Workspace
+        self.votes_E = self.workspace.view(torch.int64)[:num_experts]  # the first member of struct Workspace
         self.set_threshold(threshold)
 
     def set_threshold(self, threshold: float) -> None:
@@ -168,10 +170,10 @@ class Layer:
             topk_ids_TK: contiguous [T, K], int32 or int64; -1: an empty slot.
             valid_T: bool, at least T long: the rows that change and vote. None: all.
             home_T: int32, at least T long: the domain where a token's attention ran, -1: none.
-            unite: where ranks share one primary set, unites them: gets this rank's primary experts, uint8 [E] of 0 and
-                1, on torch's current stream, and puts the element-wise maximum over all ranks in their place. Called
-                once in every call, whatever the policy, the rows and the masks: the other ranks wait. Whether this
-                rank then acts, its own policy and rows decide.
+            unite: where ranks share one primary set, unites them: gets this rank's votes, int64 [E], on torch's current
+                stream, and puts the sum over all ranks in their place. They are `rerouting.primary_votes`, but for a
+                primary expert some multiple of LARGEST_VOTE. Called once in every call, whatever the policy, the rows
+                and the masks: the other ranks wait. Whether this rank then acts, its own policy and rows decide.
         """
         num_rows, top_k = topk_ids_TK.shape
         _check("topk_ids", topk_ids_TK, ID_DTYPES)
@@ -186,8 +188,8 @@ class Layer:
                     raise ValueError(f"{name} has {len(mask)} rows, the step {num_rows}")
         if num_rows == 0:
             if unite is not None:
-                unite(self.primary_E)
-                self.primary_E.zero_()
+                unite(self.votes_E)
+                self.votes_E.zero_()
             return
         kernels = kernels_for(topk_ids_TK.device, topk_weights_TK.dtype, topk_ids_TK.dtype)
         num_experts = len(self.cutoff_E)
@@ -206,7 +208,7 @@ class Layer:
         else:
             kernels.launch("reroute_vote", *shape, arguments)
             if unite is not None:
-                unite(self.primary_E)
+                unite(self.votes_E)
             kernels.launch("reroute_settle", *shape, arguments)
 
 

@@ -22,12 +22,13 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.kernels.reroute_cpu import reroute_step
 from sere_dist.rerouting import (
     COUNTERS,
-    primary_experts,
+    primary_votes,
     ranked_neighbors,
     repeat_dropped,
     reroute,
     reroute_projection,
     step_counts,
+    votes_that_suffice,
 )
 from sere_dist.vllm_plugin.owners import Owners
 from sere_dist.vllm_plugin.rows import Rows
@@ -63,13 +64,13 @@ def replace_choice(
     router._compute_routing = types.MethodType(replaced, router)
 
 
-def unite_primary(primary_E: torch.Tensor) -> None:
-    """Marks, in place, what any rank of the expert-parallel group marked: uint8 [E]. All its ranks must come here."""
+def unite_votes(votes_E: torch.Tensor) -> None:
+    """Adds up, in place, the votes of all ranks of the expert-parallel group: int64 [E]. All of them must come here."""
     group = get_ep_group()
-    if primary_E.is_cuda:  # on the current stream, so that it can be captured
-        group.device_communicator.pynccl_comm.all_reduce(primary_E, primary_E, op=dist.ReduceOp.MAX)
+    if votes_E.is_cuda:  # on the current stream, so that it can be captured
+        group.device_communicator.pynccl_comm.all_reduce(votes_E, votes_E, op=dist.ReduceOp.SUM)
     else:
-        dist.all_reduce(primary_E, op=dist.ReduceOp.MAX, group=group.cpu_group)
+        dist.all_reduce(votes_E, op=dist.ReduceOp.SUM, group=group.cpu_group)
 
 
 def homes(rows: Rows, owners: Owners | None) -> torch.Tensor | None:
@@ -104,7 +105,7 @@ def _reroute_fast(
     if num_valid == 0:  # a profiling or dummy run, or a step of prefill only
         return topk_ids
     _check_rows(rows, topk_ids)
-    select_top_k, threshold, min_rows, max_rows, _ = policy.numpy()
+    select_top_k, threshold, min_rows, max_rows, *_ = policy.numpy()
     return reroute_step(
         topk_weights,
         topk_ids,
@@ -151,25 +152,26 @@ def _reroute_any(
     rows, num_valid = num_rows.tolist()
     if num_valid == 0 and not shares_primary:
         return topk_weights.clone(), topk_ids.clone()
-    select_top_k, threshold, min_rows, max_rows, price = policy.tolist()
+    select_top_k, threshold, min_rows, max_rows, expert_price, traffic_price = policy.tolist()
     num_experts, valid = len(similarity), valid_rows[: len(topk_ids)]
     settings = {"select_top_k": int(select_top_k), "valid_T": valid}
-    primary = primary_experts(topk_weights, topk_ids, num_experts, **settings).to(torch.uint8)
+    priced = {"expert_price": expert_price, "size_E": size}
+    votes = primary_votes(topk_weights, topk_ids, num_experts, **priced, **settings)
     if shares_primary:
-        unite_primary(primary)  # in every step: the other ranks wait
+        unite_votes(votes)  # in every step: the other ranks wait
     if num_valid == 0:
         return topk_weights.clone(), topk_ids.clone()
     _check_rows(rows, topk_ids)
     if not min_rows <= num_valid <= max_rows:
         settings["select_top_k"] = 0
-    settings["primary_E"] = primary.bool()
+    settings["primary_E"] = votes >= votes_that_suffice(expert_price)
     homes = None if home is None else home[:rows]
     weights = topk_weights
     if coefficient is None:
         ids = reroute(topk_weights, topk_ids, similarity, threshold=threshold, **settings)
     else:
         tables = (similarity, coefficient, size)
-        traffic = {"traffic_price": price, "domain_E": domain, "home_T": homes}
+        traffic = {"traffic_price": traffic_price, "domain_E": domain, "home_T": homes}
         weights, ids = reroute_projection(topk_weights, topk_ids, *tables, threshold=threshold, **traffic, **settings)
     places = {"rank_E": rank, "num_ranks": len(counters) - len(COUNTERS), "domain_E": domain, "home_T": homes}
     counters += step_counts(topk_weights, topk_ids, ids, num_experts=num_experts, **places, **settings)
@@ -189,20 +191,21 @@ class CpuBackend:
     """On a CPU: `kernels.reroute_cpu` for the paper's policy on one rank, otherwise the functions of `rerouting`.
 
     Attributes:
-        policy: float64 [5]: S (0 when switched off), rho, least and most valid rows of a step that is re-routed, and
-            the price of a domain.
+        policy: float64 [6]: S (0 when switched off), rho, least and most valid rows of a step that is re-routed, and
+            the prices of an expert and of a domain.
     """
 
     def __init__(self, artifact: Artifact, rows: Rows, settings: ReroutingConfig, owners: Owners | None):
         self.artifact, self.rows, self.settings, self.owners = artifact, rows, settings, owners
         self.home = homes(rows, owners)
-        self.policy = torch.zeros(5, dtype=torch.float64)
+        self.policy = torch.zeros(6, dtype=torch.float64)
 
     def set_policy(self, settings: ReroutingConfig) -> None:
         select_top_k = settings.select_top_k if settings.enabled else 0
         most = torch.inf if settings.max_rows is None else settings.max_rows
-        numbers = [select_top_k, settings.threshold, settings.min_rows, most, settings.traffic_price]
-        self.policy.copy_(torch.tensor(numbers, dtype=torch.float64))
+        numbers = [select_top_k, settings.threshold, settings.min_rows, most]
+        prices = [settings.expert_price, settings.traffic_price]
+        self.policy.copy_(torch.tensor(numbers + prices, dtype=torch.float64))
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
         # Plain tensor attributes: torch.compile takes them as inputs of the graph, whichever layer it compiles.
@@ -276,7 +279,7 @@ class KernelBackend:
 
         self.rows = rows
         self.home = homes(rows, owners)
-        self.unite = unite_primary if settings.primary_scope == "group" else None
+        self.unite = unite_votes if settings.primary_scope == "group" else None
         self.policy = Policy(rows.valid.device)
         self.layers = {}
         for layer, similarity in artifact.similarity.items():
@@ -294,6 +297,7 @@ class KernelBackend:
             enabled=settings.enabled,
             min_rows=settings.min_rows,
             max_rows=settings.max_rows,
+            expert_price=settings.expert_price,
             traffic_price=settings.traffic_price,
         )
         for layer in self.layers.values():

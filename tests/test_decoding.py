@@ -1,0 +1,86 @@
+"""What `lockstep` computes in one forward pass is what a vLLM engine that re-routes decodes, step by step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+
+from sere_dist.artifact import Artifact
+from sere_dist.evaluation.lockstep import Policy, decode_logits, unchanged
+from sere_dist.evaluation.policies import projection_policy, similarity_policy
+from sere_dist.moe import MoeShape
+from sere_dist.similarity import random_similarity
+from tests.conftest import MODEL, small_artifact
+
+BATCH, PROMPT, NEW, KEEP, LIKELIEST = 8, 24, 24, 2, 5
+TOLERANCE = 1e-3  # nats; float32 sums in another order cost about 1e-5
+POLICIES = ["sere", "projection"]
+
+
+@pytest.fixture(scope="module")
+def artifact(model) -> Artifact:
+    """Random matrices: substitutes that are nothing like the expert show most of what re-routing does."""
+    torch.manual_seed(0)
+    shape, layers = MoeShape.from_config(model.config), tuple(range(6))
+    artifact = small_artifact(layers=layers, method="projection", **vars(shape))
+    artifact.similarity = {layer: random_similarity(shape.num_experts, seed=layer) for layer in layers}
+    artifact.coefficient = {layer: 0.2 + matrix for layer, matrix in artifact.similarity.items()}
+    artifact.size = {layer: 0.5 + torch.rand(shape.num_experts) for layer in layers}
+    artifact.tokens_per_expert = {layer: [1] * shape.num_experts for layer in layers}
+    return artifact
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def served(request, artifact, heldout_ids, tmp_path_factory) -> tuple[str, torch.Tensor, list[list[dict[int, float]]]]:
+    """Policy, token ids [B, L] of prompts and greedy answers, and the likeliest tokens' log-probabilities at each step.
+
+    All prompts fit into one step, so that every later step decodes all rows.
+    """
+    path: Path = tmp_path_factory.mktemp("artifact") / request.param
+    artifact.save(path)
+    llm = LLM(
+        str(MODEL),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_batched_tokens=BATCH * PROMPT,
+        enable_prefix_caching=False,
+        additional_config={"sere": {"artifact": str(path), "select_top_k": KEEP, "policy": request.param}},
+    )
+    prompts_BL = heldout_ids[:BATCH, :PROMPT]
+    parameters = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=LIKELIEST)
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts_BL.tolist()]
+    answers = [answer.outputs[0] for answer in llm.generate(prompts, parameters, use_tqdm=False)]
+    (worker,) = llm.collective_rpc("sere_counters")
+    llm.llm_engine.engine_core.shutdown()
+    assert all(layer["rows"] == BATCH * (NEW - 1) == BATCH * layer["steps"] for layer in worker["layers"].values())
+    ids_BL = torch.cat([prompts_BL, torch.tensor([list(answer.token_ids) for answer in answers])], dim=1)
+    found = [[{token: of.logprob for token, of in step.items()} for step in answer.logprobs] for answer in answers]
+    return request.param, ids_BL, found
+
+
+def largest_error(model, policy: Policy, ids_BL: torch.Tensor, found: list[list[dict[int, float]]]) -> float:
+    """Returns by how much log-probabilities in lockstep differ at most from those that an engine reported."""
+    logits_BDV = decode_logits(model, ids_BL, prompt_length=PROMPT, policy=policy)
+    assert logits_BDV.shape[1] == NEW - 1  # the first new token is the prompt's, which is not re-routed
+    return max(
+        abs(float(logprobs_V[token]) - logprob)
+        for logprobs_DV, steps in zip(logits_BDV.log_softmax(dim=2), found, strict=True)
+        for logprobs_V, step in zip(logprobs_DV, steps[1:], strict=True)
+        for token, logprob in step.items()
+    )
+
+
+def test_lockstep_equals_decoding_in_vllm(model, artifact, served):
+    name, ids_BL, found = served
+    policies = {
+        "sere": similarity_policy(artifact.similarity, KEEP),
+        "projection": projection_policy(artifact.similarity, artifact.coefficient, artifact.size, KEEP),
+    }
+    errors = {other: largest_error(model, policy, ids_BL, found) for other, policy in policies.items()}
+    assert errors.pop(name) < TOLERANCE
+    # The same check without re-routing, with the other policy, and with half of the batch, fails by far.
+    errors["off"] = largest_error(model, unchanged, ids_BL, found)
+    errors["half"] = largest_error(model, policies[name], ids_BL[: BATCH // 2], found[: BATCH // 2])
+    assert min(errors.values()) > 100 * TOLERANCE, errors
