@@ -4,10 +4,11 @@ The only place that touches Ray Serve LLM's internals: its routes, its FastAPI a
 `ray.llm._internal.serve.core.ingress.dev_ingress` does. `pyproject.toml` pins the release that they were tested with.
 """
 
+import asyncio
 import hmac
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig
@@ -24,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sere_dist.admin import POLICY_PATH
 from sere_dist.config import ADMIN_TOKEN, API_KEY, CHANGEABLE, ReroutingConfig, environment_secrets
+from serve_apps.server import EngineDied, EngineIsGone
 
 try:
     from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults
@@ -34,17 +37,27 @@ except ImportError as error:
         f"Ray {ray.__version__} lacks what the ingress builds on ({error}); it was tested with 2.60.0"
     ) from error
 
+UNAVAILABLE = "service_unavailable"  # kind of an error
+REPLICA_DIED = "The replica that worked on this request died. Send the request again."
+AGAIN_SECONDS = 0.2  # before a request goes to another replica
+
 logger = logging.getLogger("ray.serve")
 
 
-def error_response(status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
+def error_body(status: int, message: str, kind: str, code: str | None = None) -> dict[str, Any]:
     """Returns an error in the shape of OpenAI's."""
-    error = {"message": message, "type": kind, "param": None, "code": code or status}
-    return JSONResponse({"error": error}, status, headers={"WWW-Authenticate": "Bearer"} if status == 401 else None)
+    return {"error": {"message": message, "type": kind, "param": None, "code": code or status}}
+
+
+def error_response(status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return JSONResponse(error_body(status, message, kind, code), status, headers)
 
 
 def http_error(_request: Request, error: HTTPException) -> JSONResponse:
-    """An unknown model or route."""
+    """An unknown model or route, or a replica that died."""
+    if error.status_code == 503:
+        return error_response(503, str(error.detail), UNAVAILABLE)
     return error_response(error.status_code, str(error.detail))
 
 
@@ -122,6 +135,25 @@ class SereIngress(OpenAiIngress):
             )
         self.keeper = keeper
         self.admin_tokens = environment_secrets(ADMIN_TOKEN)
+
+    async def _get_response(self, **request: Any) -> AsyncIterator[Any]:
+        """Sends a request that no engine has seen to another replica. Not one that an engine has: it may be what killed
+        it, and would kill the others."""
+        begun = False
+        while True:
+            try:
+                async for response in super()._get_response(**request):
+                    yield response
+                    begun = True
+                return
+            except EngineIsGone:
+                await asyncio.sleep(AGAIN_SECONDS)
+            except (EngineDied, RayActorError) as error:
+                logger.warning("a request lost its replica: %s", type(error).__name__)
+                if not begun:
+                    raise HTTPException(503, REPLICA_DIED) from error
+                yield f"data: {json.dumps(error_body(503, REPLICA_DIED, UNAVAILABLE))}\n\n"
+                return
 
     async def get_policy(self, request: Request) -> JSONResponse:
         """The policy in force, and the replicas that run it."""

@@ -22,6 +22,7 @@ POLICY = {
     "enabled": "Whether re-routing is on.",
     "select_top_k": "S: experts that every token keeps.",
     "threshold": "rho: an expert with no active substitute this similar stays.",
+    "expert_price": "The error that one expert less to run is worth.",
     "traffic_price": "The error that one domain less to visit is worth.",
     "min_rows": "Steps in which fewer rows could be re-routed are left alone.",
 }

@@ -19,8 +19,9 @@ from sere_dist.config import ADMIN_TOKEN, API_KEY, PLUGIN, ReroutingConfig, leav
 from sere_dist.reference import load_artifact_of
 from serve_apps.ingress import build_ingress
 from serve_apps.policy import KEEPER, PolicyKeeper
-from serve_apps.server import SereDPServer, SereServer
+from serve_apps.server import PlainDPServer, PlainServer, SereDPServer, SereServer
 
+NAME_PREFIX = "LLMServer:"  # of the deployment; the model's name follows
 SECRETS = {f"{name}{suffix}" for name in (API_KEY, ADMIN_TOKEN) for suffix in ("", "_FILE")}
 
 # What has an argument of the application, and so may not be given in another place too.
@@ -146,10 +147,12 @@ def build_app(args: dict[str, Any]) -> Application:
         ValueError: an argument is unknown or out of range, or the artifact is not for the model.
     """
     config = AppConfig.model_validate(args)
-    build = build_llm_deployment if config.data_parallel_size == 1 else build_dp_deployment
+    is_alone = config.data_parallel_size == 1
+    build = build_llm_deployment if is_alone else build_dp_deployment
     if config.rerouting is None:
         translated = llm_config(config)
-        return build_ingress(translated, build(translated), config.ingress, require_api_key=config.require_api_key)
+        servers = build(translated, name_prefix=NAME_PREFIX, deployment_cls=PlainServer if is_alone else PlainDPServer)
+        return build_ingress(translated, servers, config.ingress, require_api_key=config.require_api_key)
 
     check_plugin_loads(config)
     artifact = load_artifact_of(config.rerouting.artifact, config.model)
@@ -161,8 +164,8 @@ def build_app(args: dict[str, Any]) -> Application:
     ).bind(settings, artifact.config.num_experts_per_token)
     servers = build(
         translated,
-        name_prefix="LLMServer:",
-        deployment_cls=SereServer if config.data_parallel_size == 1 else SereDPServer,
+        name_prefix=NAME_PREFIX,
+        deployment_cls=SereServer if is_alone else SereDPServer,
         bind_kwargs={
             "keeper": keeper,
             "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},

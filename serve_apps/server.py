@@ -1,8 +1,10 @@
-"""Ray Serve LLM's replicas, with two things more: they follow the policy in force, and report what re-routing does."""
+"""Ray Serve LLM's replicas, with three things more: they follow the policy in force, report what re-routing does, and
+end when their engine does."""
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from ray import serve
@@ -15,8 +17,64 @@ from serve_apps.policy import HEARTBEAT_SECONDS, Follower
 
 METRICS_SECONDS = 10.0  # between two readings of the counters
 RETRY_SECONDS = 5.0
+ENGINE_SECONDS = 0.2  # between two looks at the engine
+LAST_WORDS_SECONDS = 1.0  # for errors on their way to clients
 
 logger = logging.getLogger("ray.serve")
+
+
+class EngineIsGone(Exception):
+    """A request came to a replica whose engine had died; no engine has seen it."""
+
+
+class EngineDied(Exception):
+    """The engine died while it worked on a request."""
+
+
+class EndsWithEngine:
+    """Goes before a class of Ray Serve LLM's servers: a replica ends soon after its engine.
+
+    Ray Serve's health checks would notice after half a minute. Until then such a replica refuses every request at once,
+    so it seems to be the least busy, and is sent most of them.
+    """
+
+    async def __init__(self, llm_config: LLMConfig, **kwargs):
+        await super().__init__(llm_config, **kwargs)
+        self.watch = asyncio.create_task(self._end_with_engine())
+
+    async def _has_engine(self) -> bool:
+        try:
+            await self.check_health()
+        except Exception:
+            return False
+        return True
+
+    async def _end_with_engine(self) -> None:
+        while await self._has_engine():
+            await asyncio.sleep(ENGINE_SECONDS)
+        logger.error("sere_dist: the engine died; so does its replica, and Ray Serve starts another")
+        await asyncio.sleep(LAST_WORDS_SECONDS)
+        os._exit(1)
+
+    async def chat(self, *args, **kwargs):
+        return await self._accept(super().chat, *args, **kwargs)
+
+    async def completions(self, *args, **kwargs):
+        return await self._accept(super().completions, *args, **kwargs)
+
+    async def _accept(self, method: Callable[..., Awaitable], *args, **kwargs):
+        if not await self._has_engine():
+            raise EngineIsGone
+        return self._while_it_lives(await method(*args, **kwargs))
+
+    async def _while_it_lives(self, answer: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        try:
+            async for part in answer:
+                yield part
+        except Exception as error:
+            if await self._has_engine():
+                raise
+            raise EngineDied from error
 
 
 class Rerouting:
@@ -45,12 +103,20 @@ class Rerouting:
         self.metrics.update(await self.collective_rpc("sere_counters"), policies[0])
 
 
-class SereServer(Rerouting, LLMServer):
+class PlainServer(EndsWithEngine, LLMServer):
     """A replica with an engine of its own."""
 
 
-class SereDPServer(Rerouting, DPServer):
+class PlainDPServer(EndsWithEngine, DPServer):
     """A replica that is one data-parallel rank of several."""
+
+
+class SereServer(Rerouting, PlainServer):
+    """A replica with an engine of its own, which re-routes."""
+
+
+class SereDPServer(Rerouting, PlainDPServer):
+    """A replica that is one data-parallel rank of several, which re-route."""
 
 
 async def _again_and_again(what: str, act: Callable[[], Awaitable[None]], pause_s: float = 0.0) -> None:

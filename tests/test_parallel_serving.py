@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from benchmarks.common import example_texts
+from benchmarks.survival import processes
 from examples import demo
 from examples.local_cluster import free_ports
 from sere_dist.admin import policy
@@ -70,3 +71,19 @@ def test_without_a_key_there_is_no_answer(url):
     for key in ("none", "old"):
         with openai.OpenAI(base_url=url, api_key=key) as client, pytest.raises(openai.AuthenticationError):
             client.completions.create(model=demo.MODEL_ID, prompt="In the beginning")
+
+
+def test_a_group_that_loses_a_worker_comes_back(cluster, url):
+    """The last test of each group: every process of it is another one afterwards."""
+    workers = {process.pid for process in processes(cluster, "VLLM::Worker")}
+    assert len(workers) == 2
+    processes(cluster, "VLLM::Worker")[-1].kill()
+    with openai.OpenAI(base_url=url, api_key="new-key", max_retries=0, timeout=30) as client:
+
+        def answers_again() -> bool:
+            now = {process.pid for process in processes(cluster, "VLLM::Worker")}
+            return not workers & now and bool(
+                client.completions.create(model=demo.MODEL_ID, prompt="In the beginning", max_tokens=8).choices
+            )
+
+        eventually(answers_again, seconds=demo.READY_SECONDS)

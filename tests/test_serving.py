@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from benchmarks.common import example_texts
+from benchmarks.survival import REPLICA, processes
 from examples import demo
 from examples.local_cluster import free_ports
 from sere_dist.admin import AdminError, policy
@@ -171,16 +172,22 @@ def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
 
 
 def test_a_replica_and_a_keeper_that_start_again_run_the_same(cluster, admin, client, prompts):
-    """Ray Serve replaces both after their processes are killed; the policy in force stays."""
+    """Ray Serve replaces both after their processes are killed; the policy in force stays. A stream is told."""
     (killed,) = admin(select_top_k=3)["replicas"]
     expected = greedy(client, prompts)
-    for deployment in ("SerePolicy", "LLMServer:tiny-moe"):
-        kill = [sys.executable, "-m", "tests.kill_replica", deployment]
-        assert cluster.run(kill, cwd=demo.ROOT, stdout=subprocess.PIPE).returncode == 0
+    options = {"model": demo.MODEL_ID, "max_tokens": 480, "extra_body": {"ignore_eos": True}}
+    stream = client.completions.create(prompt="In the beginning", stream=True, **options)
+    assert next(stream).choices
+    for title in (REPLICA, "ray::ServeReplica:sere:SerePolicy"):
+        for process in processes(cluster, title):
+            process.kill()
+        if title == REPLICA:
+            with pytest.raises(openai.APIError, match="replica that worked on this request died"):
+                list(stream)
 
-        def is_back(deployment=deployment) -> bool:
+        def is_back(title=title) -> bool:
             state = admin()
-            is_new = deployment == "SerePolicy" or killed not in state["replicas"]
+            is_new = title != REPLICA or killed not in state["replicas"]
             return state["policy"]["select_top_k"] == 3 and len(state["replicas"]) == 1 and is_new
 
         eventually(is_back, seconds=180)

@@ -17,17 +17,20 @@ from ray.cluster_utils import Cluster
 
 from sere_dist.artifact import TENSORS_FILE, Artifact
 from tests.conftest import MODEL, TEXTS
+from tests.hosts import Hosts
 
 SECONDS = 120
 
 
 class Job:
-    """The job's command, running; its lines as they come."""
+    """The job's command, running, perhaps on the head of several hosts; its lines as they come."""
 
-    def __init__(self, address: str, output: Path, *options: str):
+    def __init__(self, address: str, output: Path, *options: str, on: Hosts | None = None):
         command = [sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(MODEL), "--output", str(output)]
         command += ["--dataset", str(TEXTS / "calibration.parquet"), "--num-samples", "120", *options]
         environment = {**os.environ, "RAY_ADDRESS": address}
+        if on is not None:
+            command, environment = on.command(0, command), on.environment
         self.lines: list[str] = []
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

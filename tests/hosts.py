@@ -1,0 +1,142 @@
+"""Several machines of a network of their own, on this one: network namespaces with a raylet each."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+NETWORK = "10.93.17"
+GCS_PORT = 6379  # nobody else is on that network
+START_SECONDS = 60
+# A node that does not answer for so long is lost; Ray's own defaults make that half a minute.
+HEALTH = {"period_ms": 500, "timeout_ms": 1000, "failure_threshold": 4, "initial_delay_ms": 0}
+
+
+def ip(*arguments: str) -> str:
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def can_be_made() -> bool:
+    """Whether this process may make network namespaces: as root, where iproute2 is installed."""
+    name = f"sere-{secrets.token_hex(3)}"
+    try:
+        ip("netns", "add", name)
+        ip("netns", "delete", name)
+    except OSError:
+        return False
+    return True
+
+
+class Hosts:
+    """Hosts `0` to `count` - 1, each with an address of its own, joined by a switch. Host 0 is Ray's head without CPUs.
+
+    Use as a context manager. `run` and `popen` run a command on a host; `environment` is what reaches the cluster.
+    """
+
+    def __init__(self, count: int, num_cpus: int = 1):
+        self.count, self.num_cpus = count, num_cpus
+
+    def __enter__(self) -> Self:
+        self.folder = Path(tempfile.mkdtemp(prefix="sere-"))
+        self.network = f"sere-{secrets.token_hex(3)}"
+        self.token = secrets.token_hex(16)
+        self.address = f"{self.ip(0)}:{GCS_PORT}"
+        self.environment = {
+            **os.environ,
+            **{f"RAY_health_check_{name}": str(value) for name, value in HEALTH.items()},
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_ADDRESS": self.address,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        try:
+            self._join()
+            self._start_ray()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def ip(self, host: int) -> str:
+        return f"{NETWORK}.{host + 1}"
+
+    def namespace(self, host: int | str) -> str:
+        return f"{self.network}-{host}"
+
+    def _join(self) -> None:
+        switch = self.namespace("switch")
+        ip("netns", "add", switch)
+        ip("-n", switch, "link", "add", "switch", "type", "bridge")
+        ip("-n", switch, "link", "set", "switch", "up")
+        for host in range(self.count):
+            name, port = self.namespace(host), f"port{host}"
+            ip("netns", "add", name)
+            ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
+            ip("-n", switch, "link", "set", port, "master", "switch", "up")
+            ip("-n", name, "address", "add", f"{self.ip(host)}/24", "dev", "eth0")
+            for device in ("lo", "eth0"):
+                ip("-n", name, "link", "set", device, "up")
+
+    def _start_ray(self) -> None:
+        self.log = self.folder / "ray.log"
+        head = ["--head", f"--port={GCS_PORT}", "--num-cpus=0", f"--temp-dir={self.folder}", "--dashboard-host=0.0.0.0"]
+        worker = [f"--address={self.address}", f"--num-cpus={self.num_cpus}"]
+        with self.log.open("w") as log:
+            for host in range(self.count):
+                command = ["ray", "start", "--block", f"--node-ip-address={self.ip(host)}", *(worker if host else head)]
+                self.popen(host, command, stdout=log, stderr=log)
+                self._wait(host + 1)
+
+    def _wait(self, count: int) -> None:
+        alive = "import ray; ray.init(logging_level='error'); print(sum(node['Alive'] for node in ray.nodes()))"
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            done = self.run(0, [sys.executable, "-c", alive], capture_output=True, text=True)
+            if done.stdout.strip() == str(count):
+                return
+        raise RuntimeError(f"host {count - 1} did not join within {START_SECONDS} s:\n{self.log.read_text()}")
+
+    def command(self, host: int, command: list[str]) -> list[str]:
+        """Returns the command that runs `command` on a host."""
+        return ["ip", "netns", "exec", self.namespace(host), *command]
+
+    def popen(self, host: int, command: list[str], **kwargs) -> subprocess.Popen:
+        return subprocess.Popen(self.command(host, command), **{"env": self.environment, **kwargs})
+
+    def run(self, host: int, command: list[str], **kwargs) -> subprocess.CompletedProcess:
+        return subprocess.run(self.command(host, command), **{"env": self.environment, **kwargs})
+
+    def cut_off(self, host: int) -> None:
+        """Pulls the host's cable: what it sends and what it is sent is lost, and no connection is closed."""
+        ip("-n", self.namespace("switch"), "link", "set", f"port{host}", "down")
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for host in range(self.count):
+            with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                found += [psutil.Process(int(pid)) for pid in ip("netns", "pids", self.namespace(host)).split()]
+        return found
+
+    def __exit__(self, *_exception) -> None:
+        for _attempt in range(5):  # what dies may be started again by what is still there
+            left = self.processes()
+            for process in left:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(left, timeout=5)
+        for host in (*range(self.count), "switch"):
+            with contextlib.suppress(OSError):
+                ip("netns", "delete", self.namespace(host))
+        shutil.rmtree(self.folder, ignore_errors=True)
