@@ -54,7 +54,7 @@ def check(steps: int) -> dict[str, Any]:
 
 def check_replays() -> int:
     """One captured graph; what a replay does follows the policy, the threshold, the tokens, the places of the experts
-    and the other ranks' primary experts of its moment."""
+    and the other ranks' votes of its moment."""
     count = 0
     random = torch.Generator().manual_seed(0)
     # One launch and two; without other ranks and with them.
@@ -66,11 +66,11 @@ def check_replays() -> int:
         valid_T, unite = step.valid_T.cuda(), None
         places = [(layer.rank_E, step.rank_E), (layer.domain_E, step.domain_E)]
         if elsewhere_share is not None:
-            elsewhere_E = step.elsewhere_E.to("cuda", torch.uint8)
+            elsewhere_E = step.elsewhere_E.cuda()
             places.append((elsewhere_E, step.elsewhere_E))
 
-            def unite(primary_E: torch.Tensor, elsewhere_E: torch.Tensor = elsewhere_E) -> None:
-                torch.maximum(primary_E, elsewhere_E, out=primary_E)
+            def unite(votes_E: torch.Tensor, elsewhere_E: torch.Tensor = elsewhere_E) -> None:
+                votes_E += elsewhere_E
 
         layer.reroute(weights_TK, ids_TK, valid_T, unite=unite)  # compiles and loads
         graph = capture([lambda: layer.reroute(weights_TK, ids_TK, valid_T, unite=unite)])  # noqa: B023 captured at once
@@ -79,6 +79,7 @@ def check_replays() -> int:
         for turn in range(40):
             step.select_top_k, step.threshold = turn % 9, (0.0, 0.5, 0.9, 0.99)[turn % 4]
             step.enabled, step.min_rows, step.traffic_price = turn % 5 != 3, (0, rows)[turn % 7 == 6], 0.01 * (turn % 3)
+            step.expert_price = (0.0, 1.0, 10.0, 100.0)[turn % 11 % 4]
             step.set(layer.policy)
             layer.set_threshold(step.threshold)
             step.valid_T = torch.rand(len(step.valid_T), generator=random) < 0.9
