@@ -16,8 +16,13 @@ import psutil
 NETWORK = "10.93.17"
 GCS_PORT = 6379  # nobody else is on that network
 START_SECONDS = 60
-# A node that does not answer for so long is lost; Ray's own defaults make that half a minute.
-HEALTH = {"period_ms": 500, "timeout_ms": 1000, "failure_threshold": 4, "initial_delay_ms": 0}
+# A node that does not answer for so long is lost, and a connection that is silent for so long is dead. Ray's defaults
+# make that half a minute, and five.
+PATIENCE = {
+    **{f"RAY_health_check_{name}_ms": "1000" for name in ("period", "timeout", "initial_delay")},
+    "RAY_health_check_failure_threshold": "3",
+    **{f"RAY_grpc_client_keepalive_{name}_ms": "5000" for name in ("time", "timeout")},
+}
 
 
 def ip(*arguments: str) -> str:
@@ -54,7 +59,7 @@ class Hosts:
         self.address = f"{self.ip(0)}:{GCS_PORT}"
         self.environment = {
             **os.environ,
-            **{f"RAY_health_check_{name}": str(value) for name, value in HEALTH.items()},
+            **PATIENCE,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "RAY_ADDRESS": self.address,
             "RAY_AUTH_MODE": "token",
