@@ -14,7 +14,8 @@ the share of steps whose likeliest token stays, against the experts that a layer
 
 The held-out texts are parted by halves of each kind. What is reported is measured on the final half; whoever chooses a
 policy, a parameter or a model by this benchmark does so with `--half choice`, on the other one. Nothing here is chosen
-by either half: similarities come from the calibration texts, XShare's budgets are the paper's policy's active experts.
+by either half: similarities come from the calibration texts, XShare's budgets are the paper's policy's active experts,
+an expert's prices are a fixed sweep.
 
 Errors are standard errors over texts, of differences and ratios by pairs. Prints tables and one JSON line last; writes
 `benchmarks/results/quality.json` and `docs/quality.png`.
@@ -27,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -45,7 +46,7 @@ from benchmarks.common import ROOT, TINY_MOE, line_by_line, machine, rounded, ta
 from sere_dist.calibration import LayerResult, expert_inputs, score_layer, text_blocks
 from sere_dist.checkpoint import Checkpoint
 from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
-from sere_dist.evaluation.lockstep import LockstepResult, Policy, decode_logits, lockstep, unchanged
+from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Policy, unchanged
 from sere_dist.evaluation.policies import (
     dropping_policy,
     oea_policy,
@@ -65,7 +66,9 @@ SAMPLES = (16, 32, 64, 128, 256, 400)  # texts of a calibration; the last is wha
 SAMPLES_OF_CKA, SAMPLES_OF_KIND = 32, 128  # CKA takes the square of its tokens in time
 KEEPS, KEEPS_OF_PARTS, KEEP_OF_CALIBRATIONS = (1, 2, 3, 4, 6), (1, 2, 4), 2
 RANDOM_DRAWS = 5
-OFF, PAPER, RANDOM, PROJECTION = "off", "paper, frobenius", "paper, random", "projection"
+PRICES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of an expert, where every token keeps one of its own
+OFF, PAPER, RANDOM, PROJECTION, PRICED = "off", "paper, frobenius", "paper, random", "projection", "expert price, S = 1"
+RIVALS = (PAPER, "OEA", "OEA, not renormalised", "XShare", "XShare, warm-up 1", "XShare, not renormalised", PROJECTION)
 CALIBRATED = (PAPER, "paper, cosine", "paper, CKA", "paper, projection", "paper, weights")
 OF_KINDS = (PAPER, RANDOM, "dropping, renormalised", "OEA", "XShare, warm-up 1", PROJECTION)
 STYLES = {
@@ -76,6 +79,7 @@ STYLES = {
     "OEA": {"color": "tab:purple", "marker": "^"},
     "XShare, warm-up 1": {"color": "tab:orange", "marker": "D"},
     PROJECTION: {"color": "tab:blue", "marker": "P"},
+    PRICED: {"color": "black", "marker": "*"},
 }
 BEYOND = 0.05  # of the paper's range of active experts: how far its curve is drawn on
 
@@ -86,10 +90,13 @@ class Text(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A policy and its knob: S, k0, or for XShare the S of the paper's policy whose active experts are its budget."""
+    """A policy and its knob.
+
+    That is S, k0, an expert's price, or for XShare the S of the paper's policy whose active experts are its budget.
+    """
 
     policy: str
-    knob: int
+    knob: float
 
 
 def read(path: Path, tokenizer: Any) -> list[Text]:
@@ -123,27 +130,8 @@ def mixed(texts: Sequence[Text]) -> list[Text]:
     return [text for _, text in sorted(places, key=lambda place: place[0])]
 
 
-@dataclass(frozen=True)
-class Bench:
-    """Texts that a model decodes, and its logits as it is, which do not depend on the batch."""
-
-    model: PreTrainedModel
-    texts: list[Text]
-    prompt: int
-
-    @cached_property
-    def ids_BL(self) -> torch.Tensor:
-        return torch.tensor([text.ids for text in self.texts])
-
-    @cached_property
-    def reference_BDV(self) -> torch.Tensor:
-        return torch.cat([decode_logits(self.model, part, prompt_length=self.prompt) for part in self.ids_BL.split(16)])
-
-    def run(self, policy: Policy, batch: int) -> LockstepResult:
-        parts = zip(self.ids_BL.split(batch), self.reference_BDV.split(batch), strict=True)
-        settings = {"prompt_length": self.prompt, "policy": policy}
-        results = [lockstep(self.model, ids_BL, reference_BDV=reference, **settings) for ids_BL, reference in parts]
-        return sum(results[1:], results[0])
+def decoded(model: PreTrainedModel, texts: Sequence[Text], prompt: int) -> HeldOut:
+    return HeldOut(model, torch.tensor([text.ids for text in texts]), prompt)
 
 
 @dataclass(frozen=True)
@@ -155,10 +143,10 @@ class Calibration:
     def substitutes(self, select_top_k: int) -> Policy:
         return similarity_policy({layer: found.similarity_EE for layer, found in self.layers.items()}, select_top_k)
 
-    def projection(self, select_top_k: int) -> Policy:
+    def projection(self, select_top_k: int, expert_price: float = 0.0) -> Policy:
         names = ("similarity_EE", "coefficient_EE", "size_E")
         matrices = ({layer: getattr(found, name) for layer, found in self.layers.items()} for name in names)
-        return projection_policy(*matrices, select_top_k)
+        return projection_policy(*matrices, select_top_k, expert_price=expert_price)
 
 
 def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[Method]) -> list[Calibration]:
@@ -224,13 +212,24 @@ def policies(model: PreTrainedModel, calibrations: dict[str, Calibration]) -> di
         "OEA": oea_policy,
         "XShare": xshare_policy,
         "XShare, warm-up 1": lambda budget: xshare_policy(budget, warm_up=1),
+        "OEA, not renormalised": lambda s: oea_policy(s, renormalise=False),
+        "XShare, not renormalised": lambda budget: xshare_policy(budget, warm_up=1, renormalise=False),
     }
 
 
-def field(bench: Bench, field_of: dict[str, Callable[[int], Policy]], keeps: Sequence[int]) -> list[dict[str, Any]]:
-    """Returns a row for each batch, policy and knob, with its KL beside the paper's at as many active experts."""
-    rows, kinds = [], [text.kind for text in bench.texts]
-    bar = tqdm(total=len(BATCHES) * (1 + len(field_of) * len(keeps)), desc="field")
+def field(
+    bench: HeldOut,
+    kinds: Sequence[str],
+    field_of: dict[str, Callable[[int], Policy]],
+    keeps: Sequence[int],
+    priced: Callable[[float], Policy],
+) -> list[dict[str, Any]]:
+    """Returns a row for each batch, policy and knob, with its KL beside the paper's at as many active experts.
+
+    `kinds` are those of the texts. `priced` is projection at an expert's price; it is compared with all `RIVALS`.
+    """
+    rows = []
+    bar = tqdm(total=len(BATCHES) * (1 + len(field_of) * len(keeps) + len(PRICES)), desc="field")
     for batch in BATCHES:
         off, results = bench.run(unchanged, batch), {}
         bar.update()
@@ -239,19 +238,24 @@ def field(bench: Bench, field_of: dict[str, Callable[[int], Policy]], keeps: Seq
                 budget = round(results[Point(PAPER, keep)].active_experts) if name.startswith("XShare") else keep
                 results[Point(name, keep)] = bench.run(policy_of(budget), batch)
                 bar.update()
+        for price in PRICES:
+            results[Point(PRICED, price)] = bench.run(priced(price), batch)
+            bar.update()
         rows.append({"batch": batch, "policy": OFF, "knob": None, **summary(off, off, kinds)})
-        curve = [results[Point(PAPER, keep)] for keep in keeps]
+        curves = {name: [results[Point(name, keep)] for keep in keeps] for name in RIVALS}
         for point, result in results.items():
-            rows.append({"batch": batch, **point._asdict(), **summary(result, off, kinds)})
-            paper = at_active_experts(curve, result.active_experts)
-            if paper is not None:
-                rows[-1]["beside_paper"] = compared(result.divergence_of_texts, paper)
+            row = {"batch": batch, **point._asdict(), **summary(result, off, kinds)}
+            beside = {}
+            for rival in RIVALS if point.policy == PRICED else (PAPER,):
+                if (theirs := at_active_experts(curves[rival], result.active_experts)) is not None:
+                    beside[rival] = compared(result.divergence_of_texts, theirs)
+            rows.append(row | {"beside": beside})
     bar.close()
     return rows
 
 
 def in_batches_of_one_kind(
-    benches: dict[str, Bench], field_of: dict[str, Callable[[int], Policy]]
+    benches: dict[str, HeldOut], field_of: dict[str, Callable[[int], Policy]]
 ) -> list[dict[str, Any]]:
     rows = []
     for kind, bench in tqdm(benches.items(), desc="kinds"):
@@ -266,7 +270,7 @@ def in_batches_of_one_kind(
     return rows
 
 
-def beside_random(bench: Bench, field_of: dict[str, Callable[[int], Policy]]) -> list[dict[str, Any]]:
+def beside_random(bench: HeldOut, field_of: dict[str, Callable[[int], Policy]]) -> list[dict[str, Any]]:
     """Returns the KL with each calibrated similarity beside the mean over draws of random ones, text by text."""
     rows, layers = [], routed_experts(bench.model)
     for keep in tqdm(KEEPS_OF_PARTS, desc="beside random"):
@@ -285,7 +289,7 @@ def beside_random(bench: Bench, field_of: dict[str, Callable[[int], Policy]]) ->
     return rows
 
 
-def transfer(benches: dict[str, Bench], checkpoint: Checkpoint, texts: dict[str, list[Text]]) -> list[dict[str, Any]]:
+def transfer(benches: dict[str, HeldOut], checkpoint: Checkpoint, texts: dict[str, list[Text]]) -> list[dict[str, Any]]:
     """Returns the KL on each kind of text when calibrated on each, beside that of the kind itself."""
     rows = []
     calibrations = {
@@ -305,7 +309,7 @@ def transfer(benches: dict[str, Bench], checkpoint: Checkpoint, texts: dict[str,
     return rows
 
 
-def by_samples(bench: Bench, by_count: dict[int, list[Calibration]]) -> list[dict[str, Any]]:
+def by_samples(bench: HeldOut, by_count: dict[int, list[Calibration]]) -> list[dict[str, Any]]:
     """Returns the KL by calibration texts, beside that of the most."""
     rows: list[dict[str, Any]] = []
     for which, name in enumerate((PAPER, PROJECTION)):
@@ -354,7 +358,7 @@ def plus_minus(row: dict[str, Any], name: str, digits: int) -> str:
 
 def field_table(rows: list[dict[str, Any]], batch: int, keeps: Sequence[int]) -> Table:
     of_batch = {(row["policy"], row["knob"]): row for row in rows if row["batch"] == batch}
-    names = list(dict.fromkeys(name for name, knob in of_batch if knob))
+    names = list(dict.fromkeys(name for name, _knob in of_batch if name not in (OFF, PRICED)))
     off = of_batch[OFF, None]
     title = f"batch {batch}, texts of all kinds; as it is {off['active_experts']:.1f} active experts, perplexity "
     title += f"{off['perplexity']:.2f}. KL in nats a token, and its factor of the paper's policy (frobenius)\n"
@@ -367,13 +371,23 @@ def field_table(rows: list[dict[str, Any]], batch: int, keeps: Sequence[int]) ->
         cells = []
         for keep in keeps:
             row, paper = of_batch[name, keep], of_batch[PAPER, keep]["active_experts"]
-            factor = row.get("beside_paper")
+            factor = row["beside"].get(PAPER)
             cells.append(
                 f"{row['kl']:.4f}" + (f" x{factor['ratio']:.2f} ±{factor['ratio_error']:.2f}" if factor else "")
             )
             if abs(row["active_experts"] / paper - 1) > BEYOND:
                 cells[-1] += f" ({row['active_experts']:.1f})"
         table.add_row(name, *cells)
+    return table
+
+
+def priced_table(rows: list[dict[str, Any]], batch: int) -> Table:
+    title = f"batch {batch}, {PRICED}: KL in nats a token, and its factor of others' at as many active experts"
+    table = Table("price", "active", "KL", *RIVALS, title=title, title_justify="left", box=box.SIMPLE)
+    for row in rows:
+        if (row["batch"], row["policy"]) == (batch, PRICED):
+            cells = [plus_minus(found, "ratio", 2) if (found := row["beside"].get(name)) else "" for name in RIVALS]
+            table.add_row(f"{row['knob']:g}", f"{row['active_experts']:.1f}", plus_minus(row, "kl", 4), *cells)
     return table
 
 
@@ -441,8 +455,9 @@ def main(
     tokenizer, checkpoint = AutoTokenizer.from_pretrained(model), Checkpoint(str(model))
     loaded = load_model(str(model), "cpu")
     own_half = cut(half_of(read(heldout, tokenizer), half), length)
-    bench = Bench(loaded, mixed(own_half)[:texts], prompt)
-    benches = {kind: Bench(loaded, of_kind[:texts_of_kind], prompt) for kind, of_kind in by_kind(own_half).items()}
+    of_all, of_kinds = mixed(own_half)[:texts], by_kind(own_half)
+    bench = decoded(loaded, of_all, prompt)
+    benches = {kind: decoded(loaded, of_kind[:texts_of_kind], prompt) for kind, of_kind in of_kinds.items()}
     to_calibrate = cut(read(calibration, tokenizer), calibration_length)
     top_k = MoeShape.from_config(loaded.config).num_experts_per_token
     keeps = [keep for keep in KEEPS if keep < top_k]
@@ -464,14 +479,14 @@ def main(
         "versions": versions("sere-dist", "torch", "transformers"),
         "model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else str(model),
         "half": half,
-        "texts": {kind: len(of_kind) for kind, of_kind in by_kind(bench.texts).items()},
-        "texts_of_kind": {kind: len(of_kind.texts) for kind, of_kind in benches.items()},
+        "texts": {kind: len(of_kind) for kind, of_kind in by_kind(of_all).items()},
+        "texts_of_kind": {kind: len(of_kind.ids_NL) for kind, of_kind in benches.items()},
         "length": length,
         "prompt": prompt,
         "calibration_texts": {"all": counts[-1], "CKA": SAMPLES_OF_CKA, "each kind": SAMPLES_OF_KIND},
         "calibration_length": calibration_length,
     }
-    report["field"] = field(bench, field_of, keeps)
+    report["field"] = field(bench, [text.kind for text in of_all], field_of, keeps, partial(projection.projection, 1))
     report["kinds"] = in_batches_of_one_kind(benches, field_of)
     report["beside_random"] = beside_random(bench, field_of)
     report["transfer"] = transfer(benches, checkpoint, by_kind(to_calibrate))
@@ -480,6 +495,7 @@ def main(
 
     for batch in BATCHES:
         console.print(field_table(report["field"], batch, keeps))
+        console.print(priced_table(report["field"], batch))
     for table in part_tables(report):
         console.print(table)
     draw(report["field"], top_k, picture)

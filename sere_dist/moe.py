@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -185,6 +185,8 @@ def expert_outputs(
     return outputs_ENH
 
 
-def load_model(name: str, device: str) -> PreTrainedModel:
-    """Returns a whole model in float32, ready to run."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
+def load_model(
+    name: str, device: str, dtype: torch.dtype | Literal["auto"] = torch.float32, revision: str | None = None
+) -> PreTrainedModel:
+    """Returns a whole model, ready to run; `auto` is the checkpoint's own dtype."""
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision).to(device).eval()

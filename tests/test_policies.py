@@ -1,11 +1,13 @@
 """The field's policies against loops over the tokens of a step that say what they are."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from sere_dist.evaluation.lockstep import Routed, decode_logits
-from sere_dist.evaluation.policies import Policy, oea_policy, of_each_rank, top_k_policy, xshare_policy
+from sere_dist.evaluation.policies import Policy, oea_policy, of_each_rank, of_layers, top_k_policy, xshare_policy
 from sere_dist.moe import hooked_routing, router_scores
 from tests.test_families import FAMILIES
 
@@ -126,6 +128,22 @@ def test_each_rank_by_itself(routing):
         alone = oea_policy(1)(0, weights[:, rows], ids[:, rows], scores[:, rows])
         assert new_weights[:, rows].equal(alone[0])
         assert new_ids[:, rows].equal(alone[1])
+
+
+@pytest.mark.parametrize("policy_of", [partial(oea_policy, 2), partial(xshare_policy, 5, warm_up=1)])
+def test_without_renormalising_chosen_experts_keep_their_weights(routing, policy_of):
+    renormalised, own = policy_of()(0, *routing), policy_of(renormalise=False)(0, *routing)
+    assert own[1].equal(renormalised[1])
+    router, new = by_token(routing[:2]), by_token(own)
+    kept = [(token, expert) for token, experts in new.items() for expert in experts if expert in router[token]]
+    assert 0 < len(kept) < sum(map(len, new.values()))
+    assert [new[token][expert] for token, expert in kept] == pytest.approx([router[t][e] for t, e in kept])
+
+
+def test_layers_with_policies_of_their_own(routing):
+    policy = of_layers({1: top_k_policy(1), 2: top_k_policy(2)})
+    for layer, kept in ((0, TOP_K), (1, 1), (2, 2)):
+        assert ((policy(layer, *routing)[1] >= 0).sum(dim=2) == kept).all()
 
 
 @pytest.mark.parametrize("policy", [oea_policy(1), xshare_policy(3)])

@@ -53,7 +53,14 @@ def test_compared():
 
 
 def test_benchmark(tmp_path, capsys, monkeypatch):
-    small = {"BATCHES": (1, 4), "BATCH_OF_PARTS": 2, "KEEPS": (1, 4, 8), "KEEPS_OF_PARTS": (1, 2), "RANDOM_DRAWS": 2}
+    small = {
+        "BATCHES": (1, 4),
+        "BATCH_OF_PARTS": 2,
+        "KEEPS": (1, 4, 8),
+        "KEEPS_OF_PARTS": (1, 2),
+        "RANDOM_DRAWS": 2,
+        "PRICES": (0.01, 0.1),
+    }
     small |= {"SAMPLES": (2, 4, 999), "SAMPLES_OF_CKA": 2, "SAMPLES_OF_KIND": 2}
     for name, value in small.items():
         monkeypatch.setattr(benchmark, name, value)
@@ -67,15 +74,19 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
     assert report["model"] == "examples/tiny_moe/model"
 
     rows = {(row["batch"], row["policy"], row["knob"]): row for row in report["field"]}
-    assert len(rows) == len(report["field"]) == 2 * (1 + 14 * 2)
+    assert len(rows) == len(report["field"]) == 2 * (1 + 16 * 2 + 2)
     for batch in (1, 4):
         off, one, four = (rows[batch, *point] for point in [("off", None), ("OEA", 1), ("OEA", 4)])
         assert abs(off["kl"]) < 1e-6 < four["kl"] < one["kl"]
         assert one["active_experts"] < four["active_experts"] < off["active_experts"]
         assert off["top1"] == 1 > one["top1"]
-        assert rows[batch, "paper, frobenius", 4]["beside_paper"]["ratio"] == 1
+        assert rows[batch, "paper, frobenius", 4]["beside"]["paper, frobenius"]["ratio"] == 1
         # Whose slots the batch does not run does not depend on the batch.
         assert rows[batch, "top-k", 1]["kl"] == pytest.approx(rows[1, "top-k", 1]["kl"], rel=1e-3)
+        cheap, dear = (rows[batch, benchmark.PRICED, price] for price in (0.01, 0.1))
+        assert cheap["active_experts"] > dear["active_experts"] >= rows[batch, "projection", 1]["active_experts"]
+        assert cheap["kl"] < dear["kl"] <= rows[batch, "projection", 1]["kl"] * (1 + 1e-3)
+        assert set(cheap["beside"]) == set(benchmark.RIVALS)
     # Alone, a token has nobody to share with.
     alone = [rows[1, name, 4]["kl"] for name in ("OEA", "XShare", "top-k, renormalised", "dropping, renormalised")]
     assert alone == pytest.approx([alone[0]] * 4, rel=1e-3)

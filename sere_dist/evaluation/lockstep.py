@@ -11,6 +11,7 @@ Shape suffixes: B sequences, L positions, D decode steps, K experts a token, E e
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -134,11 +135,18 @@ def lockstep(
     divergences: tuple[float, ...] = ()
     agreements: tuple[int, ...] = ()
     if reference_BDV is not None:
-        log_p_BDV, log_q_BDV = reference_BDV.log_softmax(dim=2), logits_BDV.log_softmax(dim=2)
-        divergence_BD = F.kl_div(log_q_BDV, log_p_BDV, reduction="none", log_target=True).sum(dim=2)
-        divergences = tuple(divergence_BD.double().sum(dim=1).tolist())
-        agreements = tuple((logits_BDV.argmax(dim=2) == reference_BDV.argmax(dim=2)).sum(dim=1).tolist())
+        # A sequence at a time: over a large vocabulary each of these tensors is as large as a model's layer.
+        found = [divergence_and_agreement(*pair) for pair in zip(reference_BDV, logits_BDV, strict=True)]
+        divergences, agreements = zip(*found, strict=True)
     return LockstepResult(losses, divergences, agreements, loss_BD.numel(), active_sum, steps)
+
+
+def divergence_and_agreement(reference_DV: torch.Tensor, logits_DV: torch.Tensor) -> tuple[float, int]:
+    """Returns KL(reference, model) of a sequence's steps, summed, and the steps whose likeliest token is the same."""
+    reference_DV = reference_DV.to(logits_DV.device)
+    log_p_DV, log_q_DV = reference_DV.log_softmax(dim=1), logits_DV.log_softmax(dim=1)
+    divergence_D = F.kl_div(log_q_DV, log_p_DV, reduction="none", log_target=True).sum(dim=1)
+    return float(divergence_D.double().sum()), int((logits_DV.argmax(dim=1) == reference_DV.argmax(dim=1)).sum())
 
 
 @torch.inference_mode()
@@ -165,6 +173,27 @@ def decode_logits(
 
     with hooked_routing(model, route):
         return model(ids_BL.to(model.device)).logits[:, steps].float()
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Texts that a model decodes, all of one length, and its own logits, which do not depend on the batch."""
+
+    model: PreTrainedModel
+    ids_NL: torch.Tensor  # token ids [texts, L]
+    prompt_length: int
+
+    @cached_property
+    def reference_NDV(self) -> torch.Tensor:
+        parts = self.ids_NL.split(16)
+        return torch.cat([decode_logits(self.model, part, prompt_length=self.prompt_length).cpu() for part in parts])
+
+    def run(self, policy: Policy, batch: int) -> LockstepResult:
+        """Scores the texts, in batches of so many in their order, under a policy, beside the model as it is."""
+        settings = {"prompt_length": self.prompt_length, "policy": policy}
+        parts = zip(self.ids_NL.split(batch), self.reference_NDV.split(batch), strict=True)
+        results = [lockstep(self.model, ids_BL, reference_BDV=reference, **settings) for ids_BL, reference in parts]
+        return sum(results[1:], results[0])
 
 
 def active_by_step(ids_DBK: torch.Tensor, num_experts: int) -> torch.Tensor:

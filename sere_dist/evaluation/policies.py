@@ -1,16 +1,16 @@
 """What re-routes the decode steps of a layer in `lockstep`: the paper's policy, projection at a price, and the field.
 
 Each function returns a `lockstep.Policy`. The primary set of a step is that of the whole batch, whatever ranks its rows
-are on, but for `of_each_rank`. A slot that is left empty has id -1 and weight 0. What *renormalises* gives a token's
-slots the sum of weights that the router gave them. Shape suffixes: D decode steps, B sequences, K experts a token, E
-experts.
+are on, but for `of_each_rank`; `of_layers` gives each layer one of its own. A slot that is left empty has id -1 and
+weight 0. What *renormalises* gives a token's slots the sum of weights that the router gave them. Shape suffixes: D
+decode steps, B sequences, K experts a token, E experts.
 """
 
 from collections.abc import Mapping
 
 import torch
 
-from sere_dist.evaluation.lockstep import Policy, Routed, active_by_step
+from sere_dist.evaluation.lockstep import Policy, Routed, active_by_step, unchanged
 from sere_dist.evaluation.traffic import Layout
 from sere_dist.rerouting import primary_slots, reroute, reroute_projection
 
@@ -56,6 +56,17 @@ def of_each_rank(policy: Policy, num_ranks: int) -> Policy:
     return by_rank
 
 
+def of_layers(policies: Mapping[int, Policy]) -> Policy:
+    """Returns the policy that is, in each decoder layer, that layer's; layers without one stay as they are."""
+
+    def by_layer(
+        layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None
+    ) -> Routed:
+        return policies.get(layer, unchanged)(layer, weights_DBK, ids_DBK, scores_DBE)
+
+    return by_layer
+
+
 def dropping_policy(num_experts: int, select_top_k: int, *, renormalise: bool = False) -> Policy:
     """Slots whose expert is not primary are dropped; with `renormalise` a token's other weights make up for them."""
 
@@ -77,12 +88,12 @@ def top_k_policy(select_top_k: int, *, renormalise: bool = False) -> Policy:
     return policy
 
 
-def oea_policy(select_top_k: int) -> Policy:
+def oea_policy(select_top_k: int, *, renormalise: bool = True) -> Policy:
     """Opportunistic expert activation (arXiv 2511.02237, the simplified form): what others load, a token may use.
 
     Every token keeps its `select_top_k` heaviest slots (k0 there). The others are filled with the experts that it
     scores highest among those that any token of the batch keeps, whether its router chose them or not. Weights are the
-    scores, renormalised. A slot is empty where the batch keeps fewer than K experts.
+    scores, there renormalised. A slot is empty where the batch keeps fewer than K experts.
     """
 
     def policy(layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None) -> Routed:
@@ -91,18 +102,18 @@ def oea_policy(select_top_k: int) -> Policy:
         is_primary_DBK = primary_slots(weights_DBK.flatten(0, 1), select_top_k).view_as(ids_DBK)
         kept_DBE = torch.zeros_like(scores_DBE).scatter_(2, ids_DBK.long(), is_primary_DBK.float())
         preference_DBE = scores_DBE.masked_fill(~primary_DE[:, None], -torch.inf).masked_fill(kept_DBE > 0, torch.inf)
-        return _chosen(preference_DBE, scores_DBE, weights_DBK, ids_DBK)
+        return _chosen(preference_DBE, scores_DBE, weights_DBK, ids_DBK, renormalise)
 
     return policy
 
 
-def xshare_policy(budget: int, *, warm_up: int = 0) -> Policy:
+def xshare_policy(budget: int, *, warm_up: int = 0, renormalise: bool = True) -> Policy:
     """XShare (arXiv 2602.07265): the batch runs the `budget` experts that its tokens together score highest.
 
     An expert's demand is the sum of its scores over the batch. Every token's `warm_up` heaviest experts come first,
     even where they are more than the budget. Then each token takes the K experts of the batch's that it scores highest;
-    weights are the scores, renormalised. A slot is empty where the batch runs fewer than K experts. (Its group budgets,
-    for speculative decoding and for expert parallelism, are not here.)
+    weights are the scores, there renormalised. A slot is empty where the batch runs fewer than K experts. (Its group
+    budgets, for speculative decoding and for expert parallelism, are not here.)
     """
 
     def policy(layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None) -> Routed:
@@ -112,7 +123,7 @@ def xshare_policy(budget: int, *, warm_up: int = 0) -> Policy:
         place_DE = demand_DE.sort(dim=1, descending=True, stable=True).indices.argsort(dim=1)
         runs_DE = (place_DE < budget) | first_DE
         preference_DBE = scores_DBE.masked_fill(~runs_DE[:, None], -torch.inf)
-        return _chosen(preference_DBE, scores_DBE, weights_DBK, ids_DBK)
+        return _chosen(preference_DBE, scores_DBE, weights_DBK, ids_DBK, renormalise)
 
     return policy
 
@@ -126,15 +137,26 @@ def _kept(weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, kept_DBK: torch.Tens
 
 
 def _chosen(
-    preference_DBE: torch.Tensor, scores_DBE: torch.Tensor, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor
+    preference_DBE: torch.Tensor,
+    scores_DBE: torch.Tensor,
+    weights_DBK: torch.Tensor,
+    ids_DBK: torch.Tensor,
+    renormalise: bool,
 ) -> Routed:
-    """Returns the K experts that each token prefers most, never those at -inf, weighted by their scores."""
+    """Returns the K experts that each token prefers most, never those at -inf, weighted by their scores.
+
+    Without `renormalise` an expert that the router chose has the weight that the router gave it.
+    """
     preferred = preference_DBE.sort(dim=2, descending=True, stable=True)  # equal scores: the lower id first
     slots = slice(ids_DBK.shape[2])
     experts_DBK, is_empty_DBK = preferred.indices[:, :, slots], preferred.values[:, :, slots] == -torch.inf
     new_weights_DBK = scores_DBE.gather(2, experts_DBK).masked_fill(is_empty_DBK, 0)
     new_ids_DBK = experts_DBK.to(ids_DBK.dtype).masked_fill(is_empty_DBK, -1)
-    return _renormalised(new_weights_DBK, weights_DBK), new_ids_DBK
+    if renormalise:
+        return _renormalised(new_weights_DBK, weights_DBK), new_ids_DBK
+    chosen_DBK = scores_DBE.gather(2, ids_DBK.clamp(min=0).long()).masked_fill(ids_DBK < 0, 0)
+    scale_DB1 = weights_DBK.sum(dim=2, keepdim=True) / chosen_DBK.sum(dim=2, keepdim=True)
+    return new_weights_DBK * scale_DB1, new_ids_DBK
 
 
 def _renormalised(new_weights_DBK: torch.Tensor, weights_DBK: torch.Tensor) -> torch.Tensor:
