@@ -11,27 +11,23 @@ The driver plans, and gathers matrices [E, E]; it needs no GPU. A forward task r
 the states that it leaves in the object store feed the next layer's forward task and, for a MoE layer, its scoring task.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
-import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Any
 
 import ray
 import typer
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from ray.exceptions import OutOfMemoryError, RayError, RaySystemError, RayTaskError
 from rich.console import Console
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from calibration_jobs.finished_layers import FinishedLayers
+from calibration_jobs.job import JobConfig, Workers, command, refuse_lost_output
 from sere_dist.artifact import MIN_TOKENS_PER_EXPERT, SCHEMA_VERSION, Artifact, ArtifactConfig, check_output
 from sere_dist.calibration import (
     WITHOUT_DATA,
@@ -46,21 +42,13 @@ from sere_dist.checkpoint import Checkpoint
 from sere_dist.moe import MoeShape
 from sere_dist.plan import Plan
 from sere_dist.similarity import Kernel, Method
-from sere_dist.texts import read_texts, tokenise
 
-# Ray unpacks the --working-dir of a job below such a folder, and deletes it afterwards.
-RAY_WORKING_DIR = "working_dir_files"
-FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 RETRIES = 5  # of a task whose worker or node died
 
 
-class CalibrationConfig(BaseModel):
-    """Settings of a calibration job. Unknown keys are refused."""
+class CalibrationConfig(JobConfig):
+    """Settings of a calibration. Unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    model: str = Field(description="Checkpoint folder or Hugging Face model id.")
-    revision: str | None = Field(default=None, description="Of the model id: branch, tag or commit.")
     output: Path = Field(description="Folder of the artifact.")
     overwrite: bool = Field(default=False, description="Replace an artifact at --output.")
     restart: bool = Field(default=False, description="Throw away the finished layers of a stopped job.")
@@ -69,12 +57,6 @@ class CalibrationConfig(BaseModel):
     method: Method = Field(default="frobenius", description="How similarity is measured.")
     kernel: Kernel = Field(default="linear", description="Of method cka.")
 
-    dataset: str = Field(
-        default=FINEWEB, description="Parquet, JSON-lines or text file, a folder of them, or a datasets name."
-    )
-    subset: str | None = Field(default=None, description=f"Of a datasets name ({FINEWEB_SUBSET} of the default).")
-    split: str = Field(default="train", description="Of a datasets name.")
-    column: str = Field(default="text", description="That holds the texts.")
     num_samples: int = Field(default=400, ge=1, description="Texts to use.")
     max_length: int = Field(default=128, ge=2, description="Tokens that a text is cut to.")
     min_length: int | None = Field(default=None, ge=1, description="Shorter texts are left out (default: max-length).")
@@ -83,22 +65,10 @@ class CalibrationConfig(BaseModel):
     min_tokens_per_expert: int = Field(
         default=MIN_TOKENS_PER_EXPERT, ge=0, description="Warn of experts that got fewer."
     )
-
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs if the cluster has any.")
-    cpus_per_task: int = Field(default=1, ge=1, description="Of each task on CPUs.")
-    gpus_per_task: float | None = Field(
-        default=None, gt=0, description="That Ray reserves for each task; may be a part of one (default: 1 on cuda)."
-    )
-    accelerator_type: str | None = Field(
-        default=None, min_length=1, description="Ray's name of the GPU of the nodes to run on, such as H100."
-    )
-    memory_per_task: float | None = Field(default=None, gt=0, description="GiB that Ray reserves for each task.")
     block_tokens: int | None = Field(default=None, ge=1, description="Tokens a scoring task takes at a time.")
 
     @model_validator(mode="after")
-    def _default_subset(self) -> "CalibrationConfig":
-        if self.dataset == FINEWEB and self.subset is None:
-            self.subset = FINEWEB_SUBSET
+    def _lengths_fit(self) -> "CalibrationConfig":
         if self.min_length and self.min_length > self.max_length:
             raise ValueError(f"--min-length {self.min_length} is greater than --max-length {self.max_length}")
         return self
@@ -119,7 +89,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     MoeShape.from_config(checkpoint.config)  # before any text is read
     texts = [] if config.dry_run or config.method in WITHOUT_DATA else tokenised(config, checkpoint)
     num_tokens = sum(map(len, texts)) or config.num_samples * config.max_length
-    workers = Workers.of_cluster(config)
+    workers = Workers.of_cluster(config, may_start=not config.dry_run)
     plan = Plan.of(
         checkpoint,
         config.method,
@@ -175,16 +145,8 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
 
 def tokenised(config: CalibrationConfig, checkpoint: Checkpoint) -> list[list[int]]:
     """Returns the token ids of the texts to calibrate on."""
-    texts = read_texts(config.dataset, subset=config.subset, split=config.split, column=config.column, seed=config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(config.model, revision=checkpoint.revision)
-    kept = tokenise(
-        texts,
-        tokenizer,
-        config.num_samples,
-        config.max_length,
-        min_length=config.min_length,
-        max_tokens=config.max_tokens,
-    )
+    lengths = {"min_length": config.min_length, "max_tokens": config.max_tokens}
+    kept = config.token_ids(checkpoint, config.seed, config.num_samples, config.max_length, **lengths)
     if len(kept) < config.num_samples:
         print(f"{len(kept)} texts are used of the {config.num_samples} wanted: there are no more that fit", flush=True)
     return kept
@@ -201,52 +163,6 @@ def what_decides(config: CalibrationConfig, checkpoint: Checkpoint, texts: list[
         "texts": hashlib.sha256(repr(texts).encode()).hexdigest(),
         "versions": {name: importlib.metadata.version(name) for name in ("sere-dist", "torch", "transformers")},
     }
-
-
-@dataclass(frozen=True)
-class Workers:
-    """What the cluster has for the tasks of a calibration."""
-
-    device: Literal["cpu", "cuda"]
-    options: dict[str, Any]  # Ray's, of each task
-
-    @classmethod
-    def of_cluster(cls, config: CalibrationConfig) -> "Workers":
-        """Connects to the cluster, or starts Ray here; a dry run starts nothing."""
-        with contextlib.suppress(ConnectionError):  # of a dry run: no cluster is up
-            ray.init(address="auto" if config.dry_run else None, ignore_reinit_error=True, log_to_driver=False)
-        has_gpus = any(resources.get("GPU") for resources in nodes())
-        device = ("cuda" if has_gpus else "cpu") if config.device == "auto" else config.device
-        options: dict[str, Any] = {"num_cpus": config.cpus_per_task if device == "cpu" else 1}
-        if gpus := config.gpus_per_task or (1 if device == "cuda" else None):
-            options["num_gpus"] = gpus
-        if config.accelerator_type:
-            options["accelerator_type"] = config.accelerator_type
-        if config.memory_per_task:
-            options["memory"] = int(config.memory_per_task * 2**30)
-        return cls(device, options)
-
-    @property
-    def count(self) -> int:
-        """Tasks at a time. It changes: nodes come when tasks wait for them, and are lost."""
-        each = {"CPU": self.options["num_cpus"]}
-        if "num_gpus" in self.options:
-            each["GPU"] = self.options["num_gpus"]
-        if "accelerator_type" in self.options:
-            each[f"accelerator_type:{self.options['accelerator_type']}"] = 0.001  # what Ray reserves of it
-        fit = (min(int(resources.get(kind, 0) / amount) for kind, amount in each.items()) for resources in nodes())
-        return max(1, sum(fit))
-
-    def __str__(self) -> str:
-        gpus, kind = self.options.get("num_gpus"), self.options.get("accelerator_type", "GPU")
-        each = f"{gpus:g} {kind}" if gpus else f"{self.options['num_cpus']} CPU"
-        where = f"{len(nodes())} nodes" if ray.is_initialized() else "no cluster"
-        return f"{self.count} at a time, {each} each ({where})"
-
-
-def nodes() -> list[dict[str, float]]:
-    """Returns the resources of each living node; of none without a cluster."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
 
 
 def scored(
@@ -373,51 +289,13 @@ def report_layer(result: LayerResult, done: int, plan: Plan, min_tokens: int, qu
         sys.stdout.flush()
 
 
-def refuse_lost_output(output: Path) -> None:
-    """Raises ValueError where a relative output would be written into a job's temporary working directory."""
-    if not output.is_absolute() and RAY_WORKING_DIR in Path.cwd().parts:
-        raise ValueError(
-            f"--output {output} is relative to the job's working directory, which Ray deletes after the job: "
-            "give an absolute path on storage that outlives it"
-        )
-
-
-def main(config: Path | None, **flags: Any) -> None:
-    given = {name: value for name, value in flags.items() if value is not None}
-    try:
-        from_file = yaml.safe_load(config.read_text()) if config else {}
-        if not isinstance(from_file, dict):
-            raise ValueError(f"{config} must hold a mapping of options to values")
-        artifact = calibrate(CalibrationConfig.model_validate({str(k): v for k, v in from_file.items()} | given))
-    except ValidationError as error:
-        problems = "; ".join(
-            f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" if e["loc"] else e["msg"]
-            for e in error.errors(include_url=False)
-        )
-        raise SystemExit(f"error: {problems}") from error
-    except (ValueError, OSError, MemoryError, yaml.YAMLError, RayError) as error:
-        raise SystemExit(f"error: {error}") from error
-    if artifact:
+def run(config: CalibrationConfig) -> None:
+    """Calibrate a Mixture-of-Experts model on a Ray cluster: one Ray task a MoE layer, one artifact at the end."""
+    if artifact := calibrate(config):
         print(f"wrote {artifact.settings['output']}: similarity of {len(artifact.similarity)} layers", flush=True)
 
 
-def _signature() -> inspect.Signature:
-    """Every setting is an option of the command: the settings are written down once."""
-    parameters = {"config": Annotated[Path | None, typer.Option(help="YAML file with any of the other options.")]}
-    for name, field in CalibrationConfig.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        default = "" if field.default in (None, False) or field.is_required() else f" (default: {field.default})"
-        kind = bool if field.annotation is bool else str  # the settings parse and check what they are given
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        option = typer.Option(flag, help=f"{field.description}{default}", metavar="|".join(choices) or None)
-        parameters[name] = Annotated[kind | None, option]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Signature(
-        [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in parameters.items()]
-    )
-
-
-main.__signature__ = _signature()
+main = command(CalibrationConfig, run)
 
 if __name__ == "__main__":
     typer.run(main)

@@ -10,6 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save
 
+from calibration_jobs.job import differing
 from sere_dist.artifact import LayerStatistics
 from sere_dist.calibration import LayerResult
 
@@ -41,9 +42,9 @@ class FinishedLayers:
             self.discard()
         if (self.path / JOB_FILE).exists():
             there = json.loads((self.path / JOB_FILE).read_text())
-            if differing := sorted(name for name in {*there, *job} if there.get(name) != job.get(name)):
+            if names := differing(there, job):
                 raise ValueError(
-                    f"{self.path} holds layers of another calibration (other: {', '.join(differing)}): finish that one "
+                    f"{self.path} holds layers of another calibration (other: {', '.join(names)}): finish that one "
                     "with the command that began it, choose another --output, or throw its layers away with --restart"
                 )
         self.path.mkdir(parents=True, exist_ok=True)

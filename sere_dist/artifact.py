@@ -1,8 +1,8 @@
 """The artifact of a calibration: expert similarities of one model, in a folder of its own.
 
 Keep it apart from the model's weights: vLLM loads every safetensors file that it finds beside them. The files are
-`sere_config.json`, `similarity.safetensors`, `layers.csv` and `experts.csv` (what was seen), `README.md` (a model card)
-and `calibration.yaml` (the job's resolved settings). Nothing is pickled.
+`sere_config.json`, `similarity.safetensors`, `layers.csv` and `experts.csv` (what was seen), `README.md` (a model
+card), `calibration.yaml` (the job's resolved settings) and, once tuned, `recommended.json`. Nothing is pickled.
 """
 
 import csv
@@ -22,7 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+from sere_dist.config import RECOMMENDED, ReroutingConfig
 from sere_dist.moe import MoeShape
+from sere_dist.recommendation import Recommendation
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ MIN_TOKENS_PER_EXPERT = 32  # an expert that got fewer in a calibration is worth
 CONFIG_FILE, TENSORS_FILE, LAYERS_FILE = "sere_config.json", "similarity.safetensors", "layers.csv"
 EXPERTS_FILE = "experts.csv"  # tokens routed to each expert; absent where no token was looked at
 CARD_FILE, SETTINGS_FILE = "README.md", "calibration.yaml"
+RECOMMENDATION_FILE = "recommended.json"  # absent until `sere-dist tune` has found one
 
 
 _KINDS = ("similarity", "coefficient", "size", "coactivation")
@@ -145,6 +148,7 @@ class Artifact:
         tokens_per_expert: decoder layer index -> tokens routed to each expert; empty for a method without data.
         coactivation: decoder layer index -> [E, E] float32: products of the router weights that a token gave two
             experts, summed over tokens. Likewise, and empty in artifacts of older versions.
+        recommended: the policy that a tuning found, None without one.
     """
 
     config: ArtifactConfig
@@ -155,6 +159,33 @@ class Artifact:
     size: dict[int, torch.Tensor] = field(default_factory=dict)
     tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
     coactivation: dict[int, torch.Tensor] = field(default_factory=dict)
+    recommended: Recommendation | None = None
+
+    def settings_by_layer(self, settings: ReroutingConfig) -> dict[int, ReroutingConfig]:
+        """Returns what each layer does: the settings themselves, or with policy `recommended` what that says.
+
+        Raises:
+            ArtifactError: policy `recommended`, and the artifact has none; or policy `projection`, and the artifact is
+                not of that method.
+            ValueError: other settings don't go with what is recommended.
+        """
+        layers = dict.fromkeys(self.config.layer_names, settings)
+        if settings.policy == "recommended":
+            if self.recommended is None:
+                raise ArtifactError(
+                    f"policy: recommended needs an artifact that was tuned, {settings.artifact} was not: run sere-dist "
+                    "tune, or set another policy"
+                )
+            common = {name: value for name, value in settings.model_dump().items() if name not in RECOMMENDED}
+            common["policy"] = self.recommended.policy
+            of_layers = self.recommended.layers.items()
+            layers = {layer: ReroutingConfig(**common, **setting.model_dump()) for layer, setting in of_layers}
+        if any(each.policy == "projection" for each in layers.values()) and not self.coefficient:
+            raise ArtifactError(
+                f"policy: projection needs an artifact of method projection, {settings.artifact} has "
+                f"{self.config.method}: calibrate with --method projection, or set policy: sere"
+            )
+        return layers
 
     def check_serves(self, shape: MoeShape, model: str, revision: str | None = None) -> None:
         """Checks that the artifact is for the model being served.
@@ -216,6 +247,8 @@ class Artifact:
         config = self.config.model_copy(update=decided)
         _check_tensors(path, config, tensors)
         _check_layers(path, config, self.layers, self.tokens_per_expert)
+        if self.recommended is not None:
+            _check_recommended(path, config, self.recommended)
 
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
             written = Path(aside) / "new"
@@ -223,7 +256,9 @@ class Artifact:
             (written / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
             (written / TENSORS_FILE).write_bytes(payload)
             (written / SETTINGS_FILE).write_text(yaml.safe_dump(self.settings, sort_keys=False))
-            (written / CARD_FILE).write_text(_card(config, self.layers))
+            (written / CARD_FILE).write_text(_card(config, self.layers, self.recommended))
+            if self.recommended is not None:
+                (written / RECOMMENDATION_FILE).write_text(self.recommended.model_dump_json(indent=1) + "\n")
             with (written / LAYERS_FILE).open("w", newline="") as file:
                 writer = csv.DictWriter(file, list(LayerStatistics.model_fields))
                 writer.writeheader()
@@ -252,6 +287,8 @@ class Artifact:
                 rows = ({name: value or None for name, value in row.items()} for row in csv.DictReader(file))
                 layers = [LayerStatistics.model_validate(row) for row in rows]
             tokens = _read_tokens(path / EXPERTS_FILE)
+            tuned = path / RECOMMENDATION_FILE
+            recommended = Recommendation.model_validate_json(tuned.read_bytes()) if tuned.exists() else None
         except FileNotFoundError as error:
             raise ArtifactError(f"no artifact at {path}: {error.filename} is missing") from error
         except OSError as error:
@@ -270,11 +307,20 @@ class Artifact:
             raise ArtifactError(f"{path / TENSORS_FILE}: {error}") from error
         _check_tensors(path, config, tensors)
         _check_layers(path, config, layers, tokens)
+        if recommended is not None:
+            _check_recommended(path, config, recommended)
         kinds = {
             kind: {layer: tensors[f"layers.{layer}.{kind}"] for layer in sorted(config.layer_names)}
             for kind in config.tensor_kinds
         }
-        return cls(config, layers=layers, settings=settings or {}, tokens_per_expert=tokens, **kinds)
+        return cls(
+            config,
+            layers=layers,
+            settings=settings or {},
+            tokens_per_expert=tokens,
+            recommended=recommended,
+            **kinds,
+        )
 
 
 def _replace(path: Path, written: Path, overwrite: bool) -> None:
@@ -346,6 +392,22 @@ def _check_layers(
         raise ArtifactError(f"{path}: {EXPERTS_FILE} does not have a row for each of num_experts in layer_names")
 
 
+def _check_recommended(path: Path, config: ArtifactConfig, recommended: Recommendation) -> None:
+    if recommended.tensors_sha256 != config.tensors_sha256:
+        raise ArtifactError(
+            f"{path / RECOMMENDATION_FILE} was found with other matrices (tensors_sha256 {recommended.tensors_sha256}, "
+            f"in {CONFIG_FILE} {config.tensors_sha256}): delete it, or run sere-dist tune again"
+        )
+    if recommended.layers.keys() != config.layer_names.keys():
+        raise ArtifactError(
+            f"{path / RECOMMENDATION_FILE} has layers {sorted(recommended.layers)}, layer_names has "
+            f"{sorted(config.layer_names)}"
+        )
+    most = config.num_experts_per_token
+    if wrong := [layer for layer, setting in recommended.layers.items() if setting.select_top_k > most]:
+        raise ArtifactError(f"{path / RECOMMENDATION_FILE}: select_top_k of layers {wrong} is more than {most}")
+
+
 def _read_tokens(path: Path) -> dict[int, list[int]]:
     if not path.exists():
         return {}
@@ -362,16 +424,20 @@ def _read_tokens(path: Path) -> dict[int, list[int]]:
     return tokens
 
 
-def _card(config: ArtifactConfig, layers: list[LayerStatistics]) -> str:
+def _card(config: ArtifactConfig, layers: list[LayerStatistics], recommended: Recommendation | None) -> str:
     data = ModelCardData(base_model=config.base_model, library_name="sere_dist", tags=["sere", "mixture-of-experts"])
     rows = "\n".join(f"| {' | '.join(row.cells())} |" for row in layers)
     method = config.method + (f" ({config.kernel})" if config.kernel else "")
+    setting, tuned = '"select_top_k": 2', ""
+    if recommended is not None:
+        setting, tuned = '"policy": "recommended"', f"Tuned: {recommended}\n\n"
     return str(
         ModelCard(
             f"---\n{data.to_yaml()}\n---\n\n# Expert similarities of {config.base_model}\n\n"
             f"{config.architecture}, {config.num_experts} experts a layer, {config.num_experts_per_token} a token; "
             f"method {method}, {config.data}.\n\nIn vLLM with sere_dist:\n\n"
-            '```python\nLLM(model, additional_config={"sere": {"artifact": "this folder", "select_top_k": 2}})\n```\n\n'
+            f'```python\nLLM(model, additional_config={{"sere": {{"artifact": "this folder", {setting}}}}})\n```\n\n'
+            f"{tuned}"
             "| layer | fewest tokens of an expert | median | similarity mean | min | max |\n|---|---|---|---|---|---|\n"
             f"{rows}\n"
         )

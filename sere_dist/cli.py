@@ -42,9 +42,12 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of an artifact.")]
     facts.add_row("calibrated on", config.data)
     facts.add_row("with", ", ".join(f"{name} {version}" for name, version in config.versions.items()))
     facts.add_row("SHA-256", config.tensors_sha256)
-    layers = Table("layer", "fewest tokens of an expert", "median", "similarity mean", "min", "max")
+    tuned = artifact.recommended
+    facts.add_row("recommended", str(tuned or "nothing; see sere-dist tune"))
+    recommended = ("recommended",) if tuned else ()
+    layers = Table("layer", "fewest tokens of an expert", "median", "similarity mean", "min", "max", *recommended)
     for row in artifact.layers:
-        layers.add_row(*row.cells())
+        layers.add_row(*row.cells(), *(str(tuned.layers[row.layer]) for _ in recommended))
     console = Console()
     console.print(facts)
     console.print(layers)
@@ -100,6 +103,16 @@ def place(
     if placement.affinity == "similarity":
         console.print("The artifact has no coactivation: which experts tokens use together is guessed from similarity.")
     print(f"wrote {output}")
+
+
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def tune(context: typer.Context) -> None:
+    """Find the settings that fit a budget best, on a Ray cluster, and write them into an artifact."""
+    from calibration_jobs.tune import main
+
+    job = typer.Typer(add_completion=False)
+    job.command()(main)
+    job(context.args, prog_name=context.command_path)
 
 
 policies = typer.Typer(no_args_is_help=True, help="Read or change the policy of a serving application.")

@@ -17,6 +17,9 @@ PLUGIN = "sere_dist"  # the name of the entry point that vLLM loads
 # Settings that may change in a running engine.
 CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold", "expert_price", "traffic_price")
 
+# Settings that policy `recommended` takes, for each layer, from the artifact; it was measured without a traffic_price.
+RECOMMENDED = ("policy", "select_top_k", "threshold", "expert_price", "traffic_price")
+
 MAX_ROWS = 2**31 - 1  # of a step, as the kernel counts them
 MAX_LOAD = 1.1  # of a placement: tokens routed to a rank's experts, at most, over the mean of the ranks
 
@@ -35,7 +38,9 @@ class ReroutingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     artifact: Path = Field(description="Folder that a calibration wrote.")
-    select_top_k: int = Field(ge=1, description="S: experts that every token keeps; the model's own top-k means off.")
+    select_top_k: int | None = Field(
+        default=None, ge=1, description="S: experts that every token keeps; the model's own top-k means off."
+    )
     threshold: float = Field(
         default=0.0, ge=0.0, le=1.0, description="rho: an expert with no active substitute this similar stays; 0: none."
     )
@@ -47,9 +52,10 @@ class ReroutingConfig(BaseModel):
         default=None, ge=0, le=MAX_ROWS, description="Leave steps alone in which more rows could be."
     )
     enabled: bool = Field(default=True, description="Start with re-routing on; it can be switched while serving.")
-    policy: Literal["sere", "projection"] = Field(
+    policy: Literal["sere", "projection", "recommended"] = Field(
         default="sere",
-        description="The paper's policy, or the cheapest of all substitutes and dropping (needs method projection).",
+        description="The paper's policy, the cheapest of all substitutes and dropping (needs method projection), or "
+        "what a tuning wrote into the artifact for each layer.",
     )
     expert_price: float = Field(
         default=0.0,
@@ -80,6 +86,14 @@ class ReroutingConfig(BaseModel):
     def _fits_together(self) -> "ReroutingConfig":
         if self.max_rows is not None and self.max_rows < self.min_rows:
             raise ValueError(f"max_rows ({self.max_rows}) must not be less than min_rows ({self.min_rows})")
+        if self.policy == "recommended":
+            if given := [name for name in RECOMMENDED[1:] if getattr(self, name)]:
+                raise ValueError(
+                    f"policy: recommended leaves no choice of {', '.join(given)}: set another policy for it"
+                )
+            return self
+        if self.select_top_k is None:
+            raise ValueError("select_top_k is missing; only policy: recommended brings its own")
         for name in ("expert_price", "traffic_price"):
             if getattr(self, name) and self.policy != "projection":
                 raise ValueError(f"{name} ({getattr(self, name)}) needs policy: projection, not {self.policy}")
@@ -92,7 +106,7 @@ class ReroutingConfig(BaseModel):
 
     def check_top_k(self, num_experts_per_token: int) -> None:
         """Raises ValueError if `select_top_k` is more than the experts that the model uses a token."""
-        if self.select_top_k > num_experts_per_token:
+        if self.select_top_k is not None and self.select_top_k > num_experts_per_token:
             raise ValueError(
                 f"select_top_k ({self.select_top_k}) must be between 1 and the model's experts a token "
                 f"({num_experts_per_token})"

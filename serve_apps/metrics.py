@@ -4,6 +4,7 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Gauge
 
+from sere_dist.config import RECOMMENDED
 from sere_dist.rerouting import COUNTERS
 
 DESCRIPTIONS = {
@@ -62,6 +63,9 @@ class ReroutingMetrics:
                 self.seen[place] = total
                 if added:
                     counter.inc(added, {"model": self.model, "rank": str(worker["rank"]), **labels})
+        is_recommended = policy["policy"] == "recommended"  # some settings differ from layer to layer
         for name, gauge in self.policy.items():
+            if is_recommended and name in RECOMMENDED:
+                continue
             gauge.set(float(policy[name]), {"model": self.model})
         self.info.set(1, {"model": self.model, "policy": policy["policy"], **self.artifact})

@@ -157,6 +157,7 @@ def build_app(args: dict[str, Any]) -> Application:
     check_plugin_loads(config)
     artifact = load_artifact_of(config.rerouting.artifact, config.model)
     config.rerouting.check_top_k(artifact.config.num_experts_per_token)
+    artifact.settings_by_layer(config.rerouting)
     translated = llm_config(config)
     settings = translated.engine_kwargs["additional_config"]["sere"]
     keeper = serve.deployment(

@@ -4,6 +4,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 # Before anything imports vLLM. The engine's core stays in the test's process, so that all requests of a call are queued
 # before the first step and batches are the same in every run. Its workers are processes of their own all the same.
@@ -21,6 +22,7 @@ from examples.local_cluster import LocalCluster
 from sere_dist.artifact import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
 from sere_dist.kernels import reroute as kernel
 from sere_dist.moe import load_model
+from sere_dist.recommendation import LayerSetting, Outcome, Recommendation
 from tests.host_kernels import HostKernels, compile_on_host
 
 MODEL = demo.MODEL
@@ -86,6 +88,19 @@ def model():
 def heldout_ids() -> torch.Tensor:
     """Token ids [16, 96] of held-out texts."""
     return example_texts("heldout.parquet", 96, 16)
+
+
+def recommend(
+    artifact: Artifact, policy: Literal["sere", "projection"], layers: dict[int, LayerSetting]
+) -> Recommendation:
+    """Returns a recommendation for a saved artifact, with layers as given and made-up evidence."""
+    numbers = {"kl": 0.01, "kl_error": 0.001, "loss_rise": 0.02, "loss_rise_error": 0.002}
+    numbers |= {"perplexity": 20, "top1": 0.9, "top1_error": 0.01}
+    off, ours = Outcome(batch=16, active_experts=4, **numbers), Outcome(batch=16, active_experts=2, **numbers)
+    evidence = {"curve": [ours], "tuned": ours, "off": [off], "recommended": [ours], "uniform": {1: ours}}
+    about = {"batch": 16, "budget": "a KL of at most 0.02 nats a token", "texts": "texts", "versions": {}}
+    sha256 = artifact.config.tensors_sha256
+    return Recommendation(tensors_sha256=sha256, policy=policy, layers=layers, **about, **evidence)
 
 
 def small_artifact(num_experts: int = 4, layers: tuple[int, ...] = (0, 1), **changes) -> Artifact:

@@ -93,7 +93,7 @@ def _attach_anew(worker, backend_class) -> None:
     worker.sere_layers = {
         layer: worker.sere_backend.attach(runner.router, layer) for layer, runner in worker.sere_runners.items()
     }
-    worker.sere_backend.set_policy(worker.sere_settings)
+    worker.sere_backend.set_policy(artifact.settings_by_layer(worker.sere_settings))
 
 
 def forget_a_layer(worker) -> None:

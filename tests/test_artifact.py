@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from sere_dist.artifact import (
     CONFIG_FILE,
     EXPERTS_FILE,
     LAYERS_FILE,
+    RECOMMENDATION_FILE,
     SETTINGS_FILE,
     TENSORS_FILE,
     Artifact,
@@ -26,8 +28,10 @@ from sere_dist.artifact import (
     check_output,
 )
 from sere_dist.cli import app
+from sere_dist.config import ReroutingConfig
 from sere_dist.moe import MoeShape
-from tests.conftest import small_artifact
+from sere_dist.recommendation import LayerSetting
+from tests.conftest import recommend, small_artifact
 
 
 @pytest.fixture
@@ -139,6 +143,64 @@ def test_an_artifact_of_no_data(tmp_path):
     loaded = Artifact.load(tmp_path / "artifact")
     assert loaded.layers == artifact.layers and loaded.tokens_per_expert == {}
     assert "| 0 | - | - | 0.500 |" in (tmp_path / "artifact" / "README.md").read_text()
+
+
+@pytest.fixture
+def tuned(saved):
+    """An artifact with a recommendation: its path, what is recommended, and the file with it."""
+    path, _ = saved
+    artifact = Artifact.load(path)
+    layers = {0: LayerSetting(select_top_k=1, threshold=0.25), 1: LayerSetting(select_top_k=2)}
+    recommended = recommend(artifact, "sere", layers)
+    replace(artifact, recommended=recommended).save(path, overwrite=True)
+    return path, recommended, path / RECOMMENDATION_FILE
+
+
+def test_round_trip_of_a_recommendation(tuned):
+    path, recommended, _ = tuned
+    artifact = Artifact.load(path)
+    assert artifact.recommended == recommended
+    assert '"policy": "recommended"' in (path / "README.md").read_text()
+    shown = CliRunner().invoke(app, ["inspect", str(path)], env={"COLUMNS": "200"}).stdout
+    assert "S = 1, rho 0.25" in shown and "2.0 of 4.0 active experts" in shown
+
+    settings = ReroutingConfig(artifact=path, policy="recommended", min_rows=3)
+    of_layers = artifact.settings_by_layer(settings)
+    assert {each.min_rows for each in of_layers.values()} == {3}
+    assert [(each.policy, each.select_top_k, each.threshold) for each in of_layers.values()] == [
+        ("sere", 1, 0.25),
+        ("sere", 2, 0),
+    ]
+    plain = ReroutingConfig(artifact=path, select_top_k=2)
+    assert artifact.settings_by_layer(plain) == {0: plain, 1: plain}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensors_sha256": "0"}, "was found with other matrices .*run sere-dist tune again"),
+        ({"layers": {"0": {"select_top_k": 1}}}, r"has layers \[0\], layer_names has \[0, 1\]"),
+        (
+            {"layers": {"0": {"select_top_k": 1}, "1": {"select_top_k": 3}}},
+            r"select_top_k of layers \[1\] is more than 2",
+        ),
+        ({"layers": {"0": {"select_top_k": 0}}}, "(?s)damaged .*layers.0.select_top_k"),
+        ({"batch": 5}, "nothing was measured at the batch of 5"),
+        ({"off": []}, "off and recommended must have the same batches"),
+    ],
+)
+def test_a_recommendation_that_does_not_fit(tuned, changes, message):
+    path, _, file = tuned
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(ArtifactError, match=message):
+        Artifact.load(path)
+
+
+def test_a_recommended_projection_needs_its_matrices(tuned):
+    path, _, file = tuned
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"policy": "projection"}))
+    with pytest.raises(ArtifactError, match="projection needs an artifact of method projection"):
+        Artifact.load(path).settings_by_layer(ReroutingConfig(artifact=path, policy="recommended"))
 
 
 @pytest.mark.parametrize("position", [0, 40, -1])

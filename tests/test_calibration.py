@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config, LlamaConfig
 
-from calibration_jobs.calibrate import RAY_WORKING_DIR, CalibrationConfig, calibrate, refuse_lost_output
+from calibration_jobs.calibrate import CalibrationConfig, calibrate
+from calibration_jobs.job import RAY_WORKING_DIR, refuse_lost_output
 from sere_dist.artifact import Artifact
 from sere_dist.calibration import expert_inputs, run_layer, score_layer, text_blocks, with_halving
 from sere_dist.checkpoint import Checkpoint

@@ -1,5 +1,6 @@
 """What `lockstep` computes in one forward pass is what a vLLM engine that re-routes decodes, step by step."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,17 @@ from vllm import LLM, SamplingParams
 from sere_dist.artifact import Artifact
 from sere_dist.evaluation.lockstep import Policy, decode_logits, unchanged
 from sere_dist.evaluation.policies import projection_policy, similarity_policy
+from sere_dist.evaluation.tuning import policy_of
 from sere_dist.moe import MoeShape
+from sere_dist.recommendation import LayerSetting
 from sere_dist.similarity import random_similarity
-from tests.conftest import MODEL, small_artifact
+from tests.conftest import MODEL, recommend, small_artifact
 
 BATCH, PROMPT, NEW, KEEP, LIKELIEST = 8, 24, 24, 2, 5
 TOLERANCE = 1e-3  # nats; float32 sums in another order cost about 1e-5
-POLICIES = ["sere", "projection"]
+POLICIES = ["sere", "projection", "recommended: sere", "recommended: projection"]
+# Every layer does something else, the last nothing.
+S_OF_LAYERS, PRICE_OF_LAYERS = (1, 2, 3, 1, 2, 8), (0.0, 0.0, 0.0, 0.03, 0.01, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +36,27 @@ def artifact(model) -> Artifact:
     return artifact
 
 
+def settings(kind: str) -> dict[int, LayerSetting]:
+    """What each layer does by policy `recommended`; only projection has prices."""
+    prices = PRICE_OF_LAYERS if kind == "projection" else (0.0,) * 6
+    each = zip(S_OF_LAYERS, prices, strict=True)
+    return {layer: LayerSetting(select_top_k=s, expert_price=price) for layer, (s, price) in enumerate(each)}
+
+
 @pytest.fixture(scope="module", params=POLICIES)
 def served(request, artifact, heldout_ids, tmp_path_factory) -> tuple[str, torch.Tensor, list[list[dict[int, float]]]]:
     """Policy, token ids [B, L] of prompts and greedy answers, and the likeliest tokens' log-probabilities at each step.
 
     All prompts fit into one step, so that every later step decodes all rows.
     """
-    path: Path = tmp_path_factory.mktemp("artifact") / request.param
+    path: Path = tmp_path_factory.mktemp("artifact") / "artifact"
     artifact.save(path)
+    sere = {"artifact": str(path), "select_top_k": KEEP, "policy": request.param}
+    if request.param.startswith("recommended"):
+        sere = {"artifact": str(path), "policy": "recommended"}
+        kind = request.param.removeprefix("recommended: ")
+        saved = Artifact.load(path)
+        replace(saved, recommended=recommend(saved, kind, settings(kind))).save(path, overwrite=True)
     llm = LLM(
         str(MODEL),
         dtype="float32",
@@ -46,7 +64,7 @@ def served(request, artifact, heldout_ids, tmp_path_factory) -> tuple[str, torch
         max_model_len=128,
         max_num_batched_tokens=BATCH * PROMPT,
         enable_prefix_caching=False,
-        additional_config={"sere": {"artifact": str(path), "select_top_k": KEEP, "policy": request.param}},
+        additional_config={"sere": sere},
     )
     prompts_BL = heldout_ids[:BATCH, :PROMPT]
     parameters = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=LIKELIEST)
@@ -54,7 +72,8 @@ def served(request, artifact, heldout_ids, tmp_path_factory) -> tuple[str, torch
     answers = [answer.outputs[0] for answer in llm.generate(prompts, parameters, use_tqdm=False)]
     (worker,) = llm.collective_rpc("sere_counters")
     llm.llm_engine.engine_core.shutdown()
-    assert all(layer["rows"] == BATCH * (NEW - 1) == BATCH * layer["steps"] for layer in worker["layers"].values())
+    rows = {layer: (counters["rows"], counters["steps"] * BATCH) for layer, counters in worker["layers"].items()}
+    assert rows == dict.fromkeys(range(6), (BATCH * (NEW - 1),) * 2)
     ids_BL = torch.cat([prompts_BL, torch.tensor([list(answer.token_ids) for answer in answers])], dim=1)
     found = [[{token: of.logprob for token, of in step.items()} for step in answer.logprobs] for answer in answers]
     return request.param, ids_BL, found
@@ -78,9 +97,10 @@ def test_lockstep_equals_decoding_in_vllm(model, artifact, served):
         "sere": similarity_policy(artifact.similarity, KEEP),
         "projection": projection_policy(artifact.similarity, artifact.coefficient, artifact.size, KEEP),
     }
+    policies |= {f"recommended: {kind}": policy_of(artifact, kind, settings(kind)) for kind in list(policies)}
     errors = {other: largest_error(model, policy, ids_BL, found) for other, policy in policies.items()}
     assert errors.pop(name) < TOLERANCE
-    # The same check without re-routing, with the other policy, and with half of the batch, fails by far.
+    # The same check without re-routing, with another policy, and with half of the batch, fails by far.
     errors["off"] = largest_error(model, unchanged, ids_BL, found)
     errors["half"] = largest_error(model, policies[name], ids_BL[: BATCH // 2], found[: BATCH // 2])
     assert min(errors.values()) > 100 * TOLERANCE, errors

@@ -132,3 +132,15 @@ def test_what_is_out_of_range_changes_nothing(changes, message):
 
     error, before, after = asyncio.run(scenario())
     assert re.search(message, error) and before == after
+
+
+def test_what_an_artifact_recommends_is_not_changed_piecemeal():
+    async def scenario():
+        keeper = PolicyKeeper({"artifact": "artifact", "policy": "recommended"}, TOP_K)
+        refused = [await keeper.change({name: 1}) for name in ("select_top_k", "threshold", "expert_price")]
+        return refused, await keeper.change({"enabled": False, "min_rows": 4}, wait_s=0)
+
+    refused, state = asyncio.run(scenario())
+    assert all("policy: recommended leaves no choice of" in answer["error"] for answer in refused)
+    changed = [state["policy"][name] for name in ("enabled", "min_rows", "select_top_k")]
+    assert changed == [False, 4, None]

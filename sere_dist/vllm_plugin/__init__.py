@@ -77,12 +77,7 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     settings.check_top_k(shape.num_experts_per_token)
     artifact = load_artifact(settings.artifact, shape, model.model)
     artifact.check_serves(shape, model.model, getattr(model.hf_config, "_commit_hash", None))
-
-    if settings.policy == "projection" and not artifact.coefficient:
-        raise ValueError(
-            f"policy: projection needs an artifact of method projection, {settings.artifact} has "
-            f"{artifact.config.method}: calibrate with --method projection, or set policy: sere"
-        )
+    artifact.settings_by_layer(settings)
     for unsupported, advice in unsupported_features(vllm_config):
         if unsupported:
             raise ValueError(f"sere_dist does not re-route yet with {advice}, or remove 'sere' from additional_config")

@@ -40,8 +40,8 @@ class Backend(Protocol):
     def __init__(self, artifact: Artifact, rows: Rows, settings: ReroutingConfig, owners: Owners | None):
         """`owners` says where experts live; None: one rank holds all of them."""
 
-    def set_policy(self, settings: ReroutingConfig) -> None:
-        """Takes effect in the next step."""
+    def set_policy(self, settings: dict[int, ReroutingConfig]) -> None:
+        """Sets the policy of every layer (`Artifact.settings_by_layer`), from the next step on."""
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
         """Makes a router return re-routed weights and ids from now on.
@@ -49,6 +49,11 @@ class Backend(Protocol):
         Returns its counters, int64 [len(COUNTERS)], and behind them the active experts of each rank, if there are more
         than one.
         """
+
+
+def is_projection(artifact: Artifact, settings: ReroutingConfig) -> bool:
+    """Says whether layers follow policy projection; they all do, or none."""
+    return next(iter(artifact.settings_by_layer(settings).values())).policy == "projection"
 
 
 def replace_choice(
@@ -191,26 +196,28 @@ class CpuBackend:
     """On a CPU: `kernels.reroute_cpu` for the paper's policy on one rank, otherwise the functions of `rerouting`.
 
     Attributes:
-        policy: float64 [6]: S (0 when switched off), rho, least and most valid rows of a step that is re-routed, and
-            the prices of an expert and of a domain.
+        policies: of each layer float64 [6]: S (0 when switched off), rho, least and most valid rows of a step that is
+            re-routed, and the prices of an expert and of a domain.
     """
 
     def __init__(self, artifact: Artifact, rows: Rows, settings: ReroutingConfig, owners: Owners | None):
         self.artifact, self.rows, self.settings, self.owners = artifact, rows, settings, owners
         self.home = homes(rows, owners)
-        self.policy = torch.zeros(6, dtype=torch.float64)
+        self.is_projection = is_projection(artifact, settings)
+        self.policies = {layer: torch.zeros(6, dtype=torch.float64) for layer in artifact.similarity}
 
-    def set_policy(self, settings: ReroutingConfig) -> None:
-        select_top_k = settings.select_top_k if settings.enabled else 0
-        most = torch.inf if settings.max_rows is None else settings.max_rows
-        numbers = [select_top_k, settings.threshold, settings.min_rows, most]
-        prices = [settings.expert_price, settings.traffic_price]
-        self.policy.copy_(torch.tensor(numbers + prices, dtype=torch.float64))
+    def set_policy(self, settings: dict[int, ReroutingConfig]) -> None:
+        for layer, own in settings.items():
+            select_top_k = own.select_top_k if own.enabled else 0
+            most = torch.inf if own.max_rows is None else own.max_rows
+            numbers = [select_top_k, own.threshold, own.min_rows, most, own.expert_price, own.traffic_price]
+            self.policies[layer].copy_(torch.tensor(numbers, dtype=torch.float64))
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
         # Plain tensor attributes: torch.compile takes them as inputs of the graph, whichever layer it compiles.
-        router.sere_policy, router.sere_valid_rows, router.sere_num_rows = self.policy, self.rows.valid, self.rows.count
-        if self.owners is None and self.settings.policy == "sere":
+        router.sere_policy = self.policies[layer]
+        router.sere_valid_rows, router.sere_num_rows = self.rows.valid, self.rows.count
+        if self.owners is None and not self.is_projection:
             self._attach_fast(router, layer)
         else:
             self._attach_any(router, layer)
@@ -239,9 +246,8 @@ class CpuBackend:
 
     def _attach_any(self, router: BaseRouter, layer: int) -> None:
         router.sere_similarity = self.artifact.similarity[layer]
-        is_projection = self.settings.policy == "projection"
-        router.sere_coefficient = self.artifact.coefficient[layer] if is_projection else None
-        router.sere_size = self.artifact.size[layer] if is_projection else None
+        router.sere_coefficient = self.artifact.coefficient[layer] if self.is_projection else None
+        router.sere_size = self.artifact.size[layer] if self.is_projection else None
         router.sere_rank = router.sere_domain = None
         num_ranks = 0
         if self.owners is not None:
@@ -280,28 +286,28 @@ class KernelBackend:
         self.rows = rows
         self.home = homes(rows, owners)
         self.unite = unite_votes if settings.primary_scope == "group" else None
-        self.policy = Policy(rows.valid.device)
-        self.layers = {}
+        self.policies, self.layers = {}, {}
         for layer, similarity in artifact.similarity.items():
             tables = {}
-            if settings.policy == "projection":
+            if is_projection(artifact, settings):
                 tables |= {"coefficient_EE": artifact.coefficient[layer], "size_E": artifact.size[layer]}
             if owners is not None:
                 tables |= {"rank_E": owners.rank[layer], "domain_E": owners.domain[layer]}
                 tables |= {"num_ranks": owners.num_ranks}
-            self.layers[layer] = Layer(similarity, self.policy, repeats_dropped=True, **tables)
+            self.policies[layer] = Policy(rows.valid.device)
+            self.layers[layer] = Layer(similarity, self.policies[layer], repeats_dropped=True, **tables)
 
-    def set_policy(self, settings: ReroutingConfig) -> None:
-        self.policy.set(
-            select_top_k=settings.select_top_k,
-            enabled=settings.enabled,
-            min_rows=settings.min_rows,
-            max_rows=settings.max_rows,
-            expert_price=settings.expert_price,
-            traffic_price=settings.traffic_price,
-        )
-        for layer in self.layers.values():
-            layer.set_threshold(settings.threshold)
+    def set_policy(self, settings: dict[int, ReroutingConfig]) -> None:
+        for layer, own in settings.items():
+            self.policies[layer].set(
+                select_top_k=own.select_top_k,
+                enabled=own.enabled,
+                min_rows=own.min_rows,
+                max_rows=own.max_rows,
+                expert_price=own.expert_price,
+                traffic_price=own.traffic_price,
+            )
+            self.layers[layer].set_threshold(own.threshold)
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
         rows, kernel = self.rows, self.layers[layer]

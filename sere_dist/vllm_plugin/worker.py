@@ -86,19 +86,16 @@ class Rerouting:
         if self.parallel_config.enable_expert_parallel and get_ep_group().world_size > 1:
             num_experts = artifact.config.num_experts
             self.sere_owners = Owners(runners, num_experts, settings.domain, self.parallel_config, self.device)
+        self.sere_artifact = artifact
         self.sere_backend = self.sere_backend_class(artifact, self.sere_rows, settings, self.sere_owners)
         self.sere_layers = {layer: self.sere_backend.attach(runner.router, layer) for layer, runner in runners.items()}
         self.sere_top_k = artifact.config.num_experts_per_token
         self.sere_seen_rerouting = False
         self._set_policy(settings)
-        logger.info(
-            "sere_dist re-routes %d MoE layers: select_top_k %d of %d, threshold %g, %s rows",
-            len(runners),
-            settings.select_top_k,
-            self.sere_top_k,
-            settings.threshold,
-            settings.rows,
-        )
+        what = f"select_top_k {settings.select_top_k} of {self.sere_top_k}, threshold {settings.threshold:g}"
+        if settings.policy == "recommended":
+            what = f"as recommended {artifact.recommended}"
+        logger.info("sere_dist re-routes %d MoE layers: %s, %s rows", len(runners), what, settings.rows)
 
     def execute_model(self, scheduler_output, *args, **kwargs):
         """Runs a step, and stops the engine if vLLM did not go through what re-routing hooked."""
@@ -124,7 +121,7 @@ class Rerouting:
     def _set_policy(self, settings: ReroutingConfig) -> None:
         self.sere_settings = settings
         self.sere_rows.set_policy(settings)
-        self.sere_backend.set_policy(settings)
+        self.sere_backend.set_policy(self.sere_artifact.settings_by_layer(settings))
 
     def sere_counters(self, reset: bool = False) -> dict[str, Any]:
         """Returns the counters of every layer of this worker, and sets them to 0 if asked to.

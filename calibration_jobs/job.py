@@ -1,0 +1,163 @@
+"""What the Ray jobs have in common: options that are settings, texts, and the workers that a cluster has for them."""
+
+import contextlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import ray
+import typer
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ray.exceptions import RayError
+from transformers import AutoTokenizer
+
+from sere_dist.checkpoint import Checkpoint
+from sere_dist.texts import read_texts, tokenise
+
+# Ray unpacks the --working-dir of a job below such a folder, and deletes it afterwards.
+RAY_WORKING_DIR = "working_dir_files"
+FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+
+
+class JobConfig(BaseModel):
+    """Settings of any job. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str = Field(description="Checkpoint folder or Hugging Face model id.")
+    revision: str | None = Field(default=None, description="Of the model id: branch, tag or commit.")
+
+    dataset: str = Field(
+        default=FINEWEB, description="Parquet, JSON-lines or text file, a folder of them, or a datasets name."
+    )
+    subset: str | None = Field(default=None, description=f"Of a datasets name ({FINEWEB_SUBSET} of the default).")
+    split: str = Field(default="train", description="Of a datasets name.")
+    column: str = Field(default="text", description="That holds the texts.")
+
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs if the cluster has any.")
+    cpus_per_task: int = Field(default=1, ge=1, description="Of each task on CPUs.")
+    gpus_per_task: float | None = Field(
+        default=None, gt=0, description="That Ray reserves for each task; may be a part of one (default: 1 on cuda)."
+    )
+    accelerator_type: str | None = Field(
+        default=None, min_length=1, description="Ray's name of the GPU of the nodes to run on, such as H100."
+    )
+    memory_per_task: float | None = Field(default=None, gt=0, description="GiB that Ray reserves for each task.")
+
+    @model_validator(mode="after")
+    def _default_subset(self) -> "JobConfig":
+        if self.dataset == FINEWEB and self.subset is None:
+            self.subset = FINEWEB_SUBSET
+        return self
+
+    def token_ids(self, checkpoint: Checkpoint, seed: int | None, *args: Any, **kwargs: Any) -> list[list[int]]:
+        """Returns the token ids of the dataset's texts; arguments after the seed as in `texts.tokenise`."""
+        texts = read_texts(self.dataset, subset=self.subset, split=self.split, column=self.column, seed=seed)
+        tokenizer = AutoTokenizer.from_pretrained(self.model, revision=checkpoint.revision)
+        return tokenise(texts, tokenizer, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What the cluster has for the tasks of a calibration."""
+
+    device: Literal["cpu", "cuda"]
+    options: dict[str, Any]  # Ray's, of each task
+
+    @classmethod
+    def of_cluster(cls, config: JobConfig, may_start: bool = True) -> "Workers":
+        """Connects to the cluster, or starts Ray here if it may."""
+        with contextlib.suppress(ConnectionError):  # no cluster is up, and none may be started
+            ray.init(address=None if may_start else "auto", ignore_reinit_error=True, log_to_driver=False)
+        has_gpus = any(resources.get("GPU") for resources in nodes())
+        device = ("cuda" if has_gpus else "cpu") if config.device == "auto" else config.device
+        options: dict[str, Any] = {"num_cpus": config.cpus_per_task if device == "cpu" else 1}
+        if gpus := config.gpus_per_task or (1 if device == "cuda" else None):
+            options["num_gpus"] = gpus
+        if config.accelerator_type:
+            options["accelerator_type"] = config.accelerator_type
+        if config.memory_per_task:
+            options["memory"] = int(config.memory_per_task * 2**30)
+        return cls(device, options)
+
+    @property
+    def count(self) -> int:
+        """Tasks at a time. It changes: nodes come when tasks wait for them, and are lost."""
+        each = {"CPU": self.options["num_cpus"]}
+        if "num_gpus" in self.options:
+            each["GPU"] = self.options["num_gpus"]
+        if "accelerator_type" in self.options:
+            each[f"accelerator_type:{self.options['accelerator_type']}"] = 0.001  # what Ray reserves of it
+        fit = (min(int(resources.get(kind, 0) / amount) for kind, amount in each.items()) for resources in nodes())
+        return max(1, sum(fit))
+
+    def __str__(self) -> str:
+        gpus, kind = self.options.get("num_gpus"), self.options.get("accelerator_type", "GPU")
+        each = f"{gpus:g} {kind}" if gpus else f"{self.options['num_cpus']} CPU"
+        where = f"{len(nodes())} nodes" if ray.is_initialized() else "no cluster"
+        return f"{self.count} at a time, {each} each ({where})"
+
+
+def nodes() -> list[dict[str, float]]:
+    """Returns the resources of each living node; of none without a cluster."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]] if ray.is_initialized() else []
+
+
+def refuse_lost_output(output: Path, option: str = "--output") -> None:
+    """Raises ValueError where a relative output would be written into a job's temporary working directory."""
+    if not output.is_absolute() and RAY_WORKING_DIR in Path.cwd().parts:
+        raise ValueError(
+            f"{option} {output} is relative to the job's working directory, which Ray deletes after the job: "
+            "give an absolute path on storage that outlives it"
+        )
+
+
+def differing(there: dict[str, Any], job: dict[str, Any]) -> list[str]:
+    """Returns the names of what two jobs don't have in common."""
+    return sorted(name for name in {*there, *job} if there.get(name) != job.get(name))
+
+
+def command(settings: type[JobConfig], run: Callable[[Any], None]) -> Callable[..., None]:
+    """Returns a command for Typer whose options are the settings, each of which may stand in a YAML file instead.
+
+    What `run` raises about the user's input, the disk or the cluster ends it with one line.
+    """
+
+    def main(config: Path | None, **flags: Any) -> None:
+        given = {name: value for name, value in flags.items() if value is not None}
+        try:
+            from_file = yaml.safe_load(config.read_text()) if config else {}
+            if not isinstance(from_file, dict):
+                raise ValueError(f"{config} must hold a mapping of options to values")
+            run(settings.model_validate({str(k): v for k, v in from_file.items()} | given))
+        except ValidationError as error:
+            problems = "; ".join(
+                f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']}" if e["loc"] else e["msg"]
+                for e in error.errors(include_url=False)
+            )
+            raise SystemExit(f"error: {problems}") from error
+        except (ValueError, OSError, MemoryError, yaml.YAMLError, RayError) as error:
+            raise SystemExit(f"error: {error}") from error
+
+    main.__doc__ = run.__doc__
+    main.__signature__ = _signature(settings)
+    return main
+
+
+def _signature(settings: type[JobConfig]) -> inspect.Signature:
+    """Every setting is an option of the command: the settings are written down once."""
+    parameters = {"config": Annotated[Path | None, typer.Option(help="YAML file with any of the other options.")]}
+    for name, field in settings.model_fields.items():
+        flag = f"--{name.replace('_', '-')}"
+        default = "" if field.default in (None, False) or field.is_required() else f" (default: {field.default})"
+        kind = bool if field.annotation is bool else str  # the settings parse and check what they are given
+        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+        option = typer.Option(flag, help=f"{field.description}{default}", metavar="|".join(choices) or None)
+        parameters[name] = Annotated[kind | None, option]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Signature(
+        [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in parameters.items()]
+    )

@@ -1,0 +1,48 @@
+"""What a tuning has measured, a line each, so that the same command goes on where it was stopped."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from calibration_jobs.job import differing
+
+
+class Measurements:
+    """The file `<artifact>.tuning.jsonl`: which tuning it belongs to, and below that [key, value] by the line.
+
+    It stays when the tuning is done: another budget is then answered without measuring anything twice.
+    """
+
+    def __init__(self, artifact: Path, job: dict[str, Any], restart: bool):
+        """Opens the file, or makes it.
+
+        `job` is whatever decides the values, as JSON. With `restart` what is there, of whichever tuning, is thrown
+        away.
+
+        Raises:
+            ValueError: the file holds the measurements of another tuning; the message says what differs.
+        """
+        self.path = artifact.resolve().with_name(f"{artifact.name}.tuning.jsonl")
+        self.values: dict[str, Any] = {}
+        job = json.loads(json.dumps(job))
+        lines = [] if restart or not self.path.exists() else self.path.read_text().splitlines()
+        # A line that was being written when the job was killed is no JSON.
+        whole = [line for line in lines if line.endswith("}") or line.endswith("]")]
+        if whole:
+            if names := differing(json.loads(whole[0]), job):
+                raise ValueError(
+                    f"{self.path} holds measurements of another tuning (other: {', '.join(names)}): finish that one "
+                    "with the command that began it, or throw them away with --restart"
+                )
+            self.values = dict(map(json.loads, whole[1:]))
+        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        aside.write_text("".join(f"{line}\n" for line in whole or [json.dumps(job)]))
+        aside.rename(self.path)
+
+    def add(self, key: str, value: Any) -> None:
+        """Writes a value, and keeps what JSON makes of it."""
+        line = json.dumps([key, value])
+        with self.path.open("a") as file:
+            file.write(f"{line}\n")
+        self.values[key] = json.loads(line)[1]

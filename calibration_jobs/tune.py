@@ -1,0 +1,439 @@
+"""Find the setting of every layer that fits a budget best, and write it into the artifact as its recommended policy.
+
+    ray job submit --runtime-env calibration_jobs/runtime_env.yaml -- \\
+        sere-dist tune --model Qwen/Qwen3-30B-A3B --artifact /data/qwen3-sere --batch 16 --max-kl 0.02
+
+Every option can also stand in a YAML file (`--config`), with `_` for `-`; options on the command line win. Outside a
+cluster the same command starts Ray on this machine. A job that was stopped goes on where it was when the same command
+runs again, and with another budget it uses what was measured.
+
+Workers hold the model, and decode the texts in lockstep batches (`sere_dist.evaluation.lockstep`). The driver asks them
+for every setting of every layer alone, then for combinations along the trade-off that follows
+(`sere_dist.evaluation.tuning`). What is chosen is measured once more on other texts, which had no say.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import ray
+import torch
+import typer
+from pydantic import BaseModel, Field, model_validator
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayTaskError
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
+
+from calibration_jobs.job import JobConfig, Workers, command, refuse_lost_output
+from calibration_jobs.measurements import Measurements
+from sere_dist.artifact import Artifact, check_output
+from sere_dist.checkpoint import Checkpoint
+from sere_dist.evaluation.lockstep import HeldOut, LockstepResult
+from sere_dist.evaluation.tuning import (
+    Budget,
+    Cost,
+    bracket,
+    candidates,
+    combinations,
+    evenly,
+    losses_of_steps,
+    policy_of,
+)
+from sere_dist.moe import MoeShape, load_model
+from sere_dist.recommendation import LayerSetting, Outcome, Recommendation
+
+DEATHS = 5  # of workers in a row, or at one measurement, before the job gives up
+COMBINATIONS = 10  # measured first, along the whole trade-off
+REFINED, ROUNDS = 6, 2  # then so many of those between the two that the budget lies between, so many times
+BATCHES = (1, 4, 16, 64)  # that the recommended policy is measured at, beside the one it is tuned for
+
+
+class TuningConfig(JobConfig):
+    """Settings of a tuning. Unknown keys are refused."""
+
+    artifact: Path = Field(description="Folder of the model's artifact; the recommended policy is written into it.")
+    batch: int = Field(ge=1, description="Requests that decode together.")
+    max_kl: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Budget: KL from the model as it is, nats a token."
+    )
+    max_perplexity_rise: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Budget: share by which perplexity may rise; 0.01 is 1%."
+    )
+    active_experts: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="Budget: experts that a layer runs in a step."
+    )
+    restart: bool = Field(default=False, description="Throw away what a stopped job has measured.")
+
+    num_samples: int = Field(default=64, ge=2, description="Texts to tune on, and as many others to report on.")
+    length: int = Field(default=128, ge=3, description="Tokens that a text is cut to; shorter ones are left out.")
+    prompt_length: int = Field(default=32, ge=1, description="Of these, tokens that are not decoded.")
+    seed: int = Field(default=0, ge=0, description="Shuffle the texts.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Of the weights; auto: the checkpoint's own on GPUs, float32 on CPUs."
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TuningConfig":
+        given = [self.max_kl, self.max_perplexity_rise, self.active_experts]
+        if sum(number is not None for number in given) != 1:
+            raise ValueError("give one budget: --max-kl, --max-perplexity-rise or --active-experts")
+        if self.prompt_length > self.length - 2:
+            raise ValueError(f"--prompt-length {self.prompt_length} leaves no decode step of --length {self.length}")
+        return self
+
+    @property
+    def budget(self) -> Budget:
+        if self.max_kl is not None:
+            return Budget("kl", self.max_kl)
+        if self.max_perplexity_rise is not None:
+            return Budget("loss_rise", float(f"{math.log1p(self.max_perplexity_rise):.4g}"))
+        return Budget("active_experts", self.active_experts)
+
+
+class Run(BaseModel, frozen=True):
+    """Something to measure: all texts of a set, in batches, with each layer's setting; layers without one are off."""
+
+    texts: Literal["tuning", "report"]
+    batch: int
+    layers: dict[int, LayerSetting] = {}
+
+    @property
+    def key(self) -> str:
+        return self.model_dump_json()
+
+
+class Place(NamedTuple):
+    """How a worker runs the model."""
+
+    model: str
+    revision: str | None
+    device: Literal["cpu", "cuda"]
+    dtype: str
+
+
+@ray.remote
+class Evaluator:
+    """A worker with the model and the texts."""
+
+    def __init__(self, place: Place, artifact: Artifact, texts: dict[str, torch.Tensor], prompt_length: int):
+        transformers_logging.disable_progress_bar()
+        dtype = place.dtype if place.dtype == "auto" else getattr(torch, place.dtype)
+        model = load_model(place.model, place.device, dtype, place.revision)
+        self.held_out = {name: HeldOut(model, ids_NL, prompt_length) for name, ids_NL in texts.items()}
+        tables = {
+            kind: {layer: table.to(place.device) for layer, table in getattr(artifact, kind).items()}
+            for kind in ("similarity", "coefficient", "size")
+        }
+        self.artifact = replace(artifact, **tables)
+        self.policy = "projection" if artifact.coefficient else "sere"
+
+    def candidates(self, batch: int) -> list[tuple[int, list[dict[str, Any]]]]:
+        """Returns each layer and the settings to try in it."""
+        size, top_k = self.artifact.size, self.artifact.config.num_experts_per_token
+        losses = losses_of_steps(self.held_out["tuning"], batch, size) if size else {}
+        found = []
+        for layer, similarity_EE in self.artifact.similarity.items():
+            settings = candidates(self.policy, top_k, similarity_EE.cpu(), losses.get(layer))
+            found.append((layer, [setting.model_dump() for setting in settings]))
+        return found
+
+    def run(self, run: Run) -> dict[str, Any]:
+        """Returns the fields of a LockstepResult."""
+        policy = policy_of(self.artifact, self.policy, run.layers)
+        return asdict(self.held_out[run.texts].run(policy, run.batch))
+
+
+class Evaluators:
+    """As many workers as the cluster has room for: more as nodes come, fewer as they are lost."""
+
+    def __init__(self, workers: Workers, *arguments: Any):
+        self.workers = workers
+        self.make = Evaluator.options(max_restarts=0, **workers.options).remote
+        self.arguments = [ray.put(argument) for argument in arguments]
+        self.idle: list[ActorHandle] = []
+        self.starting: dict[ray.ObjectRef, ActorHandle] = {}
+        self.deaths_at_start = 0
+
+    def __enter__(self) -> "Evaluators":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for evaluator in [*self.idle, *self.starting.values()]:
+            ray.kill(evaluator)
+
+    def work(self, calls: dict[str, tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        """Yields (key, value) as they come, for calls {key: (method, argument)}.
+
+        What a worker was doing when it died is done again by another.
+
+        Raises:
+            RayActorError: workers died again and again.
+        """
+        waiting, deaths = list(calls), dict.fromkeys(calls, 0)
+        running: dict[ray.ObjectRef, tuple[str, ActorHandle]] = {}
+        try:
+            while waiting or running:
+                # One more than there is room for asks an autoscaler for it.
+                most = min(self.workers.count + 1, len(waiting) + len(running))
+                while len(self.idle) + len(self.starting) + len(running) < most:
+                    evaluator = self.make(*self.arguments)
+                    self.starting[evaluator.__ray_ready__.remote()] = evaluator
+                while waiting and self.idle:
+                    key, evaluator = waiting.pop(0), self.idle.pop()
+                    method, argument = calls[key]
+                    running[getattr(evaluator, method).remote(argument)] = key, evaluator
+                done, _ = ray.wait([*running, *self.starting], timeout=10)
+                for reference in done:
+                    if reference in self.starting:
+                        self._started(reference)
+                        continue
+                    key, evaluator = running.pop(reference)
+                    try:
+                        value = ray.get(reference)
+                    except RayActorError:
+                        deaths[key] += 1
+                        if deaths[key] >= DEATHS:
+                            raise
+                        print("lost a worker; what it did is done again", flush=True)
+                        waiting.insert(0, key)
+                        continue
+                    except RayTaskError as error:  # the call's own error: it would fail again
+                        raise error.cause from error
+                    self.idle.append(evaluator)
+                    yield key, value
+        finally:
+            self.idle += [evaluator for _key, evaluator in running.values()]
+
+    def _started(self, reference: ray.ObjectRef) -> None:
+        evaluator = self.starting.pop(reference)
+        try:
+            ray.get(reference)
+        except RayActorError:
+            self.deaths_at_start += 1
+            if self.deaths_at_start >= DEATHS:
+                raise
+            print("a worker died while it loaded the model; another one is started", flush=True)
+            return
+        self.deaths_at_start = 0
+        self.idle.append(evaluator)
+
+
+def tune(config: TuningConfig) -> Recommendation:
+    """Tunes on the connected Ray cluster, or a local one, and writes what it found into the artifact.
+
+    Raises:
+        ValueError: the model, the artifact, the texts or a setting can't be used, or nothing fits the budget.
+        OSError: the artifact can't be written.
+        RayError: workers died again and again. What was measured is kept; the same command goes on from there.
+    """
+    refuse_lost_output(config.artifact, "--artifact")
+    artifact = Artifact.load(config.artifact)
+    check_output(config.artifact.resolve(), overwrite=True)
+    checkpoint = Checkpoint(config.model, config.revision)
+    artifact.check_serves(MoeShape.from_config(checkpoint.config), config.model, checkpoint.revision)
+    texts = parted_texts(config, checkpoint)
+    if config.dataset == artifact.config.dataset:
+        print(f"{config.dataset} is what the artifact was calibrated on: texts that it saw flatter it", flush=True)
+    workers = Workers.of_cluster(config)
+    dtype = config.dtype if config.dtype != "auto" or workers.device == "cuda" else "float32"
+    measurements = Measurements(
+        config.artifact, what_decides(config, checkpoint, artifact, texts, dtype), config.restart
+    )
+    print(f"workers: {workers}; texts: {len(texts['tuning'])} to tune on, {len(texts['report'])} others", flush=True)
+
+    place = Place(config.model, checkpoint.revision, workers.device, dtype)
+    with Evaluators(workers, place, artifact, texts, config.prompt_length) as evaluators:
+        recommended = search(config, artifact, Bench(evaluators, measurements))
+    replace(artifact, recommended=recommended).save(config.artifact, overwrite=True)
+    return recommended
+
+
+def parted_texts(config: TuningConfig, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Returns token ids [N, L] of the texts to tune on, and of others to report on; whole batches of both."""
+    each = math.ceil(config.num_samples / config.batch) * config.batch
+    ids = config.token_ids(checkpoint, config.seed, 2 * each, config.length)
+    different = list(dict.fromkeys(map(tuple, ids)))
+    if len(different) < 2 * each:
+        raise ValueError(
+            f"{2 * each} different texts of {config.length} tokens are needed, {each} to tune on and as many others, "
+            f"in batches of {config.batch}; there are {len(different)}: use another --dataset, or a smaller "
+            "--num-samples, --length or --batch"
+        )
+    return {"tuning": torch.tensor(different[0::2]), "report": torch.tensor(different[1::2])}
+
+
+def what_decides(
+    config: TuningConfig, checkpoint: Checkpoint, artifact: Artifact, texts: dict[str, torch.Tensor], dtype: str
+) -> dict[str, Any]:
+    """Returns everything that the measurements depend on, by the name that a user knows it by."""
+    return {
+        "model": config.model,
+        "weights": checkpoint.fingerprint,
+        "artifact": artifact.config.tensors_sha256,
+        "texts": hashlib.sha256(repr([ids_NL.tolist() for ids_NL in texts.values()]).encode()).hexdigest(),
+        "prompt_length": config.prompt_length,
+        "dtype": dtype,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("sere-dist", "torch", "transformers")}
+
+
+@dataclass
+class Bench:
+    """Measures with all workers, nothing twice, and says how far it is."""
+
+    evaluators: Evaluators
+    measurements: Measurements
+
+    def candidates(self, batch: int) -> dict[int, list[LayerSetting]]:
+        """Returns the settings to try in each layer."""
+        key = json.dumps({"candidates": batch})
+        found = self._values("settings to try", {key: ("candidates", batch)})[key]
+        return {layer: [LayerSetting(**setting) for setting in settings] for layer, settings in found}
+
+    def results(self, what: str, runs: Sequence[Run]) -> list[LockstepResult]:
+        values = self._values(what, {run.key: ("run", run) for run in runs})
+        return [LockstepResult(**values[run.key]) for run in runs]
+
+    def _values(self, what: str, calls: dict[str, tuple[str, Any]]) -> dict[str, Any]:
+        values = self.measurements.values
+        missing = {key: call for key, call in calls.items() if key not in values}
+        with tqdm(
+            total=len(calls), initial=len(calls) - len(missing), desc=what, disable=not sys.stderr.isatty()
+        ) as bar:
+            for count, (key, value) in enumerate(self.evaluators.work(missing), len(calls) - len(missing) + 1):
+                self.measurements.add(key, value)
+                bar.update()
+                if bar.disable and (10 * count // len(calls) > 10 * (count - 1) // len(calls)):
+                    print(f"{what}: {count} of {len(calls)}", flush=True)
+        return {key: values[key] for key in calls}
+
+
+def search(config: TuningConfig, artifact: Artifact, bench: Bench) -> Recommendation:
+    """Finds the setting of every layer; prints what was weighed, and what it costs on the texts that had no say.
+
+    Raises:
+        ValueError: nothing fits the budget.
+    """
+    batch, budget = config.batch, config.budget
+    top_k, layers = artifact.config.num_experts_per_token, sorted(artifact.similarity)
+    settings = bench.candidates(batch)
+    (off,) = bench.results("the model as it is", [Run(texts="tuning", batch=batch)])
+    singles = [(layer, setting) for layer in layers for setting in settings[layer]]
+    runs = [Run(texts="tuning", batch=batch, layers={layer: setting}) for layer, setting in singles]
+    alone: dict[int, dict[LayerSetting, Cost]] = {layer: {} for layer in layers}
+    for (layer, setting), result in zip(singles, bench.results("single layers", runs), strict=True):
+        # The mean over layers, of which one has changed.
+        saved = (off.active_experts - result.active_experts) * len(layers)
+        alone[layer][setting] = Cost(off.active_experts - saved, result.divergence)
+    steps = combinations(alone, Cost(off.active_experts, 0.0))
+
+    outcomes: dict[int, Outcome] = {}
+    ends, count = (0, len(steps) - 1), COMBINATIONS
+    for _ in range(1 + ROUNDS):
+        places = [place for place in evenly(*ends, count) if place not in outcomes]
+        runs = [Run(texts="tuning", batch=batch, layers=steps[place]) for place in places]
+        for place, result in zip(places, bench.results("combinations", runs), strict=True):
+            outcomes[place] = Outcome.of(result, off, batch)
+        within, outside = bracket(outcomes, budget)
+        if within is None or outside is None:
+            break
+        ends, count = (min(within, outside), max(within, outside)), REFINED + 2
+    if within is None:
+        raise ValueError(nothing_fits(budget, outcomes))
+    chosen = steps[within]
+
+    batches = sorted({each for each in (*BATCHES, batch) if each <= config.num_samples or each == batch})
+    uniform = {keep: {layer: LayerSetting(select_top_k=keep) for layer in layers} for keep in range(1, top_k)}
+    runs = [Run(texts="report", batch=each, layers=own) for each in batches for own in ({}, chosen)]
+    runs += [Run(texts="report", batch=batch, layers=own) for own in uniform.values()]
+    results = bench.results("on other texts", runs)
+    offs, ours = results[0 : 2 * len(batches) : 2], results[1 : 2 * len(batches) : 2]
+    off_there = offs[batches.index(batch)]
+    others = results[2 * len(batches) :]
+    recommended = Recommendation(
+        tensors_sha256=artifact.config.tensors_sha256,
+        policy="projection" if artifact.coefficient else "sere",
+        layers={layer: chosen.get(layer, LayerSetting(select_top_k=top_k)) for layer in layers},
+        batch=batch,
+        budget=str(budget),
+        texts=f"{len(off.losses)} texts of {config.length} tokens of {config.dataset}, {config.prompt_length} of them "
+        f"the prompt, to tune on, and {len(off_there.losses)} others",
+        curve=[outcomes[place] for place in sorted(outcomes)],
+        tuned=outcomes[within],
+        off=[Outcome.of(result, result, each) for result, each in zip(offs, batches, strict=True)],
+        recommended=[Outcome.of(*pair, each) for *pair, each in zip(ours, offs, batches, strict=True)],
+        uniform={keep: Outcome.of(result, off_there, batch) for keep, result in zip(uniform, others, strict=True)},
+        versions=versions(),
+    )
+    for table in tables(recommended, budget):
+        Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return recommended
+
+
+def nothing_fits(budget: Budget, outcomes: dict[int, Outcome]) -> str:
+    if budget.kind == "active_experts":
+        fewest = min(outcome.active_experts for outcome in outcomes.values())
+        return f"nothing fits the budget, {budget}: the fewest that were reached are {fewest:.1f}"
+    mildest = outcomes[min(outcomes)]
+    number, error = getattr(mildest, budget.kind), getattr(mildest, f"{budget.kind}_error")
+    return (
+        f"nothing fits the budget, {budget}: the mildest setting came to {number:.2g} +- {error:.2g} at "
+        f"{mildest.active_experts:.1f} active experts, and two standard errors count as spent. Raise the budget, or "
+        "use more texts (--num-samples)"
+    )
+
+
+def tables(recommended: Recommendation, budget: Budget) -> list[Table]:
+    """Returns the trade-off, what was found for each layer, and what it costs, for people."""
+
+    def row(outcome: Outcome, off: Outcome | None = None) -> list[str]:
+        active = f"{outcome.active_experts:.1f}" + (f" of {off.active_experts:.1f}" if off else "")
+        kl = f"{outcome.kl:.4f} ±{outcome.kl_error:.4f}"
+        rise = f"{outcome.loss_rise:+.4f} ±{outcome.loss_rise_error:.4f}"
+        return [active, kl, rise, f"{outcome.perplexity:.2f}", f"{outcome.top1:.1%} ±{outcome.top1_error:.1%}"]
+
+    headings = ("active experts", "KL", "loss", "perplexity", "likeliest token kept")
+    settings = {"title_justify": "left", "box": box.SIMPLE}
+    curve = Table("", *headings, title=f"trade-off on the texts to tune on, batch {recommended.batch}", **settings)
+    for outcome in recommended.curve:
+        mark = "->" if outcome == recommended.tuned else "" if budget.holds(outcome) else "over budget"
+        curve.add_row(mark, *row(outcome))
+    layers = Table("layer", "setting", title=f"recommended, policy {recommended.policy}", **settings)
+    for layer, setting in recommended.layers.items():
+        layers.add_row(str(layer), str(setting))
+    there = Table("", *headings, title="on other texts, which had no say", **settings)
+    for off, ours in zip(recommended.off, recommended.recommended, strict=True):
+        there.add_row(f"recommended, batch {ours.batch}", *row(ours, off))
+    for keep, outcome in recommended.uniform.items():
+        there.add_row(f"S = {keep}, batch {outcome.batch}", *row(outcome, recommended.at(recommended.off)))
+    return [curve, layers, there]
+
+
+def run(config: TuningConfig) -> None:
+    """Find the settings that fit a budget best, and write them into an artifact as its recommended policy."""
+    recommended = tune(config)
+    ours = recommended.at(recommended.recommended)
+    number = getattr(ours, config.budget.kind)
+    verdict = "within" if number <= config.budget.most else "NOT within"
+    print(f"wrote {config.artifact}: {recommended}")
+    print(f"on texts that had no say that is {verdict} the budget. Serve it with policy: recommended", flush=True)
+
+
+main = command(TuningConfig, run)
+
+if __name__ == "__main__":
+    typer.run(main)

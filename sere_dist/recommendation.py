@@ -1,0 +1,88 @@
+"""The policy that `sere-dist tune` recommends for an artifact: what each layer does, and what it was seen to cost."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sere_dist.evaluation.errors import difference_with_error, with_error
+from sere_dist.evaluation.lockstep import LockstepResult
+
+
+class LayerSetting(BaseModel):
+    """What the policy does in one layer; see `config.ReroutingConfig`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    select_top_k: int = Field(ge=1)
+    threshold: float = Field(default=0.0, ge=0.0, le=1.0)
+    expert_price: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+
+    def __str__(self) -> str:
+        others = {"rho": self.threshold, "expert price": self.expert_price}
+        return f"S = {self.select_top_k}" + "".join(f", {name} {value:g}" for name, value in others.items() if value)
+
+
+class Outcome(BaseModel):
+    """What a setting came to on some texts, in batches of `batch`. Errors are standard errors over texts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch: int
+    active_experts: float  # that a layer runs in a step, the mean over layers and steps
+    kl: float  # from the model as it is, nats a token
+    kl_error: float
+    loss_rise: float  # over the model as it is, nats a token
+    loss_rise_error: float
+    perplexity: float
+    top1: float  # share of the steps whose likeliest token stays
+    top1_error: float
+
+    @classmethod
+    def of(cls, result: LockstepResult, off: LockstepResult, batch: int) -> "Outcome":
+        """`off`: the model as it is, on the same texts."""
+        kl, kl_error = with_error(result.divergence_of_texts)
+        loss_rise, loss_rise_error = difference_with_error(result.loss_of_texts, off.loss_of_texts)
+        top1, top1_error = with_error(result.agreement_of_texts)
+        numbers = {"active_experts": result.active_experts, "perplexity": result.perplexity}
+        numbers |= {"kl": kl, "kl_error": kl_error, "loss_rise": loss_rise, "loss_rise_error": loss_rise_error}
+        numbers |= {"top1": top1, "top1_error": top1_error}
+        return cls(batch=batch, **{name: float(f"{number:.4g}") for name, number in numbers.items()})
+
+
+class Recommendation(BaseModel):
+    """The content of `recommended.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tensors_sha256: str  # of the artifact's matrices
+    policy: Literal["sere", "projection"]
+    layers: dict[int, LayerSetting]
+    batch: int  # that it was tuned for
+    budget: str  # in words
+    texts: str  # that it was tuned and measured on, in words
+    curve: list[Outcome]  # the settings that were weighed against each other, on the texts for tuning
+    tuned: Outcome  # the recommended one of them
+    off: list[Outcome]  # from here on on other texts: the model as it is, by batch
+    recommended: list[Outcome]  # the recommended one
+    uniform: dict[int, Outcome]  # S, and nothing else, in all layers: at the tuned batch, by S
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _by_batch(self) -> "Recommendation":
+        if [outcome.batch for outcome in self.off] != [outcome.batch for outcome in self.recommended]:
+            raise ValueError("off and recommended must have the same batches")
+        if self.batch not in [outcome.batch for outcome in self.off]:
+            raise ValueError(f"nothing was measured at the batch of {self.batch} that it was tuned for")
+        return self
+
+    def at(self, outcomes: list[Outcome]) -> Outcome:
+        """Returns that of these outcomes which is of the tuned batch."""
+        return next(outcome for outcome in outcomes if outcome.batch == self.batch)
+
+    def __str__(self) -> str:
+        off, ours = self.at(self.off), self.at(self.recommended)
+        return (
+            f"for batch {self.batch} and {self.budget}, policy {self.policy}: {ours.active_experts:.1f} of "
+            f"{off.active_experts:.1f} active experts at a KL of {ours.kl:.4f} +- {ours.kl_error:.4f} nats a token, "
+            f"loss {ours.loss_rise:+.4f} +- {ours.loss_rise_error:.4f}"
+        )
