@@ -23,6 +23,7 @@ from scipy.spatial.distance import squareform
 from tqdm import tqdm
 
 from sere_dist.artifact import MIN_TOKENS_PER_EXPERT, Artifact, LayerStatistics
+from sere_dist.recommendation import Recommendation
 
 PERCENTILES = 1, 99.5  # of the similarities between different experts, all layers: the ends of the colour scale
 ROWS = 5  # of each of a layer's tables
@@ -135,6 +136,8 @@ def _page(artifact: Artifact, min_tokens: int) -> str:
         directed=_directed(artifact),
         has_tokens=_has_tokens(artifact),
         has_size=bool(artifact.size),
+        recommended=artifact.recommended,
+        trade_off=_draw_trade_off(artifact.recommended) if artifact.recommended else None,
     )
 
 
@@ -256,6 +259,29 @@ def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
     panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=30, steps=[1, 2, 5, 10], integer=True))
     panels[-1].set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
     panels[-1].set_xlabel("decoder layer", fontsize=TEXT)
+    return _picture(figure)
+
+
+def _draw_trade_off(recommended: Recommendation) -> Picture:
+    """Draws KL against active experts, at the batch that was tuned for."""
+    figure = Figure(figsize=(8, 3.2), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    uniform = [recommended.uniform[keep] for keep in sorted(recommended.uniform)]
+    for label, outcomes, style in (
+        ("weighed, on the texts to tune on", recommended.curve, {"color": BLUE, "marker": ".", "alpha": 0.6}),
+        ("the same S in all layers, on other texts", uniform, {"color": GREY, "marker": "s"}),
+        ("recommended, on other texts", [recommended.at(recommended.recommended)], {"color": RED, "marker": "D"}),
+    ):
+        active, kl, errors = zip(*((o.active_experts, o.kl, o.kl_error) for o in outcomes), strict=True)
+        axes.errorbar(active, kl, yerr=errors, markersize=3, linewidth=0.9, label=label, **style)
+    axes.axvline(recommended.at(recommended.off).active_experts, color=GREY, linestyle="--", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_ylabel("KL, nats a token", fontsize=TEXT)
+    axes.set_xlabel(f"experts that a layer runs in a step of {recommended.batch} (dashed: as it is)", fontsize=TEXT)
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.tick_params(labelsize=TEXT)
+    axes.legend(fontsize=TEXT, frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     return _picture(figure)
 
 

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from sere_dist import report
+from sere_dist.recommendation import LayerSetting
 from sere_dist.report import clustered_order, hardest_to_replace, similar_pairs, write_report
-from tests.conftest import small_artifact
+from tests.conftest import recommend, small_artifact
 
 # Tags that HTML never closes.
 VOID = {"meta", "img"}
@@ -219,6 +220,18 @@ def test_projection(tmp_path):
     assert "mean squared output" in page.text("summary")
     drawn = picture(page.images[1][1])
     assert drawn.width == plain.width and drawn.height == plain.height + report.STRIP + report.GAP
+
+
+def test_what_is_recommended(tmp_path):
+    artifact = an_artifact()
+    layers = {0: LayerSetting(select_top_k=1, threshold=0.25), 1: LayerSetting(select_top_k=2)}
+    artifact.recommended = recommend(artifact, "sere", layers)
+    page = read(artifact, tmp_path / "report.html")
+    assert "For batch 16 and a KL of at most 0.02 nats a token: policy sere." in page.text("recommended")
+    assert "16 2.0 4.0 0.0100 ± 0.0010 +0.0200 ± 0.0020 90.0 ± 1.0 %" in page.text("recommended")
+    assert "recommended: S = 1, rho 0.25" in page.text("layer-0")
+    assert [section for section, _ in page.images].count("recommended") == 1
+    assert "recommended" not in read(an_artifact(), tmp_path / "report.html").texts
 
 
 def test_no_data_no_tokens(tmp_path):
