@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from examples import demo
+from sere_dist.config import ReroutingConfig
 from sere_dist.moe import MoeShape
 from serve_apps.sere import AppConfig, build_app, llm_config
 from tests.conftest import MODEL, small_artifact
@@ -84,6 +85,7 @@ def test_application_files_build(path, built):
         ({"select_top_k": 9}, r"select_top_k \(9\) must be between 1 and the model's experts a token \(8\)"),
         ({"threshold": 1.5}, "threshold\n"),
         ({"artifact": "nowhere"}, "no artifact at nowhere"),
+        ({"select_top_k": None, "policy": "recommended"}, "needs an artifact that was tuned"),
     ],
 )
 def test_bad_settings_stop_the_deployment(artifact_path, changes, message):
@@ -139,6 +141,13 @@ def test_arguments_reach_ray_and_vllm():
     assert translated.engine_kwargs["max_model_len"] == 64 and translated.engine_kwargs["tensor_parallel_size"] == 2
     assert translated.experimental_configs == {"stream_batching_interval_ms": 0}
     assert translated.placement_group_config == {"bundles": [{"CPU": 1}] * 2}
+
+
+def test_what_an_artifact_recommends_reaches_vllm(artifact_path):
+    rerouting = {"artifact": artifact_path, "policy": "recommended", "min_rows": 4}
+    translated = llm_config(AppConfig(model=str(MODEL), rerouting=rerouting))
+    sere = ReroutingConfig.model_validate(translated.engine_kwargs["additional_config"]["sere"])
+    assert (sere.policy, sere.select_top_k, sere.min_rows) == ("recommended", None, 4)
 
 
 values = st.one_of(

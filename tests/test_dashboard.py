@@ -10,6 +10,7 @@ from ray.dashboard.modules.metrics import grafana_dashboard_factory
 from vllm.v1.metrics import loggers
 
 from examples.demo import ROOT
+from sere_dist.config import ReroutingConfig
 from serve_apps import metrics
 
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "sere_dashboard.json").read_text())
@@ -36,6 +37,24 @@ def exported(monkeypatch) -> dict[str, tuple[str, ...]]:
     monkeypatch.setattr(metrics, "Gauge", declare(""))
     metrics.ReroutingMetrics("tiny-moe", {"artifact": "0fceb5430c7d", "method": "frobenius"})
     return declared
+
+
+def test_what_differs_from_layer_to_layer_is_not_shown_as_one_number(monkeypatch):
+    seen = {}
+
+    class Gauge:
+        def __init__(self, name, *_):
+            self.name = name
+
+        def set(self, value, labels):
+            seen[self.name] = value
+
+    monkeypatch.setattr(metrics, "Gauge", Gauge)
+    ours = metrics.ReroutingMetrics("tiny-moe", {"artifact": "0fceb5430c7d", "method": "frobenius"})
+    ours.update([], ReroutingConfig(artifact="a", policy="recommended", min_rows=3).model_dump(mode="json"))
+    assert seen == {"sere_enabled": 1, "sere_min_rows": 3, "sere_info": 1}
+    ours.update([], ReroutingConfig(artifact="a", select_top_k=3).model_dump(mode="json"))
+    assert seen.keys() == {f"sere_{name}" for name in (*metrics.POLICY, "info")} and seen["sere_select_top_k"] == 3
 
 
 def test_every_metric_of_ours_is_shown_and_no_other(exported):
