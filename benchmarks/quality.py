@@ -182,6 +182,7 @@ def summary(result: LockstepResult, off: LockstepResult, kinds: Sequence[str] = 
     found["loss_rise"], found["loss_rise_error"] = difference_with_error(result.loss_of_texts, off.loss_of_texts)
     found["top1"], found["top1_error"] = with_error(result.agreement_of_texts)
     of_kinds = {}
+    kinds = kinds[: len(result.losses)]  # texts that do not fill a batch are left out
     for kind in sorted(set(kinds)):
         divergences = [kl for kl, of in zip(result.divergence_of_texts, kinds, strict=True) if of == kind]
         of_kinds[kind] = [rounded(number) for number in with_error(divergences)]

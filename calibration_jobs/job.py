@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import ray
+import torch
 import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -139,6 +140,10 @@ def command(settings: type[JobConfig], run: Callable[[Any], None]) -> Callable[.
                 for e in error.errors(include_url=False)
             )
             raise SystemExit(f"error: {problems}") from error
+        except torch.OutOfMemoryError as error:
+            raise SystemExit(
+                f"error: a GPU ran out of memory; take fewer or shorter texts at a time: {error}"
+            ) from error
         except (ValueError, OSError, MemoryError, yaml.YAMLError, RayError) as error:
             raise SystemExit(f"error: {error}") from error
 

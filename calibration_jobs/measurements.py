@@ -27,13 +27,12 @@ class Measurements:
         self.values: dict[str, Any] = {}
         job = json.loads(json.dumps(job))
         lines = [] if restart or not self.path.exists() else self.path.read_text().splitlines()
-        # A line that was being written when the job was killed is no JSON.
-        whole = [line for line in lines if line.endswith("}") or line.endswith("]")]
+        whole = [line for place, line in enumerate(lines) if self._is_whole(line, place, len(lines))]
         if whole:
             if names := differing(json.loads(whole[0]), job):
                 raise ValueError(
-                    f"{self.path} holds measurements of another tuning (other: {', '.join(names)}): finish that one "
-                    "with the command that began it, or throw them away with --restart"
+                    f"{self.path} holds measurements of another tuning (other: {', '.join(names)}): give the options "
+                    "that those were made with, or throw them away with --restart"
                 )
             self.values = dict(map(json.loads, whole[1:]))
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
@@ -46,3 +45,13 @@ class Measurements:
         with self.path.open("a") as file:
             file.write(f"{line}\n")
         self.values[key] = json.loads(line)[1]
+
+    def _is_whole(self, line: str, place: int, lines: int) -> bool:
+        """Says whether a line can be read; the last one may have been cut short when a job was killed."""
+        try:
+            json.loads(line)
+        except ValueError as error:
+            if place < lines - 1:
+                raise ValueError(f"{self.path}, line {place + 1}: {error}; delete the line, or the file") from error
+            return False
+        return True

@@ -12,11 +12,13 @@ for every setting of every layer alone, then for combinations along the trade-of
 (`sere_dist.evaluation.tuning`). What is chosen is measured once more on other texts, which had no say.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +29,7 @@ import torch
 import typer
 from pydantic import BaseModel, Field, model_validator
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +38,7 @@ from transformers.utils import logging as transformers_logging
 
 from calibration_jobs.job import JobConfig, Workers, command, refuse_lost_output
 from calibration_jobs.measurements import Measurements
-from sere_dist.artifact import Artifact, check_output
+from sere_dist.artifact import Artifact, check_output, write_recommendation
 from sere_dist.checkpoint import Checkpoint
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult
 from sere_dist.evaluation.tuning import (
@@ -52,7 +54,9 @@ from sere_dist.evaluation.tuning import (
 from sere_dist.moe import MoeShape, load_model
 from sere_dist.recommendation import LayerSetting, Outcome, Recommendation
 
-DEATHS = 5  # of workers in a row, or at one measurement, before the job gives up
+DEATHS = 5  # of workers at one measurement, before the job gives up
+FAILURES = 3  # of workers to start, one after the other
+PATIENCE_SECONDS = 60.0  # without any worker, before the job says what it waits for
 COMBINATIONS = 10  # measured first, along the whole trade-off
 REFINED, ROUNDS = 6, 2  # then so many of those between the two that the budget lies between, so many times
 BATCHES = (1, 4, 16, 64)  # that the recommended policy is measured at, beside the one it is tuned for
@@ -74,7 +78,9 @@ class TuningConfig(JobConfig):
     )
     restart: bool = Field(default=False, description="Throw away what a stopped job has measured.")
 
-    num_samples: int = Field(default=64, ge=2, description="Texts to tune on, and as many others to report on.")
+    num_samples: int = Field(
+        default=64, ge=2, description="Texts to tune on, and as many others to report on; at least as many as --batch."
+    )
     length: int = Field(default=128, ge=3, description="Tokens that a text is cut to; shorter ones are left out.")
     prompt_length: int = Field(default=32, ge=1, description="Of these, tokens that are not decoded.")
     seed: int = Field(default=0, ge=0, description="Shuffle the texts.")
@@ -87,6 +93,8 @@ class TuningConfig(JobConfig):
         given = [self.max_kl, self.max_perplexity_rise, self.active_experts]
         if sum(number is not None for number in given) != 1:
             raise ValueError("give one budget: --max-kl, --max-perplexity-rise or --active-experts")
+        if self.num_samples < self.batch:
+            raise ValueError(f"--num-samples {self.num_samples} do not fill a --batch of {self.batch}")
         if self.prompt_length > self.length - 2:
             raise ValueError(f"--prompt-length {self.prompt_length} leaves no decode step of --length {self.length}")
         return self
@@ -162,7 +170,7 @@ class Evaluators:
         self.arguments = [ray.put(argument) for argument in arguments]
         self.idle: list[ActorHandle] = []
         self.starting: dict[ray.ObjectRef, ActorHandle] = {}
-        self.deaths_at_start = 0
+        self.failures = 0  # to start, one after the other
 
     def __enter__(self) -> "Evaluators":
         return self
@@ -179,7 +187,8 @@ class Evaluators:
         Raises:
             RayActorError: workers died again and again.
         """
-        waiting, deaths = list(calls), dict.fromkeys(calls, 0)
+        waiting, deaths, told = list(calls), dict.fromkeys(calls, 0), False
+        since = time.monotonic()
         running: dict[ray.ObjectRef, tuple[str, ActorHandle]] = {}
         try:
             while waiting or running:
@@ -193,6 +202,9 @@ class Evaluators:
                     method, argument = calls[key]
                     running[getattr(evaluator, method).remote(argument)] = key, evaluator
                 done, _ = ray.wait([*running, *self.starting], timeout=10)
+                if not running and not self.idle and not told and time.monotonic() - since > PATIENCE_SECONDS:
+                    told = True
+                    print(f"still waiting for a first worker with {self.workers.options} to start", flush=True)
                 for reference in done:
                     if reference in self.starting:
                         self._started(reference)
@@ -200,15 +212,16 @@ class Evaluators:
                     key, evaluator = running.pop(reference)
                     try:
                         value = ray.get(reference)
-                    except RayActorError:
+                    except RayTaskError as error:  # the call's own error: it would fail again
+                        raise error.cause from error
+                    except (RayActorError, OutOfMemoryError) as error:
                         deaths[key] += 1
                         if deaths[key] >= DEATHS:
                             raise
-                        print("lost a worker; what it did is done again", flush=True)
+                        print(f"lost a worker ({type(error).__name__}); what it did is done again", flush=True)
                         waiting.insert(0, key)
+                        self._forget_the_dead()  # of the same node, say
                         continue
-                    except RayTaskError as error:  # the call's own error: it would fail again
-                        raise error.cause from error
                     self.idle.append(evaluator)
                     yield key, value
         finally:
@@ -218,14 +231,24 @@ class Evaluators:
         evaluator = self.starting.pop(reference)
         try:
             ray.get(reference)
-        except RayActorError:
-            self.deaths_at_start += 1
-            if self.deaths_at_start >= DEATHS:
+        except (RayActorError, OutOfMemoryError) as error:
+            # A node that is lost takes several with it, and another may come; what fails by itself will fail again.
+            self.failures += isinstance(error, OutOfMemoryError) or getattr(error, "actor_init_failed", False)
+            if self.failures >= FAILURES:
                 raise
-            print("a worker died while it loaded the model; another one is started", flush=True)
+            print(f"a worker died while it loaded the model ({type(error).__name__}); another is started", flush=True)
             return
-        self.deaths_at_start = 0
+        self.failures = 0
         self.idle.append(evaluator)
+
+    def _forget_the_dead(self) -> None:
+        asked = {evaluator.__ray_ready__.remote(): evaluator for evaluator in self.idle}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=10) if asked else ([], [])
+        self.idle = []
+        for reference in answered:
+            with contextlib.suppress(RayActorError, OutOfMemoryError):
+                ray.get(reference)
+                self.idle.append(asked[reference])
 
 
 def tune(config: TuningConfig) -> Recommendation:
@@ -247,33 +270,36 @@ def tune(config: TuningConfig) -> Recommendation:
     workers = Workers.of_cluster(config)
     dtype = config.dtype if config.dtype != "auto" or workers.device == "cuda" else "float32"
     measurements = Measurements(
-        config.artifact, what_decides(config, checkpoint, artifact, texts, dtype), config.restart
+        config.artifact, what_decides(config, checkpoint, artifact, texts, workers.device, dtype), config.restart
     )
     print(f"workers: {workers}; texts: {len(texts['tuning'])} to tune on, {len(texts['report'])} others", flush=True)
 
     place = Place(config.model, checkpoint.revision, workers.device, dtype)
     with Evaluators(workers, place, artifact, texts, config.prompt_length) as evaluators:
         recommended = search(config, artifact, Bench(evaluators, measurements))
-    replace(artifact, recommended=recommended).save(config.artifact, overwrite=True)
+    write_recommendation(config.artifact, recommended)
     return recommended
 
 
 def parted_texts(config: TuningConfig, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Returns token ids [N, L] of the texts to tune on, and of others to report on; whole batches of both."""
-    each = math.ceil(config.num_samples / config.batch) * config.batch
-    ids = config.token_ids(checkpoint, config.seed, 2 * each, config.length)
-    different = list(dict.fromkeys(map(tuple, ids)))
-    if len(different) < 2 * each:
+    """Returns token ids [N, L] of the texts to tune on, and of others to report on."""
+    wanted = 2 * config.num_samples
+    ids = config.token_ids(checkpoint, config.seed, wanted, config.length, distinct=True)
+    if len(ids) < wanted:
         raise ValueError(
-            f"{2 * each} different texts of {config.length} tokens are needed, {each} to tune on and as many others, "
-            f"in batches of {config.batch}; there are {len(different)}: use another --dataset, or a smaller "
-            "--num-samples, --length or --batch"
+            f"{wanted} different texts of {config.length} tokens are needed, {config.num_samples} to tune on and as "
+            f"many others; there are {len(ids)}: use another --dataset, or a smaller --num-samples or --length"
         )
-    return {"tuning": torch.tensor(different[0::2]), "report": torch.tensor(different[1::2])}
+    return {"tuning": torch.tensor(ids[0::2]), "report": torch.tensor(ids[1::2])}
 
 
 def what_decides(
-    config: TuningConfig, checkpoint: Checkpoint, artifact: Artifact, texts: dict[str, torch.Tensor], dtype: str
+    config: TuningConfig,
+    checkpoint: Checkpoint,
+    artifact: Artifact,
+    texts: dict[str, torch.Tensor],
+    device: str,
+    dtype: str,
 ) -> dict[str, Any]:
     """Returns everything that the measurements depend on, by the name that a user knows it by."""
     return {
@@ -282,6 +308,7 @@ def what_decides(
         "artifact": artifact.config.tensors_sha256,
         "texts": hashlib.sha256(repr([ids_NL.tolist() for ids_NL in texts.values()]).encode()).hexdigest(),
         "prompt_length": config.prompt_length,
+        "device": device,
         "dtype": dtype,
         "versions": versions(),
     }
@@ -340,6 +367,8 @@ def search(config: TuningConfig, artifact: Artifact, bench: Bench) -> Recommenda
         saved = (off.active_experts - result.active_experts) * len(layers)
         alone[layer][setting] = Cost(off.active_experts - saved, result.divergence)
     steps = combinations(alone, Cost(off.active_experts, 0.0))
+    if not steps:
+        raise ValueError(f"no setting of any layer saves an expert at batch {batch}: there is nothing to choose")
 
     outcomes: dict[int, Outcome] = {}
     ends, count = (0, len(steps) - 1), COMBINATIONS
@@ -356,7 +385,7 @@ def search(config: TuningConfig, artifact: Artifact, bench: Bench) -> Recommenda
         raise ValueError(nothing_fits(budget, outcomes))
     chosen = steps[within]
 
-    batches = sorted({each for each in (*BATCHES, batch) if each <= config.num_samples or each == batch})
+    batches = sorted({each for each in (*BATCHES, batch) if each <= config.num_samples})
     uniform = {keep: {layer: LayerSetting(select_top_k=keep) for layer in layers} for keep in range(1, top_k)}
     runs = [Run(texts="report", batch=each, layers=own) for each in batches for own in ({}, chosen)]
     runs += [Run(texts="report", batch=batch, layers=own) for own in uniform.values()]
@@ -370,8 +399,8 @@ def search(config: TuningConfig, artifact: Artifact, bench: Bench) -> Recommenda
         layers={layer: chosen.get(layer, LayerSetting(select_top_k=top_k)) for layer in layers},
         batch=batch,
         budget=str(budget),
-        texts=f"{len(off.losses)} texts of {config.length} tokens of {config.dataset}, {config.prompt_length} of them "
-        f"the prompt, to tune on, and {len(off_there.losses)} others",
+        texts=f"{config.num_samples} texts of {config.length} tokens of {config.dataset}, {config.prompt_length} of "
+        f"them the prompt, to tune on, and {config.num_samples} others, less what does not fill a batch",
         curve=[outcomes[place] for place in sorted(outcomes)],
         tuned=outcomes[within],
         off=[Outcome.of(result, result, each) for result, each in zip(offs, batches, strict=True)],

@@ -8,6 +8,7 @@ card), `calibration.yaml` (the job's resolved settings) and, once tuned, `recomm
 import csv
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -321,6 +322,23 @@ class Artifact:
             recommended=recommended,
             **kinds,
         )
+
+
+def write_recommendation(path: Path, recommended: Recommendation) -> None:
+    """Writes what is recommended into the artifact at `path`, and into its card; nothing else there is touched.
+
+    Raises:
+        ArtifactError: the artifact is no longer the one that was tuned, or can't be read; nothing was changed.
+        OSError: it can't be written.
+    """
+    artifact = Artifact.load(path)
+    _check_recommended(path, artifact.config, recommended)
+    card = _card(artifact.config, artifact.layers, recommended)
+    for name, text in ((RECOMMENDATION_FILE, recommended.model_dump_json(indent=1) + "\n"), (CARD_FILE, card)):
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=path) as aside:
+            written = Path(aside) / name
+            written.write_text(text)
+            os.replace(written, path / name)
 
 
 def _replace(path: Path, written: Path, overwrite: bool) -> None:

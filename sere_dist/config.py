@@ -120,6 +120,10 @@ class ReroutingConfig(BaseModel):
         """
         if fixed := sorted(changes.keys() - CHANGEABLE):
             raise ValueError(f"{', '.join(fixed)} can't be changed while serving; {', '.join(CHANGEABLE)} can")
+        if self.policy == "recommended" and (taken := sorted(changes.keys() & RECOMMENDED)):
+            raise ValueError(
+                f"policy: recommended leaves no choice of {', '.join(taken)}; start with another policy to set that"
+            )
         try:
             settings = ReroutingConfig.model_validate({**self.model_dump(), **changes})
         except ValidationError as error:
@@ -201,9 +205,7 @@ def settings_from_overrides(
         )
     overrides = {key: value for key, value in hf_overrides.items() if key not in ("select_top_k", "threshold")}
     overrides["architectures"] = [REFERENCE_ARCHITECTURES[name] for name in names]
-    sere = {
-        "artifact": model,
-        "select_top_k": hf_overrides.get("select_top_k", REFERENCE_SELECT_TOP_K),
-        "threshold": hf_overrides.get("threshold", 0.0),
-    }
-    return overrides, {**additional_config, "sere": sere | additional_config.get("sere", {})}
+    ours = additional_config.get("sere", {})
+    of_reference = {"select_top_k": REFERENCE_SELECT_TOP_K} if ours.get("policy") != "recommended" else {}
+    of_reference |= {name: hf_overrides[name] for name in ("select_top_k", "threshold") if name in hf_overrides}
+    return overrides, {**additional_config, "sere": {"artifact": model, **of_reference, **ours}}

@@ -73,11 +73,13 @@ def tokenise(
     *,
     min_length: int | None = None,
     max_tokens: int | None = None,
+    distinct: bool = False,
 ) -> list[list[int]]:
     """Returns the token ids of the first texts that have `min_length` tokens, cut to `max_length`.
 
     Each text is tokenised on its own, with the tokenizer's default special tokens; those with fewer than `min_length`
-    tokens (by default `max_length`) are left out. It ends at `num_samples` texts, or before the text that would take
+    tokens (by default `max_length`) are left out, and if they shall be `distinct`, those that are cut to the ids of an
+    earlier one. It ends at `num_samples` texts, or before the text that would take
     the sum of their lengths over `max_tokens`.
 
     Raises:
@@ -88,13 +90,16 @@ def tokenise(
     min_length = max_length if min_length is None else min_length
     if min_length > max_length:
         raise ValueError(f"--min-length {min_length} is more than --max-length {max_length}, to which texts are cut")
-    kept, total, longest, seen = [], 0, 0, 0
+    kept, known, total, longest, seen = [], set(), 0, 0, 0
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         seen, longest = seen + 1, max(longest, len(ids))
         if len(ids) < min_length:
             continue
         ids = ids[:max_length]
+        if distinct and tuple(ids) in known:
+            continue
+        known.add(tuple(ids))
         total += len(ids)
         if max_tokens is not None and total > max_tokens:
             if not kept:

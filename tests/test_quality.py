@@ -65,7 +65,7 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
     for name, value in small.items():
         monkeypatch.setattr(benchmark, name, value)
     results, picture = tmp_path / "results" / "quality.json", tmp_path / "quality.png"
-    sizes = {"texts": 6, "texts_of_kind": 2, "length": 36, "prompt": 20, "calibration_length": 16}
+    sizes = {"texts": 8, "texts_of_kind": 2, "length": 36, "prompt": 20, "calibration_length": 16}
     files = {"heldout": TEXTS / "heldout.parquet", "calibration": TEXTS / "calibration.parquet"}
     benchmark.main(MODEL, **files, half="choice", **sizes, results=results, picture=picture)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -354,6 +354,14 @@ def test_texts_from_a_length_up(tokenizer):
     assert tokenise(iter(texts), tokenizer, 5, most, min_length=least + 1) == [whole[2][:most]]
 
 
+def test_texts_that_are_cut_to_the_same_are_one(tokenizer):
+    texts = ["one two three four", "one two three five", "one two four", "one two four"]
+    assert len(tokenise(iter(texts), tokenizer, 4, 3)) == 4
+    distinct = tokenise(iter(texts), tokenizer, 4, 3, distinct=True)
+    assert len(distinct) == len(set(map(tuple, distinct))) < 4
+    assert tokenise(iter(texts), tokenizer, 1, 3, distinct=True) == distinct[:1]
+
+
 def test_no_more_texts_are_drawn_than_needed(tokenizer):
     texts = iter([BEGINNING] * 5)
     assert len(tokenise(texts, tokenizer, 2, 6)) == 2

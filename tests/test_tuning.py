@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from calibration_jobs.measurements import Measurements
 from sere_dist.artifact import Artifact
 from sere_dist.evaluation.lockstep import HeldOut, unchanged
 from sere_dist.evaluation.policies import projection_policy
@@ -142,6 +143,26 @@ def test_candidates_of_the_papers_policy():
     assert len(set(found)) == 6 and all(each.expert_price == 0 for each in found)
 
 
+def test_measurements_that_are_damaged(tmp_path):
+    def opened() -> dict:
+        return Measurements(tmp_path / "artifact", {"model": "m"}, restart=False).values
+
+    measurements = Measurements(tmp_path / "artifact", {"model": "m"}, restart=False)
+    for key, value in (("a", {"losses": (1.0,)}), ("b", 2)):
+        measurements.add(key, value)
+    whole = measurements.path.read_text()
+    assert opened() == measurements.values == {"a": {"losses": [1.0]}, "b": 2}
+    measurements.path.write_text(whole + '["c", [3]')
+    assert opened() == measurements.values and measurements.path.read_text() == whole
+    measurements.path.write_text(whole.replace("[1.0]}]", "[1.0]"))
+    with pytest.raises(ValueError, match=r"tuning.jsonl, line 2: .*delete the line, or the file"):
+        opened()
+    measurements.path.write_text(whole)
+    with pytest.raises(ValueError, match=r"another tuning \(other: model, seed\).*--restart"):
+        Measurements(tmp_path / "artifact", {"model": "n", "seed": 1}, restart=False)
+    assert Measurements(tmp_path / "artifact", {"model": "n"}, restart=True).values == {}
+
+
 SIZES = {"--num-samples": "6", "--length": "24", "--prompt-length": "12", "--batch": "3"}
 
 
@@ -175,12 +196,10 @@ def tuned(cluster, projection_path, tmp_path_factory) -> tuple[Path, str]:
     return path, printed
 
 
-def texts() -> list[tuple[int, ...]]:
+def texts() -> list[list[int]]:
     """The texts of the job, in the order in which it reads them."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    kept = tokenise(read_texts(str(TEXTS / "heldout.parquet"), seed=0), tokenizer, 12, 24)
-    assert len(set(map(tuple, kept))) == 12
-    return kept
+    return tokenise(read_texts(str(TEXTS / "heldout.parquet"), seed=0), tokenizer, 12, 24, distinct=True)
 
 
 def test_what_is_recommended_costs_what_it_says_on_texts_that_had_no_say(model, tuned):
@@ -195,6 +214,7 @@ def test_what_is_recommended_costs_what_it_says_on_texts_that_had_no_say(model, 
         again = Outcome.of(report.run(policy, ours.batch), as_it_is, ours.batch)
         assert ours.model_dump() == pytest.approx(again.model_dump(), rel=1e-2, abs=1e-6)
     assert [outcome.batch for outcome in found.off] == [1, 3, 4]
+    assert found.at(found.off).batch == 3
     tables = artifact.similarity, artifact.coefficient, artifact.size
     again = report.run(projection_policy(*tables, 2), 3)
     assert found.uniform[2].kl == pytest.approx(again.divergence, rel=1e-2)
@@ -213,12 +233,13 @@ def test_another_budget_measures_little_again(cluster, tuned, tmp_path):
     path = copied(tuned[0], tmp_path)
     measured = path.with_name("artifact.tuning.jsonl")
     before = tuned[0].with_name("artifact.tuning.jsonl").read_text()
-    measured.write_text(before + '["half a li')
+    measured.write_text(before + '["half a line", {"losses": [1.0]')
+    (path / "notes.md").write_text("mine")
     sha256 = Artifact.load(path).config.tensors_sha256
     done = cluster.run(command(path, active_experts="9"), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     after = measured.read_text()
-    assert after.startswith(before) and "half a li" not in after
+    assert after.startswith(before) and "half a line" not in after and (path / "notes.md").read_text() == "mine"
     assert "single layers" not in done.stdout
     runs = [json.loads(json.loads(line)[0]) for line in after.removeprefix(before).splitlines()]
     assert all(len(run["layers"]) > 1 or run["texts"] == "report" for run in runs)
@@ -241,7 +262,8 @@ def test_another_budget_measures_little_again(cluster, tuned, tmp_path):
         ({"max_kl": "1", "active_experts": "9"}, "give one budget"),
         ({"max_kl": "0"}, "--max-kl: Input should be greater than 0"),
         ({"max_kl": "1", "prompt_length": "23"}, "--prompt-length 23 leaves no decode step of --length 24"),
-        ({"max_kl": "1", "num_samples": "4000"}, "8004 different texts of 24 tokens are needed"),
+        ({"max_kl": "1", "num_samples": "4000"}, "8000 different texts of 24 tokens are needed"),
+        ({"max_kl": "1", "batch": "7"}, "--num-samples 6 do not fill a --batch of 7"),
         ({"max_kl": "1", "model": "nowhere"}, "nowhere"),
     ],
 )

@@ -130,15 +130,17 @@ def lockstep(
     num_experts = {layer: experts.num_experts for layer, (_, experts) in routed_experts(model).items()}
     logits_BDV = decode_logits(model, ids_BL, prompt_length=prompt_length, policy=counted)
     next_BD = ids_BL[:, prompt_length + 1 :].to(logits_BDV.device)
-    loss_BD = F.cross_entropy(logits_BDV.transpose(1, 2), next_BD, reduction="none")
-    losses = tuple(loss_BD.double().sum(dim=1).tolist())
+    # A sequence at a time: over a large vocabulary each of these tensors is as large as a model's layer.
+    losses = tuple(
+        float(F.cross_entropy(logits_DV, next_D, reduction="none").double().sum())
+        for logits_DV, next_D in zip(logits_BDV, next_BD, strict=True)
+    )
     divergences: tuple[float, ...] = ()
     agreements: tuple[int, ...] = ()
     if reference_BDV is not None:
-        # A sequence at a time: over a large vocabulary each of these tensors is as large as a model's layer.
         found = [divergence_and_agreement(*pair) for pair in zip(reference_BDV, logits_BDV, strict=True)]
         divergences, agreements = zip(*found, strict=True)
-    return LockstepResult(losses, divergences, agreements, loss_BD.numel(), active_sum, steps)
+    return LockstepResult(losses, divergences, agreements, next_BD.numel(), active_sum, steps)
 
 
 def divergence_and_agreement(reference_DV: torch.Tensor, logits_DV: torch.Tensor) -> tuple[float, int]:
@@ -189,9 +191,18 @@ class HeldOut:
         return torch.cat([decode_logits(self.model, part, prompt_length=self.prompt_length).cpu() for part in parts])
 
     def run(self, policy: Policy, batch: int) -> LockstepResult:
-        """Scores the texts, in batches of so many in their order, under a policy, beside the model as it is."""
+        """Scores the texts, in batches of so many in their order, under a policy, beside the model as it is.
+
+        Those at the end that do not fill a batch are left out: fewer rows run fewer experts.
+
+        Raises:
+            ValueError: there are not even enough for one batch.
+        """
+        whole = len(self.ids_NL) // batch * batch
+        if whole == 0:
+            raise ValueError(f"{len(self.ids_NL)} texts do not fill a batch of {batch}: use more texts")
         settings = {"prompt_length": self.prompt_length, "policy": policy}
-        parts = zip(self.ids_NL.split(batch), self.reference_NDV.split(batch), strict=True)
+        parts = zip(self.ids_NL[:whole].split(batch), self.reference_NDV[:whole].split(batch), strict=True)
         results = [lockstep(self.model, ids_BL, reference_BDV=reference, **settings) for ids_BL, reference in parts]
         return sum(results[1:], results[0])
 

@@ -286,10 +286,10 @@ class KernelBackend:
         self.rows = rows
         self.home = homes(rows, owners)
         self.unite = unite_votes if settings.primary_scope == "group" else None
-        self.policies, self.layers = {}, {}
+        self.policies, self.layers, priced = {}, {}, is_projection(artifact, settings)
         for layer, similarity in artifact.similarity.items():
             tables = {}
-            if is_projection(artifact, settings):
+            if priced:
                 tables |= {"coefficient_EE": artifact.coefficient[layer], "size_E": artifact.size[layer]}
             if owners is not None:
                 tables |= {"rank_E": owners.rank[layer], "domain_E": owners.domain[layer]}

@@ -63,6 +63,15 @@ def rerouted_layers(model: torch.nn.Module, artifact: Artifact, is_placed: bool 
     return runners
 
 
+def scaled(settings: ReroutingConfig, scale: float) -> ReroutingConfig:
+    """Returns settings for a layer whose experts' output vLLM multiplies by `scale`, beyond the router's weights.
+
+    Prices are in the unit of (w w) size, w being all that an expert's output is multiplied by, as in transformers.
+    """
+    prices = {name: getattr(settings, name) / scale**2 for name in ("expert_price", "traffic_price")}
+    return settings.model_copy(update=prices)
+
+
 class Rerouting:
     """What re-routing adds to a worker of vLLM. Its `sere_` methods answer `LLM.collective_rpc`."""
 
@@ -119,9 +128,11 @@ class Rerouting:
         return output
 
     def _set_policy(self, settings: ReroutingConfig) -> None:
+        of_layers = self.sere_artifact.settings_by_layer(settings)
+        scales = {layer: runner.routed_scaling_factor for layer, runner in self.sere_runners.items()}
         self.sere_settings = settings
         self.sere_rows.set_policy(settings)
-        self.sere_backend.set_policy(self.sere_artifact.settings_by_layer(settings))
+        self.sere_backend.set_policy({layer: scaled(own, scales[layer]) for layer, own in of_layers.items()})
 
     def sere_counters(self, reset: bool = False) -> dict[str, Any]:
         """Returns the counters of every layer of this worker, and sets them to 0 if asked to.
