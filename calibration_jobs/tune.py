@@ -43,6 +43,7 @@ from sere_dist.checkpoint import Checkpoint
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult
 from sere_dist.evaluation.tuning import (
     Budget,
+    Combination,
     Cost,
     bracket,
     candidates,
@@ -355,62 +356,86 @@ def search(config: TuningConfig, artifact: Artifact, bench: Bench) -> Recommenda
     Raises:
         ValueError: nothing fits the budget.
     """
-    batch, budget = config.batch, config.budget
-    top_k, layers = artifact.config.num_experts_per_token, sorted(artifact.similarity)
-    settings = bench.candidates(batch)
-    (off,) = bench.results("the model as it is", [Run(texts="tuning", batch=batch)])
-    singles = [(layer, setting) for layer in layers for setting in settings[layer]]
-    runs = [Run(texts="tuning", batch=batch, layers={layer: setting}) for layer, setting in singles]
-    alone: dict[int, dict[LayerSetting, Cost]] = {layer: {} for layer in layers}
-    for (layer, setting), result in zip(singles, bench.results("single layers", runs), strict=True):
-        # The mean over layers, of which one has changed.
-        saved = (off.active_experts - result.active_experts) * len(layers)
-        alone[layer][setting] = Cost(off.active_experts - saved, result.divergence)
-    steps = combinations(alone, Cost(off.active_experts, 0.0))
-    if not steps:
-        raise ValueError(f"no setting of any layer saves an expert at batch {batch}: there is nothing to choose")
-
-    outcomes: dict[int, Outcome] = {}
-    ends, count = (0, len(steps) - 1), COMBINATIONS
-    for _ in range(1 + ROUNDS):
-        places = [place for place in evenly(*ends, count) if place not in outcomes]
-        runs = [Run(texts="tuning", batch=batch, layers=steps[place]) for place in places]
-        for place, result in zip(places, bench.results("combinations", runs), strict=True):
-            outcomes[place] = Outcome.of(result, off, batch)
-        within, outside = bracket(outcomes, budget)
-        if within is None or outside is None:
-            break
-        ends, count = (min(within, outside), max(within, outside)), REFINED + 2
-    if within is None:
-        raise ValueError(nothing_fits(budget, outcomes))
-    chosen = steps[within]
-
-    batches = sorted({each for each in (*BATCHES, batch) if each <= config.num_samples})
-    uniform = {keep: {layer: LayerSetting(select_top_k=keep) for layer in layers} for keep in range(1, top_k)}
-    runs = [Run(texts="report", batch=each, layers=own) for each in batches for own in ({}, chosen)]
-    runs += [Run(texts="report", batch=batch, layers=own) for own in uniform.values()]
-    results = bench.results("on other texts", runs)
-    offs, ours = results[0 : 2 * len(batches) : 2], results[1 : 2 * len(batches) : 2]
-    off_there = offs[batches.index(batch)]
-    others = results[2 * len(batches) :]
+    layers = sorted(artifact.similarity)
+    (off,) = bench.results("the model as it is", [Run(texts="tuning", batch=config.batch)])
+    path = combinations(alone(config.batch, layers, off, bench), Cost(off.active_experts, 0.0))
+    if not path:
+        raise ValueError(f"no setting of any layer saves an expert at batch {config.batch}: there is nothing to choose")
+    outcomes, chosen = weighed(path, off, config, bench)
+    top_k = artifact.config.num_experts_per_token
     recommended = Recommendation(
         tensors_sha256=artifact.config.tensors_sha256,
         policy="projection" if artifact.coefficient else "sere",
-        layers={layer: chosen.get(layer, LayerSetting(select_top_k=top_k)) for layer in layers},
-        batch=batch,
-        budget=str(budget),
+        layers={layer: path[chosen].get(layer, LayerSetting(select_top_k=top_k)) for layer in layers},
+        batch=config.batch,
+        budget=str(config.budget),
         texts=f"{config.num_samples} texts of {config.length} tokens of {config.dataset}, {config.prompt_length} of "
         f"them the prompt, to tune on, and {config.num_samples} others, less what does not fill a batch",
         curve=[outcomes[place] for place in sorted(outcomes)],
-        tuned=outcomes[within],
-        off=[Outcome.of(result, result, each) for result, each in zip(offs, batches, strict=True)],
-        recommended=[Outcome.of(*pair, each) for *pair, each in zip(ours, offs, batches, strict=True)],
-        uniform={keep: Outcome.of(result, off_there, batch) for keep, result in zip(uniform, others, strict=True)},
+        tuned=outcomes[chosen],
+        **on_other_texts(path[chosen], layers, top_k, config, bench),
         versions=versions(),
     )
-    for table in tables(recommended, budget):
+    for table in tables(recommended, config.budget):
         Console(width=None if sys.stdout.isatty() else 120).print(table)
     return recommended
+
+
+def alone(batch: int, layers: Sequence[int], off: LockstepResult, bench: Bench) -> dict[int, dict[LayerSetting, Cost]]:
+    """Returns what each setting of each layer costs, the other layers as they are."""
+    settings = bench.candidates(batch)
+    singles = [(layer, setting) for layer in layers for setting in settings[layer]]
+    runs = [Run(texts="tuning", batch=batch, layers={layer: setting}) for layer, setting in singles]
+    costs: dict[int, dict[LayerSetting, Cost]] = {layer: {} for layer in layers}
+    for (layer, setting), result in zip(singles, bench.results("single layers", runs), strict=True):
+        # A result has the mean over layers, of which one has changed.
+        saved = (off.active_experts - result.active_experts) * len(layers)
+        costs[layer][setting] = Cost(off.active_experts - saved, result.divergence)
+    return costs
+
+
+def weighed(
+    path: Sequence[Combination], off: LockstepResult, config: TuningConfig, bench: Bench
+) -> tuple[dict[int, Outcome], int]:
+    """Returns what combinations along the path came to, by their places on it, and the place of the one to choose.
+
+    Raises:
+        ValueError: none is within the budget.
+    """
+    outcomes: dict[int, Outcome] = {}
+    ends, count = (0, len(path) - 1), COMBINATIONS
+    for _ in range(1 + ROUNDS):
+        places = [place for place in evenly(*ends, count) if place not in outcomes]
+        runs = [Run(texts="tuning", batch=config.batch, layers=path[place]) for place in places]
+        for place, result in zip(places, bench.results("combinations", runs), strict=True):
+            outcomes[place] = Outcome.of(result, off, config.batch)
+        within, outside = bracket(outcomes, config.budget)
+        if within is None:
+            raise ValueError(nothing_fits(config.budget, outcomes))
+        if outside is None:
+            break
+        ends, count = (min(within, outside), max(within, outside)), REFINED + 2
+    return outcomes, within
+
+
+def on_other_texts(
+    chosen: Combination, layers: Sequence[int], top_k: int, config: TuningConfig, bench: Bench
+) -> dict[str, Any]:
+    """Returns the fields of a Recommendation that say what it costs on the texts that had no say."""
+    batches = sorted({each for each in (*BATCHES, config.batch) if each <= config.num_samples})
+    same_in_all = {keep: dict.fromkeys(layers, LayerSetting(select_top_k=keep)) for keep in range(1, top_k)}
+    off_runs, our_runs = ([Run(texts="report", batch=each, layers=own) for each in batches] for own in ({}, chosen))
+    uniform_runs = [Run(texts="report", batch=config.batch, layers=own) for own in same_in_all.values()]
+    results = iter(bench.results("on other texts", [*off_runs, *our_runs, *uniform_runs]))
+    off, ours = ({each: next(results) for each in batches} for _ in range(2))
+    return {
+        "off": [Outcome.of(off[each], off[each], each) for each in batches],
+        "recommended": [Outcome.of(ours[each], off[each], each) for each in batches],
+        "uniform": {
+            keep: Outcome.of(result, off[config.batch], config.batch)
+            for keep, result in zip(same_in_all, results, strict=True)
+        },
+    }
 
 
 def nothing_fits(budget: Budget, outcomes: dict[int, Outcome]) -> str:
