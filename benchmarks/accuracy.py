@@ -246,8 +246,8 @@ def main(
     off, on = found[False], found[True]
     scores = {task: compare(off, on, task) for task in off["results"]}
     shown = [row for task in off["group_subtasks"].get(name, [name]) for row in scores[task]]
-    what = f"S = {settings['select_top_k']}, rho = {settings['threshold']}"
-    what = f"policy {settings['policy']}" + ("" if settings["policy"] == "recommended" else f", {what}")
+    what = f"S = {settings['select_top_k']}, rho = {settings['threshold']}, policy {settings['policy']}"
+    what = "as recommended" if settings["policy"] == "recommended" else what
     title = f"{model}, {concurrency} requests at once, {what}"
     tables().print(table(shown, title))
     if not any(row["other_answers"] for row in shown):

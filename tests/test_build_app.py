@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,6 +51,10 @@ def built(cluster, tmp_path_factory) -> dict[str, dict[str, dict]]:
             architecture=shape.architecture,
             **names,
         )
+        if args["rerouting"].get("policy") == "projection":
+            artifact.config.method = "projection"
+            artifact.coefficient = {layer: matrix.clone() for layer, matrix in artifact.similarity.items()}
+            artifact.size = {layer: torch.ones(shape.num_experts) for layer in artifact.similarity}
         artifact.save(folder / path.stem)
         args["rerouting"]["artifact"] = str(folder / path.stem)
         all_arguments[path.name] = args | {"model": str(SHAPE_OF[args["model"]]), "model_id": args["model"]}
@@ -86,6 +91,7 @@ def test_application_files_build(path, built):
         ({"threshold": 1.5}, "threshold\n"),
         ({"artifact": "nowhere"}, "no artifact at nowhere"),
         ({"select_top_k": None, "policy": "recommended"}, "needs an artifact that was tuned"),
+        ({"policy": "projection"}, "needs an artifact of method projection"),
     ],
 )
 def test_bad_settings_stop_the_deployment(artifact_path, changes, message):
