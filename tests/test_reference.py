@@ -79,7 +79,11 @@ def test_its_overrides_become_settings():
     _, additional = settings_from_overrides(
         {"architectures": ["DeepseekV2ForCausalLMSERE"]}, {"sere": {"artifact": "mine"}}, "folder"
     )
-    assert additional == {"sere": {"artifact": "mine", "select_top_k": 4, "threshold": 0.0}}
+    assert additional == {"sere": {"artifact": "mine", "select_top_k": 4}}
+    _, additional = settings_from_overrides(
+        {"architectures": ["DeepseekV2ForCausalLMSERE"]}, {"sere": {"policy": "recommended"}}, "folder"
+    )
+    assert additional == {"sere": {"artifact": "folder", "policy": "recommended"}}
     assert settings_from_overrides({"architectures": ["Qwen3MoeForCausalLM"]}, {}, "folder") is None
     assert settings_from_overrides({}, {}, "folder") is None
     assert settings_from_overrides(lambda config: config, {}, "folder") is None
