@@ -29,8 +29,8 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its 
 TESTED_VLLM = ("0.32.0",)
 # vLLM's workers, and ours that take their place.
 WORKERS = {
-    "vllm.v1.worker.cpu_worker.CPUWorker": "sere_dist.vllm_plugin.worker.ReroutingCPUWorker",
-    "vllm.v1.worker.gpu_worker.Worker": "sere_dist.vllm_plugin.worker.ReroutingGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "sere_dist.vllm_plugin.cpu_worker.ReroutingCPUWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "sere_dist.vllm_plugin.gpu_worker.ReroutingGPUWorker",
 }
 
 

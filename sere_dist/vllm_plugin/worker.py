@@ -1,19 +1,19 @@
-"""The vLLM plugin, worker half: workers that re-route a loaded model, and answer questions about it.
+"""The vLLM plugin, worker half: what re-routing adds to a worker of vLLM.
 
 Re-routing sits where vLLM's routers hand out logical expert ids: `BaseRouter._compute_routing`, before routed-expert
 capture and EPLB's mapping.
+
+This module imports neither of vLLM's workers. Importing vLLM's CPU worker replaces parts of `torch.cuda` in the whole
+process, so `cpu_worker` and `gpu_worker` are modules of their own, and a GPU process never imports the first.
 """
 
 from typing import Any
 
 import torch
-from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import get_ep_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
-from vllm.v1.worker.cpu_worker import CPUWorker
-from vllm.v1.worker.gpu_worker import Worker
 
 from sere_dist.artifact import Artifact
 from sere_dist.config import ReroutingConfig
@@ -21,8 +21,7 @@ from sere_dist.moe import MoeShape, by_layer
 from sere_dist.placement import Placement
 from sere_dist.reference import load_artifact
 from sere_dist.rerouting import COUNTERS, dispatch_bytes
-from sere_dist.vllm_plugin import cpu_experts
-from sere_dist.vllm_plugin.backends import Backend, CpuBackend, KernelBackend
+from sere_dist.vllm_plugin.backends import Backend
 from sere_dist.vllm_plugin.owners import Owners
 from sere_dist.vllm_plugin.rows import Rows
 from sere_dist.vllm_plugin.weights import checkpoint_weights
@@ -73,7 +72,7 @@ def scaled(settings: ReroutingConfig, scale: float) -> ReroutingConfig:
 
 
 class Rerouting:
-    """What re-routing adds to a worker of vLLM. Its `sere_` methods answer `LLM.collective_rpc`."""
+    """Goes before a worker class of vLLM. Its `sere_` methods answer `LLM.collective_rpc`."""
 
     sere_backend_class: type[Backend]
 
@@ -174,33 +173,3 @@ class Rerouting:
         settings = self.sere_settings.changed(changes, self.sere_top_k)
         self._set_policy(settings)
         return settings.model_dump(mode="json")
-
-
-class ReroutingCPUWorker(Rerouting, CPUWorker):
-    """vLLM's CPU worker, re-routing."""
-
-    sere_backend_class = CpuBackend
-
-    def load_model(self, **kwargs) -> None:
-        if self.parallel_config.enable_expert_parallel:
-            cpu_experts.provide()
-        super().load_model(**kwargs)
-        is_dispatched = self.sere_owners is not None and self.sere_owners.home is not None
-        if is_dispatched and self.sere_settings.cpu_dispatch == "all_to_all":
-            with set_current_vllm_config(self.vllm_config):
-                cpu_experts.send_sparsely(next(iter(self.sere_owners.rank.values())))
-
-    def sere_counters(self, reset: bool = False) -> dict[str, Any]:
-        """Adds `bytes_sent` to other ranks: by this worker, for all rows, prefill too."""
-        counters = super().sere_counters(reset)
-        if self.sere_owners is not None and self.sere_owners.home is not None:
-            counters["bytes_sent"] = cpu_experts.bytes_sent
-            if reset:
-                cpu_experts.bytes_sent = 0
-        return counters
-
-
-class ReroutingGPUWorker(Rerouting, Worker):
-    """vLLM's GPU worker, re-routing."""
-
-    sere_backend_class = KernelBackend
