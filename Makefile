@@ -36,8 +36,8 @@ bench-calibration: .venv/.ready
 	$(BIN)/python -m benchmarks.calibration
 
 soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS)
-	$(BIN)/python -m benchmarks.survival
-	$(BIN)/python -m benchmarks.soak --schemathesis .venv-soak/bin/st
+	$(BIN)/python -m tests.soak.survival
+	$(BIN)/python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st
 
 check-deploy: .venv/.ready
 	$(BIN)/python -m deploy.check $(CRDS)

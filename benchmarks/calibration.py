@@ -38,13 +38,15 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.common import ROOT, keep, machine, physical_cores, progress, ranged, rounded, spread, tables, versions
-from examples.local_cluster import LocalCluster
-from sere_dist.similarity import expert_projection, expert_similarity
+from benchmarks.common import ROOT, ranged, spread
+from examples.tiny_moe.data import CALIBRATION, MODEL
+from sere_dist.console import progress, tables
+from sere_dist.method.similarity import expert_projection, expert_similarity
+from sere_dist.provenance import keep, machine, physical_cores, rounded, versions
+from sere_dist.testing.local_cluster import LocalCluster
 
 # What else a part needs is imported there: `similarity` also runs on a GPU machine that has torch and little else.
 
-TINY_MOE = ROOT / "examples" / "tiny_moe"
 Part = Literal["all", "similarity", "scaling", "memory"]
 
 PACKAGES = ("sere-dist", "torch", "ray", "transformers", "numpy")
@@ -285,7 +287,7 @@ def save_random_model(moe: Moe, folder: Path) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MOE / "model")
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=moe.hidden,
@@ -318,7 +320,7 @@ def run_calibration(workers: int, sizes: Sizes, model: Path, output: Path) -> di
         RuntimeError: the command failed.
     """
     command = [sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(model), "--output", str(output)]
-    command += ["--dataset", str(TINY_MOE / "calibration.parquet"), "--device", "cpu", "--cpus-per-task", "1"]
+    command += ["--dataset", str(CALIBRATION), "--device", "cpu", "--cpus-per-task", "1"]
     command += ["--num-samples", str(sizes.scaling_texts), "--max-length", str(sizes.scaling_length)]
     with LocalCluster(num_cpus=workers) as cluster:
         environment = {**cluster.environment, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
@@ -409,8 +411,8 @@ def peak_of(model: Path, inputs: Path, tokens: int, method: str, block_tokens: i
     """Returns by how much a scoring task raises the memory of this process, which must be a fresh one."""
     from transformers.utils.logging import disable_progress_bar
 
-    from sere_dist.calibration import ExpertInputs, score_layer
-    from sere_dist.checkpoint import Checkpoint
+    from sere_dist.calibration.checkpoint import Checkpoint
+    from sere_dist.calibration.layers import ExpertInputs, score_layer
 
     disable_progress_bar()
     torch.set_num_threads(1)  # as a task has by default; another core is free to look

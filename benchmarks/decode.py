@@ -41,10 +41,12 @@ from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-from benchmarks.common import ROOT, keep, machine, progress, ranged, rounded, spread, tables, versions
-from sere_dist.artifact import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
+from benchmarks.common import ROOT, ranged, spread
+from sere_dist.artifact.folder import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
+from sere_dist.console import progress, tables
+from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import MoeShape
-from sere_dist.similarity import random_similarity
+from sere_dist.provenance import keep, machine, rounded, versions
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt

@@ -24,9 +24,11 @@ from cuda.core import Kernel, ObjectCode, Program, ProgramOptions
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.common import ROOT, keep, machine, progress, ranged, spread, tables, versions
-from sere_dist.kernels.random_steps import RandomStep, assert_equal, random_steps
+from benchmarks.common import ROOT, ranged, spread
+from sere_dist.console import progress, tables
 from sere_dist.kernels.reroute import ENTRIES, Layer, Policy, compile_kernels, launch_kernel
+from sere_dist.provenance import keep, machine, versions
+from sere_dist.testing.random_steps import RandomStep, assert_equal, random_steps
 
 OTHERS = Path(__file__).with_name("three_launches.cu")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")

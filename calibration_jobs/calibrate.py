@@ -28,8 +28,9 @@ from transformers.utils import logging as transformers_logging
 
 from calibration_jobs.finished_layers import FinishedLayers
 from calibration_jobs.job import JobConfig, Workers, command, refuse_lost_output
-from sere_dist.artifact import MIN_TOKENS_PER_EXPERT, SCHEMA_VERSION, Artifact, ArtifactConfig, check_output
-from sere_dist.calibration import (
+from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, SCHEMA_VERSION, Artifact, ArtifactConfig, check_output
+from sere_dist.calibration.checkpoint import Checkpoint
+from sere_dist.calibration.layers import (
     WITHOUT_DATA,
     ExpertInputs,
     LayerResult,
@@ -38,10 +39,10 @@ from sere_dist.calibration import (
     score_layer,
     text_blocks,
 )
-from sere_dist.checkpoint import Checkpoint
+from sere_dist.calibration.plan import Plan
+from sere_dist.method.cka import Kernel
+from sere_dist.method.similarity import Method
 from sere_dist.moe import MoeShape
-from sere_dist.plan import Plan
-from sere_dist.similarity import Kernel, Method
 
 RETRIES = 5  # of a task whose worker or node died
 

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from calibration_jobs.job import differing
-from sere_dist.artifact import LayerStatistics
-from sere_dist.calibration import LayerResult
+from sere_dist.artifact.folder import LayerStatistics
+from sere_dist.calibration.layers import LayerResult
 
 JOB_FILE = "job.json"
 TENSORS = {

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ray.exceptions import RayError
 from transformers import AutoTokenizer
 
-from sere_dist.checkpoint import Checkpoint
-from sere_dist.texts import read_texts, tokenise
+from sere_dist.calibration.checkpoint import Checkpoint
+from sere_dist.calibration.texts import read_texts, tokenise
 
 # Ray unpacks the --working-dir of a job below such a folder, and deletes it afterwards.
 RAY_WORKING_DIR = "working_dir_files"

@@ -38,8 +38,9 @@ from transformers.utils import logging as transformers_logging
 
 from calibration_jobs.job import JobConfig, Workers, command, refuse_lost_output
 from calibration_jobs.measurements import Measurements
-from sere_dist.artifact import Artifact, check_output, write_recommendation
-from sere_dist.checkpoint import Checkpoint
+from sere_dist.artifact.folder import Artifact, check_output, write_recommendation
+from sere_dist.artifact.recommendation import LayerSetting, Outcome, Recommendation
+from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult
 from sere_dist.evaluation.tuning import (
     Budget,
@@ -53,7 +54,6 @@ from sere_dist.evaluation.tuning import (
     policy_of,
 )
 from sere_dist.moe import MoeShape, load_model
-from sere_dist.recommendation import LayerSetting, Outcome, Recommendation
 
 DEATHS = 5  # of workers at one measurement, before the job gives up
 FAILURES = 3  # of workers to start, one after the other

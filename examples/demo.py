@@ -21,7 +21,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from examples.local_cluster import LocalCluster, port_is_free
+from sere_dist.testing.local_cluster import LocalCluster, port_is_free
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "examples" / "tiny_moe" / "model"

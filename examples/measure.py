@@ -27,11 +27,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from sere_dist.admin import policy
-from sere_dist.artifact import Artifact
+from sere_dist.artifact.folder import Artifact
+from sere_dist.calibration.texts import read_texts, tokenise
 from sere_dist.evaluation.lockstep import Policy, lockstep, unchanged
-from sere_dist.evaluation.policies import similarity_policy
+from sere_dist.evaluation.rerouters import similarity_policy
 from sere_dist.moe import load_model
-from sere_dist.texts import read_texts, tokenise
 from serve_apps.workers import worker_rpc
 
 TINY_MOE = Path(__file__).parent / "tiny_moe"

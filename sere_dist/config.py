@@ -21,7 +21,6 @@ CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "thresh
 RECOMMENDED = ("policy", "select_top_k", "threshold", "expert_price", "traffic_price")
 
 MAX_ROWS = 2**31 - 1  # of a step, as the kernel counts them
-MAX_LOAD = 1.1  # of a placement: tokens routed to a rank's experts, at most, over the mean of the ranks
 
 OPT_OUT = "sere"  # a request's own `extra_args` (`vllm_xargs` over HTTP)
 

@@ -15,11 +15,11 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.llm import LLMConfig, build_dp_deployment, build_llm_deployment
 
+from sere_dist.artifact.reference import load_artifact_of
 from sere_dist.config import ADMIN_TOKEN, API_KEY, PLUGIN, ReroutingConfig, leaves_plugin_out
-from sere_dist.reference import load_artifact_of
 from serve_apps.ingress import build_ingress
-from serve_apps.policy import KEEPER, PolicyKeeper
 from serve_apps.server import PlainDPServer, PlainServer, SereDPServer, SereServer
+from serve_apps.settings import KEEPER, PolicyKeeper
 
 NAME_PREFIX = "LLMServer:"  # of the deployment; the model's name follows
 SECRETS = {f"{name}{suffix}" for name in (API_KEY, ADMIN_TOKEN) for suffix in ("", "_FILE")}

@@ -13,7 +13,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import DPServer, LLMServer
 
 from serve_apps.metrics import ReroutingMetrics
-from serve_apps.policy import HEARTBEAT_SECONDS, Follower
+from serve_apps.settings import HEARTBEAT_SECONDS, Follower
 
 METRICS_SECONDS = 10.0  # between two readings of the counters
 RETRY_SECONDS = 5.0

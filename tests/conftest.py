@@ -16,14 +16,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
-from benchmarks.common import example_texts
 from examples import demo
-from examples.local_cluster import LocalCluster
-from sere_dist.artifact import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
+from examples.tiny_moe.data import example_texts
+from sere_dist.artifact.folder import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
+from sere_dist.artifact.recommendation import LayerSetting, Outcome, Recommendation
 from sere_dist.kernels import reroute as kernel
 from sere_dist.moe import load_model
-from sere_dist.recommendation import LayerSetting, Outcome, Recommendation
-from tests.host_kernels import HostKernels, compile_on_host
+from sere_dist.testing.local_cluster import LocalCluster
+from tests.support.host_kernels import HostKernels, compile_on_host
 
 MODEL = demo.MODEL
 TEXTS = MODEL.parent

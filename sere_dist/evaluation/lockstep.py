@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from sere_dist.method.rerouting import repeat_dropped
 from sere_dist.moe import Routing, hooked_routing, routed_experts
-from sere_dist.rerouting import repeat_dropped
 
 Routed = tuple[torch.Tensor, torch.Tensor]  # weights_DBK, ids_DBK; an id of -1 is a dropped slot, of weight 0
 # What re-routes all decode steps of a layer, each by itself: (layer, weights_DBK, ids_DBK, scores_DBE) -> the first two

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sere_dist.evaluation.lockstep import Policy, Routed, active_by_step
-from sere_dist.rerouting import is_remote, remote_domains
+from sere_dist.method.rerouting import is_remote, remote_domains
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from sere_dist.artifact import Artifact
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.recommendation import LayerSetting, Outcome
 from sere_dist.evaluation.lockstep import HeldOut, Policy, Routed
-from sere_dist.evaluation.policies import of_layers, primary_by_step, projection_policy, similarity_policy
-from sere_dist.recommendation import LayerSetting, Outcome
+from sere_dist.evaluation.rerouters import of_layers, primary_by_step, projection_policy, similarity_policy
 
 Combination = dict[int, LayerSetting]  # by decoder layer; a layer that is not there stays as it is
 

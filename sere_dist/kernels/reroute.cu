@@ -1,4 +1,4 @@
-// Re-routes one step of one MoE layer in place, and counts what that did. The same in torch: sere_dist/rerouting.py.
+// Re-routes one step of one MoE layer in place, and counts what that did. The same in torch: sere_dist/method/rerouting.py.
 //
 // A step is T tokens (rows) of K slots, each a weight and the id of one of E experts. A token's slots are neighbouring
 // lanes of a warp: K rounded up to a power of two is the `width` of such a group.
@@ -14,7 +14,7 @@
 // ranks' votes may be added; `chosen` stays this rank's own.
 //
 // Whatever a CUDA graph must not freeze is read from memory here: the policy, the tables, the rows' masks.
-// Compiled by NVRTC through reroute.py, and by g++ against tests/cuda_on_host.h. No fused multiply-add: results equal
+// Compiled by NVRTC through reroute.py, and by g++ against tests/support/cuda_on_host.h. No fused multiply-add: results equal
 // torch's to the bit. Macros choose the types: IDS_64; one of BFLOAT16, FLOAT16 (default: float32).
 
 constexpr int MAX_EXPERTS = 1024;

@@ -22,7 +22,7 @@ import torch
 from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
 from cuda.core.utils import FileStreamProgramCache
 
-from sere_dist.rerouting import COUNTERS, ranked_neighbors, votes_that_suffice
+from sere_dist.method.rerouting import COUNTERS, ranked_neighbors, votes_that_suffice
 
 SOURCE = Path(__file__).with_name("reroute.cu")
 MAX_EXPERTS, MAX_TOP_K = 1024, 32

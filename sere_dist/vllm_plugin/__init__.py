@@ -62,9 +62,9 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         ValueError: a setting, the artifact or a feature of the engine rules re-routing out. Nothing is ever served
             un-re-routed in silence.
     """
+    from sere_dist.artifact.reference import load_artifact
     from sere_dist.config import ALLOW_UNTESTED_VLLM, ReroutingConfig, environment_flag
     from sere_dist.moe import MoeShape
-    from sere_dist.reference import load_artifact
 
     if vllm.__version__ not in TESTED_VLLM and not environment_flag(ALLOW_UNTESTED_VLLM):
         raise ValueError(
@@ -97,7 +97,7 @@ def configure_engine(vllm_config: VllmConfig) -> None:
 
 def check_placement(path: Path, shape: MoeShape, layers: set[int], vllm_config: VllmConfig) -> None:
     """Raises ValueError if vLLM would not load a model's experts as this placement says."""
-    from sere_dist.placement import Placement
+    from sere_dist.artifact.placement import Placement
 
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size if parallel.enable_expert_parallel else 1

@@ -17,10 +17,10 @@ from vllm.distributed.parallel_state import get_ep_group
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from sere_dist.artifact import Artifact
+from sere_dist.artifact.folder import Artifact
 from sere_dist.config import ReroutingConfig
-from sere_dist.kernels.reroute_cpu import reroute_step
-from sere_dist.rerouting import (
+from sere_dist.kernels.reroute_numpy import reroute_step
+from sere_dist.method.rerouting import (
     COUNTERS,
     primary_votes,
     ranked_neighbors,
@@ -30,7 +30,7 @@ from sere_dist.rerouting import (
     step_counts,
     votes_that_suffice,
 )
-from sere_dist.vllm_plugin.owners import Owners
+from sere_dist.vllm_plugin.expert_map import Owners
 from sere_dist.vllm_plugin.rows import Rows
 
 

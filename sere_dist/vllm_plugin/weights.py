@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from sere_dist.artifact.placement import Placement
+from sere_dist.artifact.reference import MATRIX
 from sere_dist.moe import layer_index
-from sere_dist.placement import Placement
-from sere_dist.reference import MATRIX
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 

@@ -15,14 +15,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-from sere_dist.artifact import Artifact
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.placement import Placement
+from sere_dist.artifact.reference import load_artifact
 from sere_dist.config import ReroutingConfig
+from sere_dist.method.rerouting import COUNTERS, dispatch_bytes
 from sere_dist.moe import MoeShape, by_layer
-from sere_dist.placement import Placement
-from sere_dist.reference import load_artifact
-from sere_dist.rerouting import COUNTERS, dispatch_bytes
 from sere_dist.vllm_plugin.backends import Backend
-from sere_dist.vllm_plugin.owners import Owners
+from sere_dist.vllm_plugin.expert_map import Owners
 from sere_dist.vllm_plugin.rows import Rows
 from sere_dist.vllm_plugin.weights import checkpoint_weights
 

@@ -1,0 +1,19 @@
+"""The example model and its texts, for everything that measures or tests with them."""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from sere_dist.calibration.texts import read_texts, tokenise
+
+FOLDER = Path(__file__).resolve().parent
+MODEL = FOLDER / "model"
+CALIBRATION, HELDOUT = FOLDER / "calibration.parquet", FOLDER / "heldout.parquet"
+
+
+def example_texts(file: str, length: int, num_texts: int = sys.maxsize) -> torch.Tensor:
+    """Returns token ids [texts, length] of the example model's texts: `heldout.parquet` or `calibration.parquet`."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    return torch.tensor(tokenise(read_texts(str(FOLDER / file)), tokenizer, num_texts, length))

@@ -1,0 +1,1 @@
+"""What a calibration writes and everything else reads."""

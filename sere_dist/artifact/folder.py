@@ -1,0 +1,462 @@
+"""The artifact of a calibration: expert similarities of one model, in a folder of its own.
+
+Keep it apart from the model's weights: vLLM loads every safetensors file that it finds beside them. The files are
+`sere_config.json`, `similarity.safetensors`, `layers.csv` and `experts.csv` (what was seen), `README.md` (a model
+card), `calibration.yaml` (the job's resolved settings) and, once tuned, `recommended.json`. Nothing is pickled.
+"""
+
+import csv
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from pydantic import BaseModel, ConfigDict, field_validator
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from sere_dist.artifact.recommendation import Recommendation
+from sere_dist.config import RECOMMENDED, ReroutingConfig
+from sere_dist.moe import MoeShape
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+MIN_TOKENS_PER_EXPERT = 32  # an expert that got fewer in a calibration is worth a warning
+CONFIG_FILE, TENSORS_FILE, LAYERS_FILE = "sere_config.json", "similarity.safetensors", "layers.csv"
+EXPERTS_FILE = "experts.csv"  # tokens routed to each expert; absent where no token was looked at
+CARD_FILE, SETTINGS_FILE = "README.md", "calibration.yaml"
+RECOMMENDATION_FILE = "recommended.json"  # absent until `sere-dist tune` has found one
+
+
+_KINDS = ("similarity", "coefficient", "size", "coactivation")
+_EXPERTS_HEADER = ["layer", "expert", "tokens"]
+
+
+class ArtifactError(ValueError):
+    """An artifact that can't be used; the message names the file and the field."""
+
+
+class LayerStatistics(BaseModel):
+    """One row of `layers.csv`. Similarities are those of different experts."""
+
+    layer: int
+    name: str
+    tokens_per_expert_min: int | None  # None for a method that looks at no tokens
+    tokens_per_expert_median: float | None
+    similarity_mean: float
+    similarity_min: float
+    similarity_max: float
+    seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        name: str,
+        similarity_EE: torch.Tensor,
+        tokens_E: torch.Tensor | None = None,
+        seconds: float = 0.0,
+    ) -> "LayerStatistics":
+        """Sums up a layer's matrix, and the tokens routed to each expert where there were any."""
+        different = similarity_EE[~torch.eye(len(similarity_EE), dtype=torch.bool)]
+        return cls(
+            layer=layer,
+            name=name,
+            tokens_per_expert_min=None if tokens_E is None else int(tokens_E.min()),
+            tokens_per_expert_median=None if tokens_E is None else float(tokens_E.double().quantile(0.5)),
+            similarity_mean=float(different.mean()),
+            similarity_min=float(different.min()),
+            similarity_max=float(different.max()),
+            seconds=round(seconds, 3),
+        )
+
+    def cells(self) -> list[str]:
+        """The row as people read it: layer, fewest and median tokens an expert, similarity mean, min and max."""
+        tokens = (self.tokens_per_expert_min, self.tokens_per_expert_median)
+        similarity = (self.similarity_mean, self.similarity_min, self.similarity_max)
+        return [
+            str(self.layer),
+            *("-" if value is None else f"{value:g}" for value in tokens),
+            *(f"{value:.3f}" for value in similarity),
+        ]
+
+
+class ArtifactConfig(BaseModel):
+    """The content of `sere_config.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int
+    base_model: str
+    revision: str | None = None
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_experts: int
+    num_experts_per_token: int
+    layer_names: dict[int, str]  # the experts' module by decoder layer index; dense layers are absent
+    method: str
+    kernel: str | None = None
+    dataset: str | None  # None for a method without data
+    num_tokens: int
+    coactivation: bool = False  # whether the tensors have it: those of older versions do not
+    versions: dict[str, str]
+    tensors_sha256: str = ""
+
+    @field_validator("schema_version")
+    @classmethod
+    def _known_schema(cls, value: int) -> int:
+        if value != SCHEMA_VERSION:
+            raise ValueError(f"this version of sere_dist reads schema {SCHEMA_VERSION}; calibrate again or upgrade")
+        return value
+
+    @property
+    def data(self) -> str:
+        return f"{self.num_tokens} tokens of {self.dataset}" if self.dataset else "no data"
+
+    @property
+    def tensor_kinds(self) -> tuple[str, ...]:
+        """What `similarity.safetensors` holds for each layer."""
+        projection = ("coefficient", "size") if self.method == "projection" else ()
+        return ("similarity", *projection, *(("coactivation",) if self.coactivation else ()))
+
+    @property
+    def shape(self) -> MoeShape:
+        return MoeShape(**{name: getattr(self, name) for name in MoeShape.__dataclass_fields__})
+
+
+@dataclass
+class Artifact:
+    """Expert similarities of one model.
+
+    Attributes:
+        config: what was calibrated, on what, with what.
+        similarity: decoder layer index -> [E, E] float32, logical expert ids, diagonal 1.
+        layers: a summary of each MoE layer, in order, for people.
+        settings: the calibration job's resolved settings.
+        coefficient: decoder layer index -> [E, E] float32, diagonal 1: the multiple of expert j that stands in for
+            expert i. Of method `projection` alone, otherwise empty.
+        size: decoder layer index -> [E] float32: mean squared output relative to the layer's mean. Likewise.
+        tokens_per_expert: decoder layer index -> tokens routed to each expert; empty for a method without data.
+        coactivation: decoder layer index -> [E, E] float32: products of the router weights that a token gave two
+            experts, summed over tokens. Likewise, and empty in artifacts of older versions.
+        recommended: the policy that a tuning found, None without one.
+    """
+
+    config: ArtifactConfig
+    similarity: dict[int, torch.Tensor]
+    layers: list[LayerStatistics]
+    settings: dict[str, Any] = field(default_factory=dict)
+    coefficient: dict[int, torch.Tensor] = field(default_factory=dict)
+    size: dict[int, torch.Tensor] = field(default_factory=dict)
+    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
+    coactivation: dict[int, torch.Tensor] = field(default_factory=dict)
+    recommended: Recommendation | None = None
+
+    def settings_by_layer(self, settings: ReroutingConfig) -> dict[int, ReroutingConfig]:
+        """Returns what each layer does: the settings themselves, or with policy `recommended` what that says.
+
+        Raises:
+            ArtifactError: policy `recommended`, and the artifact has none; or policy `projection`, and the artifact is
+                not of that method.
+            ValueError: other settings don't go with what is recommended.
+        """
+        layers = dict.fromkeys(self.config.layer_names, settings)
+        if settings.policy == "recommended":
+            if self.recommended is None:
+                raise ArtifactError(
+                    f"policy: recommended needs an artifact that was tuned, {settings.artifact} was not: run sere-dist "
+                    "tune, or set another policy"
+                )
+            common = {name: value for name, value in settings.model_dump().items() if name not in RECOMMENDED}
+            common["policy"] = self.recommended.policy
+            of_layers = self.recommended.layers.items()
+            layers = {layer: ReroutingConfig(**common, **setting.model_dump()) for layer, setting in of_layers}
+        if any(each.policy == "projection" for each in layers.values()) and not self.coefficient:
+            raise ArtifactError(
+                f"policy: projection needs an artifact of method projection, {settings.artifact} has "
+                f"{self.config.method}: calibrate with --method projection, or set policy: sere"
+            )
+        return layers
+
+    def check_serves(self, shape: MoeShape, model: str, revision: str | None = None) -> None:
+        """Checks that the artifact is for the model being served.
+
+        Another name or revision is only warned of: it may be a local copy, or a quantised sibling.
+
+        Raises:
+            ArtifactError: the model has another shape; the message names every field that differs.
+        """
+        own = self.config.shape
+        differing = [
+            f"{name}: artifact {getattr(own, name)}, model {getattr(shape, name)}"
+            for name in MoeShape.__dataclass_fields__
+            if getattr(own, name) != getattr(shape, name)
+        ]
+        if differing:
+            raise ArtifactError(
+                f"the artifact was calibrated for {self.config.base_model}, another model than the one being served "
+                f"({'; '.join(differing)}). Calibrate this model: python -m calibration_jobs.calibrate --model ..."
+            )
+        if (self.config.base_model, self.config.revision) != (model, revision):
+            logger.warning(
+                "the artifact was calibrated on %s (revision %s), the model being served is %s (revision %s): "
+                "make sure that their experts are the same",
+                self.config.base_model,
+                self.config.revision,
+                model,
+                revision,
+            )
+
+    def in_order(self, order: dict[int, torch.Tensor]) -> "Artifact":
+        """Returns the matrices for a model whose expert p of a layer is this artifact's expert `order[layer][p]`."""
+
+        def permuted(matrices: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+            return {
+                layer: matrix[order[layer]] if matrix.dim() == 1 else matrix[order[layer]][:, order[layer]]
+                for layer, matrix in matrices.items()
+            }
+
+        return replace(self, **{kind: permuted(getattr(self, kind)) for kind in _KINDS}, tokens_per_expert={})
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Writes the artifact aside, in the same parent folder, and renames it to `path` when it is whole.
+
+        Raises:
+            FileExistsError: `path` is there and `overwrite` is not set; nothing was changed.
+            OSError: `path` can't be written; what was there is there again.
+            ArtifactError: the content would not load again; nothing was changed.
+        """
+        path = Path(path).resolve()
+        check_output(path, overwrite)
+        tensors = {
+            f"layers.{layer}.{kind}": tensor.contiguous()
+            for kind in _KINDS
+            for layer, tensor in getattr(self, kind).items()
+        }
+        payload = save_tensors(tensors)
+        decided = {"tensors_sha256": hashlib.sha256(payload).hexdigest(), "coactivation": bool(self.coactivation)}
+        config = self.config.model_copy(update=decided)
+        _check_tensors(path, config, tensors)
+        _check_layers(path, config, self.layers, self.tokens_per_expert)
+        if self.recommended is not None:
+            _check_recommended(path, config, self.recommended)
+
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
+            written = Path(aside) / "new"
+            written.mkdir()
+            (written / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
+            (written / TENSORS_FILE).write_bytes(payload)
+            (written / SETTINGS_FILE).write_text(yaml.safe_dump(self.settings, sort_keys=False))
+            (written / CARD_FILE).write_text(_card(config, self.layers, self.recommended))
+            if self.recommended is not None:
+                (written / RECOMMENDATION_FILE).write_text(self.recommended.model_dump_json(indent=1) + "\n")
+            with (written / LAYERS_FILE).open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(LayerStatistics.model_fields))
+                writer.writeheader()
+                writer.writerows(row.model_dump() for row in self.layers)
+            if self.tokens_per_expert:
+                with (written / EXPERTS_FILE).open("w", newline="") as file:
+                    rows = csv.writer(file)
+                    rows.writerow(_EXPERTS_HEADER)
+                    for layer, tokens in sorted(self.tokens_per_expert.items()):
+                        rows.writerows((layer, expert, count) for expert, count in enumerate(tokens))
+            _replace(path, written, overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Artifact":
+        """Reads and checks an artifact.
+
+        Raises:
+            ArtifactError: a file is missing or damaged, or a field is wrong; the message names it.
+        """
+        path = Path(path)
+        try:
+            config = ArtifactConfig.model_validate_json((path / CONFIG_FILE).read_bytes())
+            payload = (path / TENSORS_FILE).read_bytes()
+            settings = yaml.safe_load((path / SETTINGS_FILE).read_text())
+            with (path / LAYERS_FILE).open(newline="") as file:
+                rows = ({name: value or None for name, value in row.items()} for row in csv.DictReader(file))
+                layers = [LayerStatistics.model_validate(row) for row in rows]
+            tokens = _read_tokens(path / EXPERTS_FILE)
+            tuned = path / RECOMMENDATION_FILE
+            recommended = Recommendation.model_validate_json(tuned.read_bytes()) if tuned.exists() else None
+        except FileNotFoundError as error:
+            raise ArtifactError(f"no artifact at {path}: {error.filename} is missing") from error
+        except OSError as error:
+            raise ArtifactError(f"no artifact can be read at {path}: {error}") from error
+        except (ValueError, yaml.YAMLError, csv.Error) as error:
+            raise ArtifactError(f"damaged artifact at {path}: {error}") from error
+        digest = hashlib.sha256(payload).hexdigest()
+        if digest != config.tensors_sha256:
+            raise ArtifactError(
+                f"{path / TENSORS_FILE} is not the file that was written: its SHA-256 is {digest}, "
+                f"tensors_sha256 in {CONFIG_FILE} is {config.tensors_sha256}. Copy it again, or calibrate again."
+            )
+        try:
+            tensors = load_tensors(payload)
+        except SafetensorError as error:
+            raise ArtifactError(f"{path / TENSORS_FILE}: {error}") from error
+        _check_tensors(path, config, tensors)
+        _check_layers(path, config, layers, tokens)
+        if recommended is not None:
+            _check_recommended(path, config, recommended)
+        kinds = {
+            kind: {layer: tensors[f"layers.{layer}.{kind}"] for layer in sorted(config.layer_names)}
+            for kind in config.tensor_kinds
+        }
+        return cls(
+            config,
+            layers=layers,
+            settings=settings or {},
+            tokens_per_expert=tokens,
+            recommended=recommended,
+            **kinds,
+        )
+
+
+def write_recommendation(path: Path, recommended: Recommendation) -> None:
+    """Writes what is recommended into the artifact at `path`, and into its card; nothing else there is touched.
+
+    Raises:
+        ArtifactError: the artifact is no longer the one that was tuned, or can't be read; nothing was changed.
+        OSError: it can't be written.
+    """
+    artifact = Artifact.load(path)
+    _check_recommended(path, artifact.config, recommended)
+    card = _card(artifact.config, artifact.layers, recommended)
+    for name, text in ((RECOMMENDATION_FILE, recommended.model_dump_json(indent=1) + "\n"), (CARD_FILE, card)):
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=path) as aside:
+            written = Path(aside) / name
+            written.write_text(text)
+            os.replace(written, path / name)
+
+
+def _replace(path: Path, written: Path, overwrite: bool) -> None:
+    """Renames `written` to `path`; an artifact that is there goes only once the new one is in its place."""
+    if not (overwrite and path.exists()):
+        written.rename(path)  # raises if another job has put an artifact there meanwhile
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    path.rename(aside / "old")
+    try:
+        written.rename(path)
+    except BaseException:
+        (aside / "old").rename(path)
+        raise
+    finally:
+        shutil.rmtree(aside)
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raises an error if an artifact can't be written at `path`: before hours of work, not after.
+
+    A folder that holds no artifact is never replaced, whatever `overwrite` says: it is somebody's something else.
+
+    Raises:
+        FileExistsError: `path` is there and may not be replaced.
+        OSError: its parent folder can't be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+    if not path.exists():
+        return
+    is_artifact = (path / CONFIG_FILE).is_file()
+    if not overwrite:
+        hint = "--overwrite to replace it, or another --output" if is_artifact else "choose another --output"
+        raise FileExistsError(f"{path} is already there: {hint}")
+    if not is_artifact:
+        raise FileExistsError(f"{path} is already there and holds no artifact ({CONFIG_FILE}): not replaced")
+
+
+def _check_tensors(path: Path, config: ArtifactConfig, tensors: dict[str, torch.Tensor]) -> None:
+    expected = {f"layers.{layer}.{kind}" for layer in config.layer_names for kind in config.tensor_kinds}
+    if not expected or set(tensors) != expected:
+        missing, extra = sorted(expected - set(tensors)), sorted(set(tensors) - expected)
+        raise ArtifactError(f"{path}: tensors do not match layer_names: missing {missing}, unexpected {extra}")
+    if outside := [layer for layer in config.layer_names if not 0 <= layer < config.num_layers]:
+        raise ArtifactError(f"{path}: layer_names has {outside}, but num_layers is {config.num_layers}")
+    for name, tensor in tensors.items():
+        shape = (config.num_experts,) if name.endswith(".size") else (config.num_experts, config.num_experts)
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise ArtifactError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, but num_experts calls for float32 {shape}"
+            )
+        if not tensor.isfinite().all():
+            raise ArtifactError(f"{path}: {name} holds NaN or infinity")
+        if not name.endswith(".similarity") and tensor.min() < 0:
+            raise ArtifactError(f"{path}: {name} holds negative numbers")
+
+
+def _check_layers(
+    path: Path, config: ArtifactConfig, layers: list[LayerStatistics], tokens: dict[int, list[int]]
+) -> None:
+    expected = sorted(config.layer_names)
+    if [row.layer for row in layers] != expected:
+        raise ArtifactError(
+            f"{path}: {LAYERS_FILE} has rows for {[row.layer for row in layers]}, layer_names has {expected}"
+        )
+    if tokens and (sorted(tokens) != expected or any(len(each) != config.num_experts for each in tokens.values())):
+        raise ArtifactError(f"{path}: {EXPERTS_FILE} does not have a row for each of num_experts in layer_names")
+
+
+def _check_recommended(path: Path, config: ArtifactConfig, recommended: Recommendation) -> None:
+    if recommended.tensors_sha256 != config.tensors_sha256:
+        raise ArtifactError(
+            f"{path / RECOMMENDATION_FILE} was found with other matrices (tensors_sha256 {recommended.tensors_sha256}, "
+            f"in {CONFIG_FILE} {config.tensors_sha256}): delete it, or run sere-dist tune again"
+        )
+    if recommended.layers.keys() != config.layer_names.keys():
+        raise ArtifactError(
+            f"{path / RECOMMENDATION_FILE} has layers {sorted(recommended.layers)}, layer_names has "
+            f"{sorted(config.layer_names)}"
+        )
+    most = config.num_experts_per_token
+    if wrong := [layer for layer, setting in recommended.layers.items() if setting.select_top_k > most]:
+        raise ArtifactError(f"{path / RECOMMENDATION_FILE}: select_top_k of layers {wrong} is more than {most}")
+
+
+def _read_tokens(path: Path) -> dict[int, list[int]]:
+    if not path.exists():
+        return {}
+    tokens: dict[int, list[int]] = {}
+    with path.open(newline="") as file:
+        rows = csv.reader(file)
+        if (header := next(rows, [])) != _EXPERTS_HEADER:
+            raise ValueError(f"{path.name}: columns {header}, not {_EXPERTS_HEADER}")
+        for layer, expert, count in rows:
+            counts = tokens.setdefault(int(layer), [])
+            if int(expert) != len(counts):
+                raise ValueError(f"{path.name}: layer {layer} has expert {expert} where {len(counts)} is due")
+            counts.append(int(count))
+    return tokens
+
+
+def _card(config: ArtifactConfig, layers: list[LayerStatistics], recommended: Recommendation | None) -> str:
+    data = ModelCardData(base_model=config.base_model, library_name="sere_dist", tags=["sere", "mixture-of-experts"])
+    rows = "\n".join(f"| {' | '.join(row.cells())} |" for row in layers)
+    method = config.method + (f" ({config.kernel})" if config.kernel else "")
+    setting, tuned = '"select_top_k": 2', ""
+    if recommended is not None:
+        setting, tuned = '"policy": "recommended"', f"Tuned: {recommended}\n\n"
+    return str(
+        ModelCard(
+            f"---\n{data.to_yaml()}\n---\n\n# Expert similarities of {config.base_model}\n\n"
+            f"{config.architecture}, {config.num_experts} experts a layer, {config.num_experts_per_token} a token; "
+            f"method {method}, {config.data}.\n\nIn vLLM with sere_dist:\n\n"
+            f'```python\nLLM(model, additional_config={{"sere": {{"artifact": "this folder", {setting}}}}})\n```\n\n'
+            f"{tuned}"
+            "| layer | fewest tokens of an expert | median | similarity mean | min | max |\n|---|---|---|---|---|---|\n"
+            f"{rows}\n"
+        )
+    )

@@ -1,0 +1,1 @@
+"""From a checkpoint and texts to the similarities of every layer. Nothing here knows Ray."""

@@ -1,0 +1,326 @@
+"""The steps of a calibration: through one decoder layer, to what its experts get, to how similar they are.
+
+Each step loads the part of the checkpoint that it needs and takes its tokens block by block, so that neither the model
+nor the tokens' states are ever in memory whole. Nothing here knows Ray. Shape suffixes: B texts of a block, L tokens of
+the longest text, N tokens (padding left out), H hidden size, K experts a token, E experts.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from sere_dist.artifact.folder import LayerStatistics
+from sere_dist.calibration.checkpoint import Checkpoint
+from sere_dist.calibration.memory import is_out_of_memory, with_halving
+from sere_dist.method.blocks import BLOCK_BYTES
+from sere_dist.method.cka import Kernel
+from sere_dist.method.similarity import (
+    Method,
+    expert_projection,
+    expert_similarity,
+    random_similarity,
+    tokens_a_block,
+    weight_similarity,
+)
+from sere_dist.moe import Routing, decoder_layers, expert_outputs, hooked_experts, routed_experts
+
+TOKENS_A_FORWARD = 4096
+BLOCK_BYTES_ON = {"cpu": BLOCK_BYTES, "cuda": 8 * 2**30}
+WITHOUT_DATA = ("weights", "random")  # methods that look at no token
+
+
+class Texts(NamedTuple):
+    """A block of tokenised texts, padded on the right. A causal model's tokens never see what comes after them."""
+
+    ids_BL: np.ndarray
+    lengths_B: np.ndarray
+
+    @property
+    def is_token_BL(self) -> np.ndarray:
+        return np.arange(self.ids_BL.shape[1]) < self.lengths_B[:, None]
+
+
+class ExpertInputs(NamedTuple):
+    """What reached the experts of one layer from one block of texts, padding left out."""
+
+    hidden_states_NH: np.ndarray
+    top_k_index_NK: np.ndarray
+    top_k_weights_NK: np.ndarray
+
+
+@dataclass
+class LayerResult:
+    """What a calibration finds about the experts of one layer.
+
+    Attributes:
+        similarity_EE, coefficient_EE, size_E: see `sere_dist.method.similarity`; the last two by `projection` alone.
+        tokens_E: tokens routed to each expert; None for a method without data.
+        coactivation_EE: products of the router weights that a token gave two experts, summed over tokens; likewise.
+        block_tokens: tokens taken at a time in the end.
+        halved: how often memory ran out before.
+    """
+
+    similarity_EE: torch.Tensor
+    coefficient_EE: torch.Tensor | None
+    size_E: torch.Tensor | None
+    tokens_E: torch.Tensor | None
+    coactivation_EE: torch.Tensor | None
+    statistics: LayerStatistics
+    block_tokens: int
+    halved: int
+
+
+def text_blocks(texts: Sequence[Sequence[int]], tokens_a_block: int = TOKENS_A_FORWARD) -> list[Texts]:
+    """Pads the token ids of texts, the longest first, into blocks of about `tokens_a_block` tokens."""
+    texts, blocks = sorted(texts, key=len, reverse=True), []
+    while texts:
+        count = max(1, tokens_a_block // len(texts[0]))
+        ids_BL = np.zeros((len(texts[:count]), len(texts[0])), dtype=np.int64)
+        for row, text in zip(ids_BL, texts, strict=False):
+            row[: len(text)] = text
+        blocks.append(Texts(ids_BL, np.array([len(text) for text in texts[:count]])))
+        texts = texts[count:]
+    return blocks
+
+
+@torch.no_grad()
+def run_layer(
+    checkpoint: Checkpoint,
+    layer: int,
+    blocks: Sequence[Texts],
+    hidden_states: Sequence[np.ndarray] | None,
+    device: str = "cpu",
+    tokens_a_forward: int = TOKENS_A_FORWARD,
+) -> Iterator[tuple[np.ndarray, ExpertInputs | None]]:
+    """Runs blocks of texts through one decoder layer; yields, block by block, its output [B, L, H] and what its experts
+    got, None if it has none. Only this layer's weights are loaded, and for layer 0 the embeddings.
+
+    `hidden_states` are the outputs of the layer before, None for layer 0. A forward takes `tokens_a_forward` tokens,
+    and half as many for good once memory runs out.
+
+    Raises:
+        ValueError: the layer can't be loaded, or the model does not run layer by layer.
+        MemoryError: not even one text fits.
+    """
+    model = checkpoint.empty_model()
+    stack, layers = decoder_layers(model)
+    decoder_name = stack.rpartition(".")[0]
+    decoder = model.get_submodule(decoder_name)
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+
+    def needed(parameter: str) -> bool:
+        if parameter.startswith(f"{stack}."):
+            return parameter.startswith(f"{stack}.{layer}.")
+        in_decoder = parameter.startswith(f"{decoder_name}.")
+        return in_decoder and (layer == 0 or not parameter.startswith(f"{embedding}."))
+
+    with_halving(1, lambda _: checkpoint.load(model, needed, device), f"loading layer {layer}")
+    for buffer in model.buffers():
+        if not buffer.is_meta:
+            buffer.data = buffer.data.to(device)
+    # The decoder's own forward makes masks and positions and calls every layer: the others let the hidden states pass.
+    for index, other in enumerate(layers):
+        if index != layer:
+            other.forward = _pass
+
+    for block, states in zip(blocks, hidden_states or [None] * len(blocks), strict=True):
+        states_BLH = None if states is None else torch.from_numpy(np.array(states))
+        texts = max(1, tokens_a_forward // block.ids_BL.shape[1])
+
+        def forward(texts: int, block=block, states_BLH=states_BLH) -> tuple[np.ndarray, ExpertInputs | None]:
+            outputs, inputs = [], []
+            for start in range(0, len(block.ids_BL), texts):
+                part = slice(start, start + texts)
+                ids_BL = torch.from_numpy(block.ids_BL[part]).to(device)
+                given_BLH = None if states_BLH is None else states_BLH[part].to(device)
+                output_BLH, routing = _forward(model, decoder, layers[layer], ids_BL, given_BLH)
+                outputs.append(output_BLH.cpu())
+                if routing:
+                    is_token_N = torch.from_numpy(block.is_token_BL[part].flatten())
+                    inputs.append([tensor.cpu()[is_token_N] for tensor in routing])
+            return torch.cat(outputs).numpy(), ExpertInputs(*_joined(inputs)) if inputs else None
+
+        result, texts_at_last = with_halving(texts, forward, f"the forward pass through layer {layer}")
+        if texts_at_last < texts:
+            tokens_a_forward = texts_at_last * block.ids_BL.shape[1]
+        yield result
+
+
+def _pass(hidden_states: torch.Tensor, *_args, **_kwargs) -> torch.Tensor:
+    return hidden_states
+
+
+def _joined(parts: list[list[torch.Tensor]]) -> Iterator[np.ndarray]:
+    hidden_NH, index_NK, weights_NK = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    yield from (hidden_NH.numpy(), index_NK.to(torch.int32).numpy(), weights_NK.float().numpy())
+
+
+def _forward(
+    model: PreTrainedModel,
+    decoder: torch.nn.Module,
+    layer: torch.nn.Module,
+    ids_BL: torch.Tensor,
+    hidden_BLH: torch.Tensor | None,
+) -> tuple[torch.Tensor, Routing | None]:
+    """Returns the output of one decoder layer, and what its experts got."""
+    outputs: list[torch.Tensor] = []
+    routings: list[Routing] = []
+
+    def replace(_module, args: tuple, kwargs: dict):
+        # Not by `inputs_embeds` alone: some models scale those before the first layer.
+        return ((hidden_BLH, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BLH})
+
+    handles = [layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))]
+    if hidden_BLH is not None:
+        handles.append(layer.register_forward_pre_hook(replace, with_kwargs=True))
+    why = "a decoder layer was not called just once, with a tensor for its output"
+    try:
+        with hooked_experts(model, lambda _layer, routing: routings.append(routing)):
+            given = {"input_ids": ids_BL} if hidden_BLH is None else {"inputs_embeds": hidden_BLH}
+            decoder(**given, use_cache=False)
+    except (ValueError, TypeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        why, outputs = f"{type(error).__name__}: {error}", []
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not (len(outputs) == 1 and isinstance(outputs[0], torch.Tensor) and len(routings) <= 1):
+        raise ValueError(f"{model.config.model_type} can't be run layer by layer here: {why}")
+    return outputs[0], routings[0] if routings else None
+
+
+@torch.no_grad()
+def expert_inputs(
+    checkpoint: Checkpoint, blocks: Sequence[Texts], device: str = "cpu"
+) -> Iterator[tuple[int, list[ExpertInputs]]]:
+    """Yields each MoE layer's index and what reached its experts, block by block, in this process alone."""
+    last = max(routed_experts(checkpoint.empty_model()))
+    hidden_states = None
+    for layer in range(last + 1):
+        hidden_states, inputs = zip(*run_layer(checkpoint, layer, blocks, hidden_states, device), strict=True)
+        if inputs[0] is not None:
+            yield layer, list(inputs)
+
+
+class _Rows:
+    """Arrays [n, ...] one after the other, as one that is read when sliced."""
+
+    def __init__(self, arrays: Sequence[np.ndarray]):
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *map(len, arrays)]).tolist()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        start, stop, _ = rows.indices(len(self))
+        parts = [
+            array[max(0, start - first) : stop - first]
+            for first, array in zip(self.starts, self.arrays, strict=False)
+            if first < stop and start < first + len(array)
+        ]
+        return torch.from_numpy(np.concatenate(parts))  # a copy: mapped memory stays unwritten
+
+
+class ExpertOutputs:
+    """Outputs [E, N, H] of every expert of a layer on every token, computed when sliced."""
+
+    def __init__(self, experts: torch.nn.Module, inputs: Sequence[ExpertInputs], device: str):
+        self.experts, self.device = experts, device
+        self.hidden = _Rows([block.hidden_states_NH for block in inputs])
+        self.shape = (experts.num_experts, len(self.hidden), inputs[0].hidden_states_NH.shape[1])
+
+    def __getitem__(self, index: tuple[slice, slice]) -> torch.Tensor:
+        experts, tokens = index
+        which = range(*experts.indices(self.shape[0]))
+        return expert_outputs(self.experts, self.hidden[tokens].to(self.device), which)
+
+
+class RoutingWeights:
+    """Router weights [N, E], 0 where a token was not routed to an expert, spread out when sliced."""
+
+    def __init__(self, inputs: Sequence[ExpertInputs], num_experts: int, device: str):
+        self.device = device
+        self.index = _Rows([block.top_k_index_NK for block in inputs])
+        self.weights = _Rows([block.top_k_weights_NK for block in inputs])
+        self.shape = (len(self.index), num_experts)
+
+    def __getitem__(self, index: tuple[slice, slice]) -> torch.Tensor:
+        tokens, experts = index
+        index_NK = self.index[tokens].long()
+        weights_NE = torch.zeros(len(index_NK), self.shape[1]).scatter_add_(1, index_NK, self.weights[tokens])
+        return weights_NE[:, experts].to(self.device)
+
+
+@torch.no_grad()
+def score_layer(
+    checkpoint: Checkpoint,
+    layer: int,
+    inputs: Sequence[ExpertInputs],
+    method: Method,
+    kernel: Kernel = "linear",
+    seed: int = 0,
+    block_tokens: int | None = None,
+    device: str = "cpu",
+) -> LayerResult:
+    """Returns how similar one layer's experts are; loads these experts and nothing else.
+
+    `inputs` are empty for methods without data. Takes `block_tokens` at a time (default: what suits the method), and
+    half as many whenever memory runs out.
+
+    Raises:
+        ValueError: the experts can't be loaded.
+        MemoryError: not even one token at a time fits.
+    """
+    started = time.perf_counter()
+    model = checkpoint.empty_model()
+    name, experts = routed_experts(model)[layer]
+    if method != "random":
+        with_halving(
+            1,
+            lambda _: checkpoint.load(model, lambda parameter: parameter.startswith(f"{name}."), device),
+            f"loading the experts of layer {layer}",
+        )
+    tokens_E, coactivation_EE, coefficient_EE, size_E, halved = None, None, None, None, 0
+    if method == "random":
+        similarity_EE, block_tokens = random_similarity(experts.num_experts, seed + layer), 0
+    elif method == "weights":
+        similarity_EE, block_tokens = weight_similarity(experts.parameters()), 0
+    else:
+        outputs = ExpertOutputs(experts, inputs, device)
+        num_experts, num_tokens, hidden_size = outputs.shape
+        default_block = tokens_a_block(num_experts, hidden_size, method, BLOCK_BYTES_ON[device])
+        first_block = min(num_tokens, block_tokens or default_block)
+
+        def score(block: int) -> tuple[torch.Tensor, ...]:
+            if method == "projection":
+                return expert_projection(outputs, RoutingWeights(inputs, num_experts, device), block)
+            return (expert_similarity(outputs, method, kernel, block),)
+
+        (similarity_EE, *projection), block_tokens = with_halving(first_block, score, f"scoring layer {layer}")
+        if projection:
+            coefficient_EE, size_E = (tensor.cpu() for tensor in projection)
+        halved = (first_block // block_tokens).bit_length() - 1
+        index = (torch.from_numpy(block.top_k_index_NK.flatten()) for block in inputs)
+        tokens_E = sum(torch.bincount(each, minlength=num_experts) for each in index)
+        coactivation_EE = coactivation(inputs, num_experts)
+    similarity_EE = similarity_EE.cpu()
+    statistics = LayerStatistics.of(layer, name, similarity_EE, tokens_E, time.perf_counter() - started)
+    found = (similarity_EE, coefficient_EE, size_E, tokens_E, coactivation_EE)
+    return LayerResult(*found, statistics, block_tokens, halved)
+
+
+def coactivation(inputs: Sequence[ExpertInputs], num_experts: int) -> torch.Tensor:
+    """Returns [E, E], float32: products of the router weights that a token gave two experts, summed over tokens."""
+    weights_NE = RoutingWeights(inputs, num_experts, "cpu")
+    parts = (
+        weights_NE[start : start + TOKENS_A_FORWARD, :].double()
+        for start in range(0, len(weights_NE.index), TOKENS_A_FORWARD)
+    )
+    return sum(part_NE.T @ part_NE for part_NE in parts).float()

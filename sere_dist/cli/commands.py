@@ -1,0 +1,188 @@
+"""The command `sere-dist`. What takes seconds to import is imported in the command that needs it."""
+
+import json
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from sere_dist.method.placement import MAX_LOAD
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red"}  # of a check of `doctor`
+
+
+@app.callback()
+def main() -> None:
+    """Similarity-based expert re-routing for Mixture-of-Experts models."""
+
+
+@app.command()
+def inspect(path: Annotated[Path, typer.Argument(help="Folder of an artifact.")]) -> None:
+    """Check an artifact and describe it."""
+    from sere_dist.artifact.folder import Artifact, ArtifactError
+
+    try:
+        artifact = Artifact.load(path)
+    except ArtifactError as error:
+        raise SystemExit(f"error: {error}") from error
+    config = artifact.config
+    facts = Table(title=str(path), show_header=False, title_justify="left")
+    facts.add_row("base model", config.base_model + (f" at {config.revision}" if config.revision else ""))
+    facts.add_row("architecture", f"{config.architecture}, {config.num_layers} layers, hidden {config.hidden_size}")
+    facts.add_row("experts", f"{config.num_experts} a layer, {config.num_experts_per_token} a token")
+    facts.add_row("method", config.method + (f", {config.kernel} kernel" if config.kernel else ""))
+    facts.add_row("calibrated on", config.data)
+    facts.add_row("with", ", ".join(f"{name} {version}" for name, version in config.versions.items()))
+    facts.add_row("SHA-256", config.tensors_sha256)
+    tuned = artifact.recommended
+    facts.add_row("recommended", str(tuned or "nothing; see sere-dist tune"))
+    recommended = ("recommended",) if tuned else ()
+    layers = Table("layer", "fewest tokens of an expert", "median", "similarity mean", "min", "max", *recommended)
+    for row in artifact.layers:
+        layers.add_row(*row.cells(), *(str(tuned.layers[row.layer]) for _ in recommended))
+    console = Console()
+    console.print(facts)
+    console.print(layers)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Draw an artifact: one HTML page with every layer's similarities."""
+    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.cli.report import write_report
+
+    try:
+        write_report(Artifact.load(path), output)
+    except (ArtifactError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(f"wrote {output}")
+
+
+@app.command()
+def place(
+    path: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    ranks: Annotated[int, typer.Option(help="Expert-parallel ranks.")],
+    output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("placement.json"),
+    max_load: Annotated[
+        float, typer.Option(min=1, help="Tokens routed to a rank's experts, at most, over the mean of the ranks.")
+    ] = MAX_LOAD,
+) -> None:
+    """Propose which rank holds which expert, so that tokens cross ranks less when they are re-routed."""
+    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.artifact.placement import PlacementError, propose
+
+    console = Console()
+    try:
+        artifact = Artifact.load(path)
+        placement = propose(artifact, ranks, max_load, progress=partial(track, description="layers", console=console))
+        placement.save(output)
+    except (ArtifactError, PlacementError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
+    table = Table(
+        "layer",
+        "remote domains of a token with two experts" + " (a guess)" * (placement.affinity == "similarity"),
+        "largest rank's tokens, over the mean",
+        title=f"linear placement on {ranks} ranks -> this one",
+        title_justify="left",
+    )
+    for layer, placed in placement.layers.items():
+        domains = f"{placed.remote_domains_linear:.2f} -> {placed.remote_domains:.2f}"
+        table.add_row(str(layer), domains, f"{placed.load_linear:.2f} -> {placed.load:.2f}")
+    console.print(table)
+    if placement.affinity == "similarity":
+        console.print("The artifact has no coactivation: which experts tokens use together is guessed from similarity.")
+    print(f"wrote {output}")
+
+
+@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+def tune(context: typer.Context) -> None:
+    """Find the settings that fit a budget best, on a Ray cluster, and write them into an artifact."""
+    from calibration_jobs.tune import main
+
+    job = typer.Typer(add_completion=False)
+    job.command()(main)
+    job(context.args, prog_name=context.command_path)
+
+
+policies = typer.Typer(no_args_is_help=True, help="Read or change the policy of a serving application.")
+app.add_typer(policies, name="policy")
+Url = Annotated[str, typer.Option(help="Of the application.")]
+
+
+@policies.command()
+def get(url: Url = "http://127.0.0.1:8000") -> None:
+    """Show the policy in force, and the replicas that run it."""
+    show_policy(url)
+
+
+@policies.command(name="set")
+def set_policy(
+    settings: Annotated[list[str], typer.Argument(help="NAME=VALUE, such as select_top_k=4 or enabled=false.")],
+    url: Url = "http://127.0.0.1:8000",
+) -> None:
+    """Change the policy on every replica, without a restart."""
+    pairs = [setting.partition("=") for setting in settings]
+    if wrong := [name for name, equals, _value in pairs if not equals]:
+        raise SystemExit(f"error: {', '.join(wrong)}: settings are written NAME=VALUE")
+    try:
+        changes = {name: yaml.safe_load(value) for name, _equals, value in pairs}
+    except yaml.YAMLError as error:
+        raise SystemExit(f"error: a value can't be read: {error}") from error
+    show_policy(url, changes)
+
+
+def show_policy(url: str, changes: dict[str, Any] | None = None) -> None:
+    from sere_dist.admin import AdminError, policy
+
+    try:
+        state = policy(url, changes)
+    except AdminError as error:
+        raise SystemExit(f"error: {error}") from error
+    table = Table("setting", "value")
+    for name, value in state["policy"].items():
+        table.add_row(name, str(value))
+    console = Console()
+    console.print(table)
+    running = len(state["replicas"]) - len(state["pending"])
+    console.print(f"{running} of {len(state['replicas'])} replicas run it")
+    if state["pending"]:
+        raise SystemExit(f"pending: {', '.join(state['pending'])}; they will follow, ask again with `get`")
+
+
+@app.command()
+def doctor(
+    artifact: Annotated[Path | None, typer.Option(help="Folder of an artifact to check.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or Hugging Face model id that the artifact must fit.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to check; default: none.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of lines.")] = False,
+) -> None:
+    """Check whether this machine is ready to calibrate and to serve. Exit status 1: something failed."""
+    from sere_dist.cli.doctor import examine
+
+    if model is not None and artifact is None:
+        raise typer.BadParameter("give --artifact too: the model is compared with it", param_hint="--model")
+    console = Console()
+    findings = []
+    for finding in examine(artifact, model, ray_address):
+        findings.append(finding)
+        if not as_json:
+            line = Text.assemble((f"{finding.status:9}", STYLES[finding.status]), f"{finding.check:10}{finding.found}")
+            console.print(line + Text(f" -> {finding.advice}" if finding.advice else ""), soft_wrap=True)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+    raise typer.Exit(int(any(finding.status == "fail" for finding in findings)))

@@ -1,0 +1,170 @@
+"""How alike are the experts of a layer? Computed from the outputs of every expert on the same tokens.
+
+Pure functions on tensors. Shape suffixes: E experts, N tokens, H hidden size, B and C tokens of a block. Outputs
+[E, N, H] are a tensor, or anything with its `shape` that gives a tensor when sliced, `outputs[experts, tokens]`: then
+nothing that grows with the number of tokens is ever in memory at once.
+
+No method loops over pairs of experts. Frobenius, cosine and projection are sums over tokens of something made of one
+token's Gram matrix [E, E] of expert outputs; CKA is a sum over pairs of tokens, taken over pairs of blocks. Products
+within a few tokens are float32, except CKA's; sums over tokens are float64.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Literal, get_args
+
+import torch
+
+from sere_dist.method.blocks import BLOCK_BYTES, Outputs, split_evenly
+from sere_dist.method.cka import Kernel, expert_cka, rows_per_block
+
+Method = Literal["frobenius", "cosine", "cka", "projection", "weights", "random"]
+
+GRAM_TOKENS = 64  # whose products are summed in float32, or whose Gram matrices exist at a time
+FLOAT32_ERROR = 1e-6  # of an inner product over GRAM_TOKENS, relative to the factors' sizes; 5e-8 is usual
+TOLERANCE = 1e-5  # of a similarity
+
+
+def expert_similarity(
+    outputs_ENH: torch.Tensor | Outputs,
+    method: Method = "frobenius",
+    kernel: Kernel = "linear",
+    block_tokens: int | None = None,
+) -> torch.Tensor:
+    """Returns the similarity [E, E], float32, symmetric, diagonal 1, of experts with these outputs.
+
+    `frobenius` (the paper's default): 1 - d / max(d), d the Frobenius distance between two experts' outputs, the
+    maximum over the layer's pairs. `cosine`: the mean over tokens of (cos + 1) / 2. `cka`: centred kernel alignment
+    with the given `kernel`, clamped to [0, 1]. `block_tokens` are taken at a time (default: what BLOCK_BYTES hold).
+
+    Raises:
+        ValueError: the method or the kernel is not one of these, or there is no token.
+    """
+    num_experts, num_tokens, hidden_size = outputs_ENH.shape
+    if method not in ("frobenius", "cosine", "cka"):
+        raise ValueError(f"method {method!r} is not one of frobenius, cosine, cka")
+    if kernel not in get_args(Kernel):
+        raise ValueError(f"kernel {kernel!r} is not one of {', '.join(get_args(Kernel))}")
+    if num_tokens == 0:
+        raise ValueError("no tokens: similarity needs the experts' outputs on at least one")
+    block = block_tokens or tokens_a_block(num_experts, hidden_size, method)
+    if method == "frobenius":
+        similarity_EE = _frobenius(outputs_ENH, block)
+    elif method == "cosine":
+        similarity_EE = _cosine(outputs_ENH, block)
+    else:
+        similarity_EE = expert_cka(outputs_ENH, kernel, block)
+    return ((similarity_EE + similarity_EE.T) / 2).fill_diagonal_(1).float()
+
+
+def tokens_a_block(num_experts: int, hidden_size: int, method: Method, block_bytes: int = BLOCK_BYTES) -> int:
+    """Returns how many tokens' outputs, or for CKA rows of kernel matrices, fit into `block_bytes`, at least 1."""
+    if method == "cka":
+        return rows_per_block(num_experts, hidden_size, block_bytes)
+    return max(1, block_bytes // (4 * num_experts * hidden_size))
+
+
+def _token_grams(outputs_ENH: torch.Tensor | Outputs, block: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yields tokens, and [B, E, E], the inner products of all experts' outputs on each of them in float32."""
+    for tokens in split_evenly(outputs_ENH.shape[1], block):
+        outputs_EBH = outputs_ENH[:, tokens].float()
+        for part in split_evenly(tokens.stop - tokens.start, GRAM_TOKENS):
+            outputs_BEH = outputs_EBH[:, part].transpose(0, 1)
+            yield slice(tokens.start + part.start, tokens.start + part.stop), outputs_BEH @ outputs_BEH.transpose(1, 2)
+
+
+def _frobenius(outputs_ENH: torch.Tensor | Outputs, block: int) -> torch.Tensor:
+    gram_EE = 0
+    for tokens in split_evenly(outputs_ENH.shape[1], block):
+        for outputs_EBH in outputs_ENH[:, tokens].float().split(GRAM_TOKENS, dim=1):
+            flat = outputs_EBH.flatten(1)
+            gram_EE += (flat @ flat.T).double()
+    distance_EE, rounding = _distances(gram_EE)
+    if rounding > TOLERANCE:
+        # Experts that are nearly equal, as in upcycled models: their distance is what is left of a difference of large
+        # numbers. Once more in float64, without what all experts share at a token, which no distance depends on.
+        gram_EE = 0
+        for tokens in split_evenly(outputs_ENH.shape[1], block):
+            outputs_EBH = outputs_ENH[:, tokens].to(torch.float64, copy=True)
+            flat = outputs_EBH.sub_(outputs_EBH.mean(dim=0)).flatten(1)
+            gram_EE += flat @ flat.T
+        distance_EE, _ = _distances(gram_EE)
+    largest = distance_EE.max()
+    return 1 - distance_EE / largest if largest > 0 else torch.ones_like(distance_EE)
+
+
+def _distances(gram_EE: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Returns the distances [E, E], and the most that float32 products may have cost 1 - distance / largest."""
+    squared_E = gram_EE.diagonal()
+    sizes_EE = squared_E[:, None] + squared_E
+    distance_EE = (sizes_EE - 2 * gram_EE).clamp(min=0).sqrt().fill_diagonal_(0)
+    different = ~torch.eye(len(gram_EE), dtype=torch.bool, device=gram_EE.device)
+    rounding_EE = FLOAT32_ERROR * sizes_EE / (2 * distance_EE * distance_EE.max())
+    return distance_EE, float(rounding_EE[different].nan_to_num(nan=torch.inf).max()) if len(gram_EE) > 1 else 0.0
+
+
+def _cosine(outputs_ENH: torch.Tensor | Outputs, block: int) -> torch.Tensor:
+    cosine_EE = 0
+    for _, gram_BEE in _token_grams(outputs_ENH, block):
+        length_BE = gram_BEE.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12)
+        cosine_EE += gram_BEE.div_(length_BE[:, :, None]).div_(length_BE[:, None, :]).sum(dim=0, dtype=torch.float64)
+    return (cosine_EE / outputs_ENH.shape[1] + 1) / 2
+
+
+def expert_projection(
+    outputs_ENH: torch.Tensor | Outputs, routing_weights_NE: torch.Tensor | Outputs, block_tokens: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns how well a multiple of expert j stands in for expert i on the tokens routed to i.
+
+    The similarity [E, E] is the share of i's output that it explains, 0 where only a negative multiple would, diagonal
+    1; the coefficient [E, E] is that multiple, at least 0; the size [E] is an expert's mean squared output over all
+    tokens, relative to its mean over experts. All float32; the first two are not symmetric. A token counts with the
+    square of its routing weight for i, which is 0 where it was not routed to i. For an expert that no token was routed
+    to all tokens count alike.
+
+    Raises:
+        ValueError: there is no token, or the routing weights are not [N, E].
+    """
+    num_experts, num_tokens, hidden_size = outputs_ENH.shape
+    if num_tokens == 0:
+        raise ValueError("no tokens: projection needs the experts' outputs on at least one")
+    if tuple(routing_weights_NE.shape) != (num_tokens, num_experts):
+        raise ValueError(f"routing weights are {tuple(routing_weights_NE.shape)}, not [N, E] {num_tokens, num_experts}")
+    block = block_tokens or tokens_a_block(num_experts, hidden_size, "projection")
+    reached_E = sum((routing_weights_NE[tokens, :] != 0).sum(dim=0) for tokens in split_evenly(num_tokens, block)) > 0
+    product_EE, squared_EE, size_E = 0, 0, 0  # sums of r^2 <O_i, O_j>, of r^2 |O_j|^2, and of |O_i|^2
+    for tokens, gram_BEE in _token_grams(outputs_ENH, block):
+        gram_BEE = gram_BEE.double()
+        squared_BE = gram_BEE.diagonal(dim1=1, dim2=2).clone()
+        importance_BE = torch.where(reached_E, routing_weights_NE[tokens, :].double() ** 2, 1.0)
+        product_EE += gram_BEE.mul_(importance_BE[:, :, None]).sum(dim=0)
+        squared_EE += importance_BE.T @ squared_BE
+        size_E += squared_BE.sum(dim=0)
+    own_E1 = squared_EE.diagonal()[:, None]
+    product_EE.clamp_(min=0)
+    coefficient_EE = (product_EE / squared_EE).nan_to_num(nan=0.0).fill_diagonal_(1)
+    similarity_EE = (product_EE / squared_EE * product_EE / own_E1).nan_to_num(nan=0.0).clamp(max=1).fill_diagonal_(1)
+    mean_size = size_E.mean()
+    size_E = size_E / mean_size if mean_size > 0 else torch.ones_like(size_E)
+    return similarity_EE.float(), coefficient_EE.float(), size_E.float()
+
+
+def weight_similarity(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Returns the cosine [E, E], float32, diagonal 1, of the experts' concatenated weights: tensors [E, ...] each.
+
+    A control: it needs no data. Hidden neurons have no order, so equal functions need not have equal weights.
+    """
+    gram_EE = 0
+    for weight in weights:
+        flat = weight.flatten(1)
+        for part in flat.split(max(1, BLOCK_BYTES // (8 * len(flat))), dim=1):
+            part = part.double()
+            gram_EE += part @ part.T
+    length_E = gram_EE.diagonal().sqrt().clamp(min=1e-12)
+    return (gram_EE / length_E[:, None] / length_E).fill_diagonal_(1).float()
+
+
+def random_similarity(num_experts: int, seed: int) -> torch.Tensor:
+    """Returns a symmetric random matrix [E, E], float32, uniform in [0, 1), diagonal 1: the control of all methods."""
+    matrix_EE = torch.rand(num_experts, num_experts, generator=torch.Generator().manual_seed(seed))
+    upper_EE = matrix_EE.triu(1)
+    return (upper_EE + upper_EE.T).fill_diagonal_(1)

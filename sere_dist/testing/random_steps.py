@@ -1,0 +1,247 @@
+"""Random decode steps, re-routed by the kernels and by the torch functions: they must agree to the bit.
+
+Used by the tests, on a CPU (tests/support/cuda_on_host.h), and by `python -m benchmarks.kernel`, on a GPU.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+import torch
+
+from sere_dist.kernels.reroute import ID_DTYPES, WEIGHT_DTYPES, Layer, Policy
+from sere_dist.kernels.reroute_numpy import reroute_step
+from sere_dist.method.rerouting import (
+    COUNTERS,
+    LARGEST_VOTE,
+    VOTES_OF_ONE,
+    primary_votes,
+    ranked_neighbors,
+    repeat_dropped,
+    reroute,
+    reroute_projection,
+    step_counts,
+    votes_that_suffice,
+)
+
+
+@dataclass
+class RandomStep:
+    """One step of one layer: T `rows` of K = `top_k` slots; all tensors, on the CPU, follow from the seed.
+
+    Attributes:
+        domains: number of domains that experts live in; None: no domains.
+        ranks: number of ranks that hold the experts; 0: one holds all, and is not named.
+        elsewhere_share: of the experts, those that must be primary for other ranks; None: there are no other ranks.
+        valid_share: of the rows; None: no mask.
+        ties: weights and similarities have few values.
+        empty_share: of the slots, with id -1.
+    """
+
+    seed: int
+    rows: int
+    top_k: int
+    experts: int
+    select_top_k: int
+    projection: bool
+    threshold: float = 0.0
+    expert_price: float = 0.0
+    traffic_price: float = 0.0
+    domains: int | None = None
+    ranks: int = 0
+    elsewhere_share: float | None = None
+    has_home: bool = False
+    repeats_dropped: bool = False
+    enabled: bool = True
+    min_rows: int = 0
+    max_rows: int | None = None
+    valid_share: float | None = 0.7
+    ties: bool = True
+    empty_share: float = 0.1
+    weight_dtype: torch.dtype = torch.float32
+    id_dtype: torch.dtype = torch.int32
+
+    def __post_init__(self):
+        random = torch.Generator().manual_seed(self.seed)
+
+        def uniform(*shape: int, values: int = 4) -> torch.Tensor:
+            drawn = torch.rand(shape, generator=random)
+            return (drawn * values).round() / values if self.ties else drawn
+
+        rows, experts = self.rows, self.experts
+        self.weights_TK = uniform(rows, self.top_k).to(self.weight_dtype)
+        ids_TK = torch.randint(experts, (rows, self.top_k), generator=random)
+        empty_TK = torch.rand(rows, self.top_k, generator=random) < self.empty_share
+        self.ids_TK = ids_TK.masked_fill(empty_TK, -1).to(self.id_dtype)
+        self.similarity_EE = uniform(experts, experts, values=8)
+        self.coefficient_EE, self.size_E = 2 * uniform(experts, experts), 2 * uniform(experts)
+        self.valid_T = self.domain_E = self.home_T = self.rank_E = self.elsewhere_E = None
+        longer = rows + 5  # as a runner's buffers are
+        if self.valid_share is not None:
+            self.valid_T = torch.rand(longer, generator=random) < self.valid_share
+        if self.domains:
+            self.domain_E = torch.randint(self.domains, (experts,), generator=random)
+        if self.domains and self.has_home:
+            self.home_T = torch.randint(-1, self.domains, (longer,), generator=random, dtype=torch.int32)
+        if self.ranks:
+            self.rank_E = torch.randint(self.ranks, (experts,), generator=random)
+        if self.elsewhere_share is not None:
+            heaviest_E = torch.rand(experts, generator=random) < self.elsewhere_share
+            losses_E = (uniform(experts) / 4 * VOTES_OF_ONE).long()
+            self.elsewhere_E = losses_E.masked_fill(heaviest_E, LARGEST_VOTE)
+
+    def by_torch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns weights, ids and counts by the functions of `rerouting.py`."""
+        select_top_k, valid_T, home_T = self._in_force()
+        primary_E = None
+        if self.elsewhere_E is not None:
+            primary_E = self.elsewhere_E + self.own_votes() >= votes_that_suffice(self._expert_price())
+        common = {"select_top_k": select_top_k, "valid_T": valid_T, "primary_E": primary_E}
+        weights_TK = self.weights_TK
+        if self.projection:
+            weights_TK, ids_TK = reroute_projection(
+                self.weights_TK,
+                self.ids_TK,
+                self.similarity_EE,
+                self.coefficient_EE,
+                self.size_E,
+                threshold=self.threshold,
+                expert_price=self.expert_price,
+                traffic_price=self.traffic_price,
+                domain_E=self.domain_E,
+                home_T=home_T,
+                **common,
+            )
+        else:
+            ids_TK = reroute(self.weights_TK, self.ids_TK, self.similarity_EE, threshold=self.threshold, **common)
+        counts = step_counts(
+            self.weights_TK,
+            self.ids_TK,
+            ids_TK,
+            num_experts=self.experts,
+            expert_price=self._expert_price(),
+            size_E=self.size_E,
+            rank_E=self.rank_E,
+            num_ranks=self.ranks,
+            domain_E=self.domain_E,
+            home_T=home_T,
+            **common,
+        )
+        if self.repeats_dropped:
+            ids_TK = repeat_dropped(self.weights_TK, self.ids_TK, ids_TK)
+        return weights_TK, ids_TK, counts
+
+    def own_votes(self) -> torch.Tensor:
+        """Returns int64 [E]: this rank's votes for primary experts, whether or not it then acts."""
+        _, valid_T, _ = self._in_force()
+        settings = {"select_top_k": self.select_top_k, "expert_price": self._expert_price(), "size_E": self.size_E}
+        return primary_votes(self.weights_TK, self.ids_TK, self.experts, valid_T=valid_T, **settings)
+
+    def _expert_price(self) -> float:
+        return self.expert_price if self.projection else 0.0
+
+    def by_cpu(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the same by `reroute_cpu`, which knows neither projection nor domains nor ranks."""
+        select_top_k, valid_T, _ = self._in_force()
+        counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
+        tables = ranked_neighbors(self.similarity_EE)
+        common = {"select_top_k": select_top_k, "threshold": self.threshold, "valid_T": valid_T}
+        ids_TK = reroute_step(self.weights_TK, self.ids_TK, *tables, counters, **common)
+        return self.weights_TK, ids_TK, counters
+
+    def _in_force(self) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
+        """Returns S (0 where gates or switch leave the step alone), and the masks cut to the step."""
+        valid_T = None if self.valid_T is None else self.valid_T[: self.rows]
+        home_T = None if self.home_T is None else self.home_T[: self.rows]
+        votes = self.rows if valid_T is None else int(valid_T.sum())
+        most = votes if self.max_rows is None else self.max_rows
+        return self.select_top_k if self.enabled and self.min_rows <= votes <= most else 0, valid_T, home_T
+
+    def layer(self, device: torch.device | str) -> Layer:
+        """Returns the layer of this step, with a policy of its own."""
+        policy = Policy(device)
+        self.set(policy)
+        tables = {"domain_E": self.domain_E, "rank_E": self.rank_E, "num_ranks": self.ranks}
+        if self.projection:
+            tables |= {"coefficient_EE": self.coefficient_EE, "size_E": self.size_E}
+        settings = {"threshold": self.threshold, "repeats_dropped": self.repeats_dropped}
+        return Layer(self.similarity_EE, policy, **settings, **tables)
+
+    def set(self, policy: Policy) -> None:
+        policy.set(
+            select_top_k=self.select_top_k,
+            enabled=self.enabled,
+            min_rows=self.min_rows,
+            max_rows=self.max_rows,
+            expert_price=self.expert_price,
+            traffic_price=self.traffic_price,
+        )
+
+    def by_kernel(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the same by the kernel, on the CPU again."""
+        layer = self.layer(device)
+        weights_TK, ids_TK = self.weights_TK.clone().to(device), self.ids_TK.clone().to(device)
+        masks = [None if mask is None else mask.to(device) for mask in (self.valid_T, self.home_T)]
+        offered = []
+
+        def unite(votes_E: torch.Tensor) -> None:
+            offered.append(votes_E.clone().cpu())
+            votes_E += self.elsewhere_E.to(votes_E)
+
+        layer.reroute(weights_TK, ids_TK, *masks, unite=None if self.elsewhere_E is None else unite)
+        if self.elsewhere_E is not None:
+            (own,) = offered
+            same = torch.equal(*(votes_E.clamp(max=LARGEST_VOTE) for votes_E in (own, self.own_votes())))
+            assert same, "other ranks got other votes"
+        assert not layer.workspace.any(), "the workspace was not left as it was found"
+        return weights_TK.cpu(), ids_TK.cpu(), layer.counters.cpu()
+
+    def check(self, device: torch.device | str) -> None:
+        """Raises AssertionError, with the first difference, unless kernel and torch agree to the bit."""
+        assert_equal(self.by_kernel(device), self.by_torch(), self)
+
+
+def assert_equal(kernels: tuple[torch.Tensor, ...], torchs: tuple[torch.Tensor, ...], what: object) -> None:
+    for name, mine, expected in zip(("weights", "ids", "counts"), kernels, torchs, strict=True):
+        different = (mine != expected).nonzero().tolist()
+        if not different:
+            continue
+        first = tuple(different[0])
+        place = [*COUNTERS, *(f"rank {rank}" for rank in range(len(mine)))][first[0]] if name == "counts" else first
+        raise AssertionError(
+            f"{len(different)} of {mine.numel()} {name} differ, the first at {place}: kernel {mine[first].item()}, "
+            f"torch {expected[first].item()}, in {what}"
+        )
+
+
+# What a random step is drawn from: all kinds, the common ones more often.
+CHOICES = {
+    "rows": [0, 1, 2, 5, 16, 33, 80],
+    "top_k": [1, 2, 3, 4, 6, 8, 10, 32],
+    "experts": [1, 2, 8, 31, 33, 60, 64, 128, 256, 300],
+    "select_top_k": [-1, 0, 1, 1, 2, 2, 3, 4, 6, 8, 9],
+    "projection": [False, True],
+    "threshold": [0.0, 0.3, 0.75, 0.95, 1.0],
+    "expert_price": [0.0, 0.0, 0.0, 1e-9, 0.0625, 0.125, 0.25, 0.5, 2.0, 1e6],
+    "traffic_price": [0.0, 0.01, 0.125, 0.25, 0.25, 3.0],
+    "domains": [None, 1, 2, 8, 8, 70],
+    "ranks": [0, 0, 1, 3, 8, 70],
+    "elsewhere_share": [None] * 4 + [0.0, 0.1, 0.5],
+    "has_home": [False, True],
+    "repeats_dropped": [False, True],
+    "enabled": [True] * 9 + [False],
+    "min_rows": [0] * 6 + [5, 20],
+    "max_rows": [None] * 6 + [5, 20],
+    "valid_share": [None, None, 0.0, 0.3, 0.9, 0.9],
+    "ties": [False, True],
+    "empty_share": [0.0, 0.1, 0.9],
+    "weight_dtype": WEIGHT_DTYPES,
+    "id_dtype": ID_DTYPES,
+}
+
+
+def random_steps(count: int, seed: int = 0) -> Iterator[RandomStep]:
+    random = Random(seed)
+    for _ in range(count):
+        drawn = {name: random.choice(values) for name, values in CHOICES.items()}
+        yield RandomStep(seed=random.randrange(2**31), **drawn)

@@ -1,0 +1,1 @@
+"""Experiments on quality and traffic. Each writes one JSON file and one figure."""

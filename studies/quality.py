@@ -1,0 +1,512 @@
+"""What re-routing costs in quality, by every policy of the field, at the same decode steps.
+
+    python -m studies.quality                          # 50 minutes on one core that others used too
+    python -m studies.quality --model build/my-model   # another checkpoint
+
+Held-out texts are decoded in lockstep batches (see sere_dist.evaluation.lockstep): KL from the model as it is, loss,
+the share of steps whose likeliest token stays, against the experts that a layer runs in a step. In parts:
+
+- field: every policy over its knob. A batch holds texts of all kinds, as a server's does: its requests are strangers'.
+- kinds: some of them in batches of one kind of text.
+- beside random: substitutes by similarities that were calibrated, and by random ones, of several draws.
+- transfer: calibrated on one kind of text, evaluated on another.
+- samples: calibrated on more and more texts.
+
+The held-out texts are parted by halves of each kind. What is reported is measured on the final half; whoever chooses a
+policy, a parameter or a model by this benchmark does so with `--half choice`, on the other one. Nothing here is chosen
+by either half: similarities come from the calibration texts, XShare's budgets are the paper's policy's active experts,
+an expert's prices are a fixed sweep.
+
+Errors are standard errors over texts, of differences and ratios by pairs. Prints tables and one JSON line last; writes
+`studies/results/quality.json` and `docs/quality.png`.
+"""
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import matplotlib
+import pyarrow.parquet as pq
+import torch
+import typer
+from rich import box
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedModel
+
+from examples.tiny_moe.data import FOLDER as TINY_MOE
+from sere_dist.calibration.checkpoint import Checkpoint
+from sere_dist.calibration.layers import LayerResult, expert_inputs, score_layer, text_blocks
+from sere_dist.console import tables
+from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
+from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Policy, unchanged
+from sere_dist.evaluation.rerouters import (
+    dropping_policy,
+    oea_policy,
+    projection_policy,
+    similarity_policy,
+    top_k_policy,
+    xshare_policy,
+)
+from sere_dist.method.similarity import Method, random_similarity
+from sere_dist.moe import MoeShape, load_model, routed_experts
+from sere_dist.provenance import line_by_line, machine, rounded, versions
+from studies.common import ROOT
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+BATCHES, BATCH_OF_PARTS = (1, 4, 16, 64), 16
+SAMPLES = (16, 32, 64, 128, 256, 400)  # texts of a calibration; the last is what all other parts use
+SAMPLES_OF_CKA, SAMPLES_OF_KIND = 32, 128  # CKA takes the square of its tokens in time
+KEEPS, KEEPS_OF_PARTS, KEEP_OF_CALIBRATIONS = (1, 2, 3, 4, 6), (1, 2, 4), 2
+RANDOM_DRAWS = 5
+PRICES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of an expert, where every token keeps one of its own
+OFF, PAPER, RANDOM, PROJECTION, PRICED = "off", "paper, frobenius", "paper, random", "projection", "expert price, S = 1"
+RIVALS = (PAPER, "OEA", "OEA, not renormalised", "XShare", "XShare, warm-up 1", "XShare, not renormalised", PROJECTION)
+CALIBRATED = (PAPER, "paper, cosine", "paper, CKA", "paper, projection", "paper, weights")
+OF_KINDS = (PAPER, RANDOM, "dropping, renormalised", "OEA", "XShare, warm-up 1", PROJECTION)
+STYLES = {
+    PAPER: {"color": "tab:red", "marker": "o"},
+    RANDOM: {"color": "tab:red", "marker": "x", "linestyle": ":"},
+    "dropping, renormalised": {"color": "tab:green", "marker": "v"},
+    "top-k, renormalised": {"color": "tab:gray", "marker": "s"},
+    "OEA": {"color": "tab:purple", "marker": "^"},
+    "XShare, warm-up 1": {"color": "tab:orange", "marker": "D"},
+    PROJECTION: {"color": "tab:blue", "marker": "P"},
+    PRICED: {"color": "black", "marker": "*"},
+}
+BEYOND = 0.05  # of the paper's range of active experts: how far its curve is drawn on
+
+
+class Text(NamedTuple):
+    kind: str
+    ids: list[int]
+
+
+class Point(NamedTuple):
+    """A policy and its knob.
+
+    That is S, k0, an expert's price, or for XShare the S of the paper's policy whose active experts are its budget.
+    """
+
+    policy: str
+    knob: float
+
+
+def read(path: Path, tokenizer: Any) -> list[Text]:
+    """Returns the texts of a Parquet file with columns text and kind."""
+    rows = pq.read_table(path, columns=["text", "kind"]).to_pylist()
+    return [Text(row["kind"], tokenizer(row["text"])["input_ids"]) for row in rows]
+
+
+def cut(texts: Sequence[Text], length: int) -> list[Text]:
+    """Returns the texts that have `length` tokens, cut to it."""
+    return [Text(text.kind, text.ids[:length]) for text in texts if len(text.ids) >= length]
+
+
+def by_kind(texts: Sequence[Text]) -> dict[str, list[Text]]:
+    kinds = sorted({text.kind for text in texts})
+    return {kind: [text for text in texts if text.kind == kind] for kind in kinds}
+
+
+def half_of(texts: Sequence[Text], half: str) -> list[Text]:
+    """Returns the first half of each kind, on which choices may be made, or the second (`final`)."""
+    chosen = []
+    for of_kind in by_kind(texts).values():
+        middle = len(of_kind) // 2
+        chosen += of_kind[middle:] if half == "final" else of_kind[:middle]
+    return chosen
+
+
+def mixed(texts: Sequence[Text]) -> list[Text]:
+    """Returns the texts so that any run of them holds all kinds, in proportion."""
+    places = [((i + 0.5) / len(of_kind), text) for of_kind in by_kind(texts).values() for i, text in enumerate(of_kind)]
+    return [text for _, text in sorted(places, key=lambda place: place[0])]
+
+
+def decoded(model: PreTrainedModel, texts: Sequence[Text], prompt: int) -> HeldOut:
+    return HeldOut(model, torch.tensor([text.ids for text in texts]), prompt)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What one method found on some texts, by decoder layer."""
+
+    layers: dict[int, LayerResult]
+
+    def substitutes(self, select_top_k: int) -> Policy:
+        return similarity_policy({layer: found.similarity_EE for layer, found in self.layers.items()}, select_top_k)
+
+    def projection(self, select_top_k: int, expert_price: float = 0.0) -> Policy:
+        names = ("similarity_EE", "coefficient_EE", "size_E")
+        matrices = ({layer: getattr(found, name) for layer, found in self.layers.items()} for name in names)
+        return projection_policy(*matrices, select_top_k, expert_price=expert_price)
+
+
+def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[Method]) -> list[Calibration]:
+    """Returns what each method finds on the texts, in this process."""
+    inputs = dict(expert_inputs(checkpoint, text_blocks([text.ids for text in texts])))
+    return [
+        Calibration({layer: score_layer(checkpoint, layer, of_layer, method) for layer, of_layer in inputs.items()})
+        for method in methods
+    ]
+
+
+def at_active_experts(curve: Sequence[LockstepResult], active: float) -> list[float] | None:
+    """Returns the KL of each text that the policy of this curve would have at so many active experts.
+
+    It lies between two of its settings, geometrically, as KL falls by factors. None: too far beyond either end.
+    """
+    curve = sorted(curve, key=lambda result: result.active_experts)
+    low, high = curve[0].active_experts, curve[-1].active_experts
+    if not (1 - BEYOND) * low <= active <= (1 + BEYOND) * high:
+        return None
+    segments = list(pairwise(curve))
+    left, right = next((pair for pair in segments if active <= pair[1].active_experts), segments[-1])
+    share = (active - left.active_experts) / (right.active_experts - left.active_experts)
+    pairs = zip(left.divergence_of_texts, right.divergence_of_texts, strict=True)
+    # A divergence next to nothing may be less than nothing by rounding.
+    return [max(a, 1e-9) ** (1 - share) * max(b, 1e-9) ** share for a, b in pairs]
+
+
+def summary(result: LockstepResult, off: LockstepResult, kinds: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns what a run came to; with the kinds of its texts, also the KL of each kind."""
+    found = {"active_experts": result.active_experts, "perplexity": result.perplexity}
+    found["kl"], found["kl_error"] = with_error(result.divergence_of_texts)
+    found["loss_rise"], found["loss_rise_error"] = difference_with_error(result.loss_of_texts, off.loss_of_texts)
+    found["top1"], found["top1_error"] = with_error(result.agreement_of_texts)
+    of_kinds = {}
+    kinds = kinds[: len(result.losses)]  # texts that do not fill a batch are left out
+    for kind in sorted(set(kinds)):
+        divergences = [kl for kl, of in zip(result.divergence_of_texts, kinds, strict=True) if of == kind]
+        of_kinds[kind] = [rounded(number) for number in with_error(divergences)]
+    return {name: rounded(value) for name, value in found.items()} | ({"kl_of_kinds": of_kinds} if kinds else {})
+
+
+def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Returns by what factor and by how much our KL is theirs, of the same texts."""
+    ratio, ratio_error = ratio_with_error(ours, theirs)
+    difference, difference_error = difference_with_error(ours, theirs)
+    found = {"ratio": ratio, "ratio_error": ratio_error}
+    found |= {"difference": difference, "difference_error": difference_error}
+    return {name: rounded(value) for name, value in found.items()}
+
+
+def policies(model: PreTrainedModel, calibrations: dict[str, Calibration]) -> dict[str, Callable[[int], Policy]]:
+    """Returns all policies by name, each a function of its S, k0 or budget."""
+    num_experts = MoeShape.from_config(model.config).num_experts
+    random = {layer: random_similarity(num_experts, seed=layer) for layer in routed_experts(model)}
+    return {
+        **{name: calibration.substitutes for name, calibration in calibrations.items()},
+        RANDOM: lambda s: similarity_policy(random, s),
+        PROJECTION: calibrations["paper, projection"].projection,
+        "dropping": lambda s: dropping_policy(num_experts, s),
+        "dropping, renormalised": lambda s: dropping_policy(num_experts, s, renormalise=True),
+        "top-k": top_k_policy,
+        "top-k, renormalised": lambda s: top_k_policy(s, renormalise=True),
+        "OEA": oea_policy,
+        "XShare": xshare_policy,
+        "XShare, warm-up 1": lambda budget: xshare_policy(budget, warm_up=1),
+        "OEA, not renormalised": lambda s: oea_policy(s, renormalise=False),
+        "XShare, not renormalised": lambda budget: xshare_policy(budget, warm_up=1, renormalise=False),
+    }
+
+
+def field(
+    bench: HeldOut,
+    kinds: Sequence[str],
+    field_of: dict[str, Callable[[int], Policy]],
+    keeps: Sequence[int],
+    priced: Callable[[float], Policy],
+) -> list[dict[str, Any]]:
+    """Returns a row for each batch, policy and knob, with its KL beside the paper's at as many active experts.
+
+    `kinds` are those of the texts. `priced` is projection at an expert's price; it is compared with all `RIVALS`.
+    """
+    rows = []
+    bar = tqdm(total=len(BATCHES) * (1 + len(field_of) * len(keeps) + len(PRICES)), desc="field")
+    for batch in BATCHES:
+        off, results = bench.run(unchanged, batch), {}
+        bar.update()
+        for name, policy_of in field_of.items():
+            for keep in keeps:
+                budget = round(results[Point(PAPER, keep)].active_experts) if name.startswith("XShare") else keep
+                results[Point(name, keep)] = bench.run(policy_of(budget), batch)
+                bar.update()
+        for price in PRICES:
+            results[Point(PRICED, price)] = bench.run(priced(price), batch)
+            bar.update()
+        rows.append({"batch": batch, "policy": OFF, "knob": None, **summary(off, off, kinds)})
+        curves = {name: [results[Point(name, keep)] for keep in keeps] for name in RIVALS}
+        for point, result in results.items():
+            row = {"batch": batch, **point._asdict(), **summary(result, off, kinds)}
+            beside = {}
+            for rival in RIVALS if point.policy == PRICED else (PAPER,):
+                if (theirs := at_active_experts(curves[rival], result.active_experts)) is not None:
+                    beside[rival] = compared(result.divergence_of_texts, theirs)
+            rows.append(row | {"beside": beside})
+    bar.close()
+    return rows
+
+
+def in_batches_of_one_kind(
+    benches: dict[str, HeldOut], field_of: dict[str, Callable[[int], Policy]]
+) -> list[dict[str, Any]]:
+    rows = []
+    for kind, bench in tqdm(benches.items(), desc="kinds"):
+        off = bench.run(unchanged, BATCH_OF_PARTS)
+        rows.append({"kind": kind, "policy": OFF, "knob": None, **summary(off, off)})
+        for keep in KEEPS_OF_PARTS:
+            paper = bench.run(field_of[PAPER](keep), BATCH_OF_PARTS)
+            for name in OF_KINDS:
+                knob = round(paper.active_experts) if name.startswith("XShare") else keep
+                result = paper if name == PAPER else bench.run(field_of[name](knob), BATCH_OF_PARTS)
+                rows.append({"kind": kind, **Point(name, keep)._asdict(), **summary(result, off)})
+    return rows
+
+
+def beside_random(bench: HeldOut, field_of: dict[str, Callable[[int], Policy]]) -> list[dict[str, Any]]:
+    """Returns the KL with each calibrated similarity beside the mean over draws of random ones, text by text."""
+    rows, layers = [], routed_experts(bench.model)
+    for keep in tqdm(KEEPS_OF_PARTS, desc="beside random"):
+        draws = []
+        for draw in range(RANDOM_DRAWS):
+            matrices = {
+                layer: random_similarity(experts.num_experts, seed=1000 * draw + layer)
+                for layer, (_, experts) in layers.items()
+            }
+            draws.append(bench.run(similarity_policy(matrices, keep), BATCH_OF_PARTS).divergence_of_texts)
+        random = [math.fsum(of_text) / len(draws) for of_text in zip(*draws, strict=True)]
+        of_draws = [rounded(math.fsum(draw) / len(draw)) for draw in draws]
+        for name in CALIBRATED:
+            ours = bench.run(field_of[name](keep), BATCH_OF_PARTS).divergence_of_texts
+            rows.append({"policy": name, "knob": keep, "kl_of_draws": of_draws, **compared(ours, random)})
+    return rows
+
+
+def transfer(benches: dict[str, HeldOut], checkpoint: Checkpoint, texts: dict[str, list[Text]]) -> list[dict[str, Any]]:
+    """Returns the KL on each kind of text when calibrated on each, beside that of the kind itself."""
+    rows = []
+    calibrations = {
+        kind: calibrate(checkpoint, texts[kind][:SAMPLES_OF_KIND], ("frobenius", "projection"))
+        for kind in tqdm(benches, desc="calibrating kinds")
+    }
+    for kind, bench in tqdm(benches.items(), desc="transfer"):
+        runs: dict[tuple[str, str], list[float]] = {}
+        for calibrated_on, (frobenius, projection) in calibrations.items():
+            for name, policy_of in ((PAPER, frobenius.substitutes), (PROJECTION, projection.projection)):
+                result = bench.run(policy_of(KEEP_OF_CALIBRATIONS), BATCH_OF_PARTS)
+                runs[name, calibrated_on] = result.divergence_of_texts
+        for (name, calibrated_on), kl_of_texts in runs.items():
+            kl, kl_error = map(rounded, with_error(kl_of_texts))
+            about = {"policy": name, "calibrated_on": calibrated_on, "evaluated_on": kind}
+            rows.append(about | {"kl": kl, "kl_error": kl_error, **compared(kl_of_texts, runs[name, kind])})
+    return rows
+
+
+def by_samples(bench: HeldOut, by_count: dict[int, list[Calibration]]) -> list[dict[str, Any]]:
+    """Returns the KL by calibration texts, beside that of the most."""
+    rows: list[dict[str, Any]] = []
+    for which, name in enumerate((PAPER, PROJECTION)):
+        runs = {}
+        for count, calibrations in tqdm(by_count.items(), desc="samples"):
+            calibration = calibrations[which]
+            policy_of = calibration.projection if name == PROJECTION else calibration.substitutes
+            runs[count] = bench.run(policy_of(KEEP_OF_CALIBRATIONS), BATCH_OF_PARTS).divergence_of_texts
+        for count, kl_of_texts in runs.items():
+            kl, kl_error = map(rounded, with_error(kl_of_texts))
+            found = {"kl": kl, "kl_error": kl_error, **compared(kl_of_texts, runs[max(runs)])}
+            rows.append({"policy": name, "samples": count, **found})
+    return rows
+
+
+def draw(rows: list[dict[str, Any]], top_k: int, path: Path) -> None:
+    """Draws KL against active experts, a small picture for each batch."""
+    figure, all_axes = plt.subplots(1, len(BATCHES), figsize=(13, 4.2), dpi=150, sharey=True)
+    for batch, axes in zip(BATCHES, all_axes, strict=True):
+        of_batch = [row for row in rows if row["batch"] == batch]
+        for name, style in STYLES.items():
+            points = [row for row in of_batch if row["policy"] == name]
+            points.sort(key=lambda row: row["active_experts"])
+            axes.errorbar(
+                [row["active_experts"] for row in points],
+                [row["kl"] for row in points],
+                yerr=[row["kl_error"] for row in points],
+                **{"linewidth": 1, "markersize": 4, **style},
+                label=name,
+            )
+        off = next(row["active_experts"] for row in of_batch if row["policy"] == OFF)
+        axes.axvline(off, color="black", linewidth=0.8, linestyle="--")
+        axes.set_title(f"batch {batch}; as it is: {off:.1f} experts", fontsize="medium")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    all_axes[0].set_ylabel("KL from the model as it is, nats a token")
+    figure.supxlabel(f"experts that a layer runs in a decode step (top-{top_k})", fontsize="medium")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(STYLES), fontsize=8)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.savefig(path)
+
+
+def plus_minus(row: dict[str, Any], name: str, digits: int) -> str:
+    return f"{row[name]:.{digits}f} ±{row[name + '_error']:.{digits}f}"
+
+
+def field_table(rows: list[dict[str, Any]], batch: int, keeps: Sequence[int]) -> Table:
+    of_batch = {(row["policy"], row["knob"]): row for row in rows if row["batch"] == batch}
+    names = list(dict.fromkeys(name for name, _knob in of_batch if name not in (OFF, PRICED)))
+    off = of_batch[OFF, None]
+    title = f"batch {batch}, texts of all kinds; as it is {off['active_experts']:.1f} active experts, perplexity "
+    title += f"{off['perplexity']:.2f}. KL in nats a token, and its factor of the paper's policy (frobenius)\n"
+    title += "at as many active experts. Active experts are the paper's at that S: another policy's in brackets"
+    table = Table("policy", title=title, title_justify="left", box=box.SIMPLE)
+    for keep in keeps:
+        paper = of_batch[PAPER, keep]["active_experts"]
+        table.add_column(f"S = {keep}\n{paper:.1f} active")
+    for name in names:
+        cells = []
+        for keep in keeps:
+            row, paper = of_batch[name, keep], of_batch[PAPER, keep]["active_experts"]
+            factor = row["beside"].get(PAPER)
+            cells.append(
+                f"{row['kl']:.4f}" + (f" x{factor['ratio']:.2f} ±{factor['ratio_error']:.2f}" if factor else "")
+            )
+            if abs(row["active_experts"] / paper - 1) > BEYOND:
+                cells[-1] += f" ({row['active_experts']:.1f})"
+        table.add_row(name, *cells)
+    return table
+
+
+def priced_table(rows: list[dict[str, Any]], batch: int) -> Table:
+    title = f"batch {batch}, {PRICED}: KL in nats a token, and its factor of others' at as many active experts"
+    table = Table("price", "active", "KL", *RIVALS, title=title, title_justify="left", box=box.SIMPLE)
+    for row in rows:
+        if (row["batch"], row["policy"]) == (batch, PRICED):
+            cells = [plus_minus(found, "ratio", 2) if (found := row["beside"].get(name)) else "" for name in RIVALS]
+            table.add_row(f"{row['knob']:g}", f"{row['active_experts']:.1f}", plus_minus(row, "kl", 4), *cells)
+    return table
+
+
+def part_tables(report: dict[str, Any]) -> list[Table]:
+    settings = {"title_justify": "left", "box": box.SIMPLE}
+    kinds = sorted({row["kind"] for row in report["kinds"]})
+    found = Table("policy", "S", *kinds, title=f"batches of one kind, batch {BATCH_OF_PARTS}: KL", **settings)
+    for name in OF_KINDS:
+        for keep in KEEPS_OF_PARTS:
+            of = {row["kind"]: row for row in report["kinds"] if (row["policy"], row["knob"]) == (name, keep)}
+            cells = [f"{plus_minus(of[kind], 'kl', 4)} ({of[kind]['active_experts']:.1f} active)" for kind in kinds]
+            found.add_row(name, str(keep), *cells)
+    all_tables = [found]
+
+    title = f"calibrated beside random, batch {BATCH_OF_PARTS}: factor of the KL, mean of {RANDOM_DRAWS} draws"
+    found = Table("similarity", *(f"S = {keep}" for keep in KEEPS_OF_PARTS), title=title, **settings)
+    for name in CALIBRATED:
+        of = {row["knob"]: row for row in report["beside_random"] if row["policy"] == name}
+        found.add_row(name, *(f"x{plus_minus(of[keep], 'ratio', 3)}" for keep in KEEPS_OF_PARTS))
+    all_tables.append(found)
+
+    for policy in (PAPER, PROJECTION):
+        title = (
+            f"{policy}, S = {KEEP_OF_CALIBRATIONS}, batch {BATCH_OF_PARTS}: KL on, and factor of that calibrated there"
+        )
+        found = Table("calibrated on", *kinds, title=title, **settings)
+        for calibrated_on in kinds:
+            of = {
+                row["evaluated_on"]: row
+                for row in report["transfer"]
+                if (row["policy"], row["calibrated_on"]) == (policy, calibrated_on)
+            }
+            cells = [f"{of[kind]['kl']:.4f} x{plus_minus(of[kind], 'ratio', 3)}" for kind in kinds]
+            found.add_row(calibrated_on, *cells)
+        all_tables.append(found)
+
+    title = (
+        f"S = {KEEP_OF_CALIBRATIONS}, batch {BATCH_OF_PARTS}: KL, and factor of that with the most calibration texts"
+    )
+    counts = sorted({row["samples"] for row in report["samples"]})
+    found = Table("policy", *map(str, counts), title=title, **settings)
+    for policy in (PAPER, PROJECTION):
+        of = {row["samples"]: row for row in report["samples"] if row["policy"] == policy}
+        found.add_row(policy, *(f"{of[count]['kl']:.4f}\nx{plus_minus(of[count], 'ratio', 3)}" for count in counts))
+    return [*all_tables, found]
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Checkpoint to measure.")] = TINY_MOE / "model",
+    heldout: Annotated[Path, typer.Option(help="Parquet file with columns text and kind.")] = TINY_MOE
+    / "heldout.parquet",
+    calibration: Annotated[Path, typer.Option(help="Likewise, to calibrate on.")] = TINY_MOE / "calibration.parquet",
+    half: Annotated[
+        Literal["final", "choice"], typer.Option(help="Of each kind's held-out texts: the last, or those to choose by.")
+    ] = "final",
+    texts: Annotated[int, typer.Option(help="Held-out texts, of all kinds together.")] = 64,
+    texts_of_kind: Annotated[int, typer.Option(help="Held-out texts of each kind, in batches of one kind.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens of a held-out text.")] = 128,
+    prompt: Annotated[int, typer.Option(help="Of these, tokens that are not decoded.")] = 32,
+    calibration_length: Annotated[int, typer.Option(help="Tokens of a calibration text.")] = 64,
+    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT / "studies/results/quality.json",
+    picture: Annotated[Path, typer.Option(help="Where the figure goes.")] = ROOT / "docs/quality.png",
+) -> None:
+    started, console = time.perf_counter(), tables()
+    tokenizer, checkpoint = AutoTokenizer.from_pretrained(model), Checkpoint(str(model))
+    loaded = load_model(str(model), "cpu")
+    own_half = cut(half_of(read(heldout, tokenizer), half), length)
+    of_all, of_kinds = mixed(own_half)[:texts], by_kind(own_half)
+    bench = decoded(loaded, of_all, prompt)
+    benches = {kind: decoded(loaded, of_kind[:texts_of_kind], prompt) for kind, of_kind in of_kinds.items()}
+    to_calibrate = cut(read(calibration, tokenizer), calibration_length)
+    top_k = MoeShape.from_config(loaded.config).num_experts_per_token
+    keeps = [keep for keep in KEEPS if keep < top_k]
+
+    in_turn = mixed(to_calibrate)
+    counts = [count for count in SAMPLES if count <= len(in_turn)]
+    by_count = {
+        count: calibrate(checkpoint, in_turn[:count], ("frobenius", "projection"))
+        for count in tqdm(counts, desc="calibrating")
+    }
+    frobenius, projection = by_count[counts[-1]]
+    cosine, weights = calibrate(checkpoint, in_turn[: counts[-1]], ("cosine", "weights"))
+    (cka,) = calibrate(checkpoint, in_turn[:SAMPLES_OF_CKA], ("cka",))
+    field_of = policies(loaded, dict(zip(CALIBRATED, (frobenius, cosine, cka, projection, weights), strict=True)))
+
+    report: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "studies.quality", *sys.argv[1:]]),
+        "machine": machine() | {"threads": torch.get_num_threads()},
+        "versions": versions("sere-dist", "torch", "transformers"),
+        "model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else str(model),
+        "half": half,
+        "texts": {kind: len(of_kind) for kind, of_kind in by_kind(of_all).items()},
+        "texts_of_kind": {kind: len(of_kind.ids_NL) for kind, of_kind in benches.items()},
+        "length": length,
+        "prompt": prompt,
+        "calibration_texts": {"all": counts[-1], "CKA": SAMPLES_OF_CKA, "each kind": SAMPLES_OF_KIND},
+        "calibration_length": calibration_length,
+    }
+    report["field"] = field(bench, [text.kind for text in of_all], field_of, keeps, partial(projection.projection, 1))
+    report["kinds"] = in_batches_of_one_kind(benches, field_of)
+    report["beside_random"] = beside_random(bench, field_of)
+    report["transfer"] = transfer(benches, checkpoint, by_kind(to_calibrate))
+    report["samples"] = by_samples(bench, by_count)
+    report["seconds"] = round(time.perf_counter() - started)
+
+    for batch in BATCHES:
+        console.print(field_table(report["field"], batch, keeps))
+        console.print(priced_table(report["field"], batch))
+    for table in part_tables(report):
+        console.print(table)
+    draw(report["field"], top_k, picture)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(line_by_line(report))
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,27 @@
+"""Several hosts with a network between them, and one that is cut off: nothing that it was told arrives, nothing that it
+says does, and no connection closes."""
+
+import pytest
+
+from sere_dist.artifact.folder import TENSORS_FILE
+from tests.cluster.test_survival import Job
+from tests.support import hosts
+
+pytestmark = pytest.mark.skipif(not hosts.can_be_made(), reason="network namespaces need root and iproute2")
+
+
+@pytest.fixture(scope="module")
+def network():
+    with hosts.Hosts(3) as network:
+        yield network
+    assert network.processes() == []
+
+
+def test_a_host_that_is_cut_off_from_a_calibration(network, tmp_path):
+    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
+    Job(network.address, undisturbed, on=network).end()
+    job = Job(network.address, disturbed, on=network)
+    job.until("scored (1/")
+    network.cut_off(2)
+    job.end()
+    assert (disturbed / TENSORS_FILE).read_bytes() == (undisturbed / TENSORS_FILE).read_bytes()

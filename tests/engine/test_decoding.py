@@ -1,0 +1,106 @@
+"""What `lockstep` computes in one forward pass is what a vLLM engine that re-routes decodes, step by step."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from vllm import LLM, SamplingParams
+
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.recommendation import LayerSetting
+from sere_dist.evaluation.lockstep import Policy, decode_logits, unchanged
+from sere_dist.evaluation.rerouters import projection_policy, similarity_policy
+from sere_dist.evaluation.tuning import policy_of
+from sere_dist.method.similarity import random_similarity
+from sere_dist.moe import MoeShape
+from tests.conftest import MODEL, recommend, small_artifact
+
+BATCH, PROMPT, NEW, KEEP, LIKELIEST = 8, 24, 24, 2, 5
+TOLERANCE = 1e-3  # nats; float32 sums in another order cost about 1e-5
+POLICIES = ["sere", "projection", "recommended: sere", "recommended: projection"]
+# Every layer does something else, the last nothing.
+S_OF_LAYERS, PRICE_OF_LAYERS = (1, 2, 3, 1, 2, 8), (0.0, 0.0, 0.0, 0.03, 0.01, 0.0)
+
+
+@pytest.fixture(scope="module")
+def artifact(model) -> Artifact:
+    """Random matrices: substitutes that are nothing like the expert show most of what re-routing does."""
+    torch.manual_seed(0)
+    shape, layers = MoeShape.from_config(model.config), tuple(range(6))
+    artifact = small_artifact(layers=layers, method="projection", **vars(shape))
+    artifact.similarity = {layer: random_similarity(shape.num_experts, seed=layer) for layer in layers}
+    artifact.coefficient = {layer: 0.2 + matrix for layer, matrix in artifact.similarity.items()}
+    artifact.size = {layer: 0.5 + torch.rand(shape.num_experts) for layer in layers}
+    artifact.tokens_per_expert = {layer: [1] * shape.num_experts for layer in layers}
+    return artifact
+
+
+def settings(kind: str) -> dict[int, LayerSetting]:
+    """What each layer does by policy `recommended`; only projection has prices."""
+    prices = PRICE_OF_LAYERS if kind == "projection" else (0.0,) * 6
+    each = zip(S_OF_LAYERS, prices, strict=True)
+    return {layer: LayerSetting(select_top_k=s, expert_price=price) for layer, (s, price) in enumerate(each)}
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def served(request, artifact, heldout_ids, tmp_path_factory) -> tuple[str, torch.Tensor, list[list[dict[int, float]]]]:
+    """Policy, token ids [B, L] of prompts and greedy answers, and the likeliest tokens' log-probabilities at each step.
+
+    All prompts fit into one step, so that every later step decodes all rows.
+    """
+    path: Path = tmp_path_factory.mktemp("artifact") / "artifact"
+    artifact.save(path)
+    sere = {"artifact": str(path), "select_top_k": KEEP, "policy": request.param}
+    if request.param.startswith("recommended"):
+        sere = {"artifact": str(path), "policy": "recommended"}
+        kind = request.param.removeprefix("recommended: ")
+        saved = Artifact.load(path)
+        replace(saved, recommended=recommend(saved, kind, settings(kind))).save(path, overwrite=True)
+    llm = LLM(
+        str(MODEL),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_batched_tokens=BATCH * PROMPT,
+        enable_prefix_caching=False,
+        additional_config={"sere": sere},
+    )
+    prompts_BL = heldout_ids[:BATCH, :PROMPT]
+    parameters = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=LIKELIEST)
+    prompts = [{"prompt_token_ids": prompt} for prompt in prompts_BL.tolist()]
+    answers = [answer.outputs[0] for answer in llm.generate(prompts, parameters, use_tqdm=False)]
+    (worker,) = llm.collective_rpc("sere_counters")
+    llm.llm_engine.engine_core.shutdown()
+    rows = {layer: (counters["rows"], counters["steps"] * BATCH) for layer, counters in worker["layers"].items()}
+    assert rows == dict.fromkeys(range(6), (BATCH * (NEW - 1),) * 2)
+    ids_BL = torch.cat([prompts_BL, torch.tensor([list(answer.token_ids) for answer in answers])], dim=1)
+    found = [[{token: of.logprob for token, of in step.items()} for step in answer.logprobs] for answer in answers]
+    return request.param, ids_BL, found
+
+
+def largest_error(model, policy: Policy, ids_BL: torch.Tensor, found: list[list[dict[int, float]]]) -> float:
+    """Returns by how much log-probabilities in lockstep differ at most from those that an engine reported."""
+    logits_BDV = decode_logits(model, ids_BL, prompt_length=PROMPT, policy=policy)
+    assert logits_BDV.shape[1] == NEW - 1  # the first new token is the prompt's, which is not re-routed
+    return max(
+        abs(float(logprobs_V[token]) - logprob)
+        for logprobs_DV, steps in zip(logits_BDV.log_softmax(dim=2), found, strict=True)
+        for logprobs_V, step in zip(logprobs_DV, steps[1:], strict=True)
+        for token, logprob in step.items()
+    )
+
+
+def test_lockstep_equals_decoding_in_vllm(model, artifact, served):
+    name, ids_BL, found = served
+    policies = {
+        "sere": similarity_policy(artifact.similarity, KEEP),
+        "projection": projection_policy(artifact.similarity, artifact.coefficient, artifact.size, KEEP),
+    }
+    policies |= {f"recommended: {kind}": policy_of(artifact, kind, settings(kind)) for kind in list(policies)}
+    errors = {other: largest_error(model, policy, ids_BL, found) for other, policy in policies.items()}
+    assert errors.pop(name) < TOLERANCE
+    # The same check without re-routing, with another policy, and with half of the batch, fails by far.
+    errors["off"] = largest_error(model, unchanged, ids_BL, found)
+    errors["half"] = largest_error(model, policies[name], ids_BL[: BATCH // 2], found[: BATCH // 2])
+    assert min(errors.values()) > 100 * TOLERANCE, errors

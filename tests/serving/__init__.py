@@ -1,0 +1,1 @@
+"""What needs the Ray Serve application, and HTTP."""

@@ -1,0 +1,203 @@
+"""The example model behind Ray Serve: real replicas, real HTTP, the official client."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import Counter
+
+import openai
+import pytest
+
+from examples import demo
+from examples.tiny_moe.data import example_texts
+from sere_dist.admin import AdminError, policy
+from sere_dist.config import ADMIN_TOKEN, CHANGEABLE
+from sere_dist.testing.local_cluster import free_ports
+from tests.conftest import MODEL
+from tests.soak.survival import REPLICA, processes
+from tests.support import engines
+from tests.support.metrics import eventually, metrics
+
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def url(cluster, artifact_path):
+    with demo.served(cluster, free_ports(1)[0], artifact_path) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with openai.OpenAI(base_url=url, api_key="none") as client:
+        yield client
+
+
+def test_answers_completions_and_chats(client):
+    assert [model.id for model in client.models.list()] == [demo.MODEL_ID]
+    completion = client.completions.create(model=demo.MODEL_ID, prompt="In the beginning", max_tokens=8, temperature=0)
+    assert completion.usage.completion_tokens == 8 and completion.choices[0].text
+    message = {"role": "user", "content": "And God said,"}
+    chat = client.chat.completions.create(model=demo.MODEL_ID, messages=[message], max_tokens=8, temperature=0)
+    assert chat.usage.completion_tokens == 8 and chat.choices[0].message.content
+
+
+def test_streams(client):
+    options = {"max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    whole = client.completions.create(model=demo.MODEL_ID, prompt="In the beginning", **options)
+    chunks = list(client.completions.create(model=demo.MODEL_ID, prompt="In the beginning", stream=True, **options))
+    assert len(chunks) > 1
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+
+
+def test_rerouting_acts_in_the_serving_workers(cluster, url):
+    """What `make demo` measures: fewer active experts with re-routing on, counted where the model runs."""
+    command = [sys.executable, "-m", "examples.measure", url, "--rounds", "1", "--new-tokens", "24"]
+    done = cluster.run(command, cwd=demo.ROOT, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 0
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["select_top_k"] == 2
+    assert report["on"]["active_experts"] < 0.75 * report["off"]["active_experts"]
+    assert report["on"]["perplexity"] > 1 and report["off"]["perplexity"] > 1
+    assert "on, S = 2" in done.stdout
+
+
+def test_requests_over_the_models_limits(client):
+    """Errors in OpenAI's shape, which says what the limit is."""
+    for too_much, message in (
+        ({"prompt": [1] * 600, "max_tokens": 8}, "maximum context length is 512 tokens"),
+        ({"prompt": "In", "max_tokens": 100_000}, "max_model_len=512"),
+        ({"prompt": [10**8], "max_tokens": 8}, "out of vocabulary"),
+    ):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model=demo.MODEL_ID, **too_much)
+        assert message in refused.value.body["message"]
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.completions.create(model="another-model", prompt="a")
+    assert "another-model" in refused.value.body["message"]
+
+
+@pytest.fixture
+def admin(cluster, url, monkeypatch):
+    """Reads and changes the policy over HTTP; leaves it as the application started."""
+    monkeypatch.setenv(ADMIN_TOKEN, cluster.environment[ADMIN_TOKEN])
+    as_started = policy(url)["policy"]
+    yield lambda **changes: policy(url, changes or None)
+    policy(url, {name: as_started[name] for name in CHANGEABLE})
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return example_texts("heldout.parquet", 24, 4).tolist()
+
+
+def greedy(client: openai.OpenAI, prompts: list[list[int]]) -> list[list[int]]:
+    """Returns the tokens that follow each prompt, one request at a time."""
+    options = {"model": demo.MODEL_ID, "max_tokens": NEW, "temperature": 0}
+    extra = {"ignore_eos": True, "return_token_ids": True}
+    answers = [client.completions.create(prompt=prompt, extra_body=extra, **options) for prompt in prompts]
+    return [answer.choices[0].token_ids for answer in answers]
+
+
+def test_off_is_off_while_serving(admin, client, prompts):
+    """Switched off, the replica gives the tokens of an engine without the plugin; on, others."""
+    options = {"model": str(MODEL), "enforce_eager": True, "max_model_len": 512}
+    alone = [{"only": [place]} for place in range(len(prompts))]
+    stock = [turn["tokens"][0] for turn in engines.run(options, prompts, NEW, alone, env={"VLLM_PLUGINS": ""})]
+    assert greedy(client, prompts) != stock
+    assert admin(enabled=False)["pending"] == []
+    assert greedy(client, prompts) == stock
+    admin(enabled=True, select_top_k=8)
+    assert greedy(client, prompts) == stock
+
+
+def test_policies_out_of_range_change_nothing(admin):
+    before = admin()
+    for changes in (
+        {"select_top_k": 0},
+        {"select_top_k": 9},
+        {"threshold": 2},
+        {"artifact": "x"},
+        {"traffic_price": 1},
+    ):
+        with pytest.raises(AdminError, match=f"answered 400: .*{next(iter(changes))}"):
+            admin(**changes)
+    assert admin() == before
+
+
+def test_the_admin_route_needs_its_token(url, monkeypatch):
+    monkeypatch.setenv(ADMIN_TOKEN, "another")
+    with pytest.raises(AdminError, match="answered 401: Incorrect or missing admin token"):
+        policy(url)
+    monkeypatch.delenv(ADMIN_TOKEN)
+    with pytest.raises(AdminError, match=f"set {ADMIN_TOKEN} or {ADMIN_TOKEN}_FILE"):
+        policy(url)
+
+
+def test_the_policy_from_a_terminal(cluster, url, admin):
+    def run(*command: str) -> subprocess.CompletedProcess:
+        return cluster.run(["sere-dist", "policy", *command, "--url", url], capture_output=True, text=True)
+
+    changed = run("set", "select_top_k=3", "enabled=off", "max_rows=64")
+    assert changed.returncode == 0 and "1 of 1 replicas run it" in changed.stdout
+    assert [admin()["policy"][name] for name in ("select_top_k", "enabled", "max_rows")] == [3, False, 64]
+    assert run("get").stdout == changed.stdout
+    refused = run("set", "select_top_k=99")
+    assert refused.returncode == 1 and "select_top_k (99) must be between" in refused.stderr
+    assert "Traceback" not in run("set", "select_top_k").stderr
+    nobody = cluster.run(["sere-dist", "policy", "get", "--url", "http://127.0.0.1:9"], capture_output=True, text=True)
+    assert nobody.returncode == 1 and "error: no answer from http://127.0.0.1:9/sere/policy" in nobody.stderr
+
+
+def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
+    (replica,) = admin(select_top_k=3, threshold=0.1)["replicas"]
+
+    def now() -> Counter[str]:
+        return Counter(metrics(cluster, replica=replica))
+
+    eventually(lambda: now()["ray_sere_select_top_k"] == 3)  # the counters are then no older than the change
+    before = now()
+    greedy(client, prompts)
+    rows = len(prompts) * (NEW - 1) * 6  # one for every layer; the first token comes from the prompt's own step
+    eventually(lambda: now()["ray_sere_rows_total"] - before["ray_sere_rows_total"] == rows)
+    after = now()
+    added = {name.removeprefix("ray_sere_"): after[name] - before[name] for name in after}
+    assert added["steps_total"] == rows  # one request at a time
+    assert added["active_experts_total before"] == 8 * rows
+    assert 3 * rows <= added["active_experts_total after"] < 8 * rows
+    assert 0 < added["rerouted_slots_total"] <= 5 * rows
+    assert after["ray_sere_threshold"] == pytest.approx(0.1) and after["ray_sere_enabled"] == 1
+
+
+def test_a_replica_and_a_keeper_that_start_again_run_the_same(cluster, admin, client, prompts):
+    """Ray Serve replaces both after their processes are killed; the policy in force stays. A stream is told."""
+    (killed,) = admin(select_top_k=3)["replicas"]
+    expected = greedy(client, prompts)
+    options = {"model": demo.MODEL_ID, "max_tokens": 480, "extra_body": {"ignore_eos": True}}
+    stream = client.completions.create(prompt="In the beginning", stream=True, **options)
+    assert next(stream).choices
+    for title in (REPLICA, "ray::ServeReplica:sere:SerePolicy"):
+        for process in processes(cluster, title):
+            process.kill()
+        if title == REPLICA:
+            with pytest.raises(openai.APIError, match="replica that worked on this request died"):
+                list(stream)
+
+        def is_back(title=title) -> bool:
+            state = admin()
+            is_new = title != REPLICA or killed not in state["replicas"]
+            return state["policy"]["select_top_k"] == 3 and len(state["replicas"]) == 1 and is_new
+
+        eventually(is_back, seconds=180)
+    eventually(lambda: greedy(client, prompts) == expected, seconds=60)
+
+
+def test_a_port_in_use():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "examples.demo", "--port", str(port)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=demo.ROOT, env=dict(os.environ), timeout=60)
+    assert done.returncode == 1
+    assert f"error: port {port} is in use" in done.stderr and "Traceback" not in done.stderr

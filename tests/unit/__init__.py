@@ -1,0 +1,1 @@
+"""What needs neither a cluster nor an engine."""

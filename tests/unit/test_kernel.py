@@ -1,0 +1,342 @@
+"""The kernel of reroute.cu against the torch functions, run on the CPU (cuda_on_host.h), and compiled for real GPUs."""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from cuda.core import Program, ProgramOptions
+from elftools.elf.elffile import ELFFile
+from hypothesis import HealthCheck, given, settings
+
+from sere_dist.kernels import reroute as kernel
+from sere_dist.method.rerouting import COUNTERS, LARGEST_VOTE
+from sere_dist.testing.random_steps import CHOICES, RandomStep, assert_equal, random_steps
+from tests.support.host_kernels import compile_on_host
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+
+@pytest.fixture
+def on_host(host_kernels, monkeypatch):
+    monkeypatch.setattr(kernel, "kernels_for", lambda _device, weights, ids: host_kernels[weights, ids])
+    return host_kernels
+
+
+steps = st.builds(
+    RandomStep, seed=st.integers(0, 2**31), **{name: st.sampled_from(values) for name, values in CHOICES.items()}
+)
+# Fixtures that hypothesis sets up once are right here: they hold compiled code.
+many = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def test_many_steps_equal_torch(on_host):
+    for step in random_steps(2000):
+        step.check("cpu")
+
+
+@many
+@given(step=steps, seed=st.integers(0, 2**31))
+def test_one_launch_equals_torch(on_host, step, seed):
+    kernels = on_host[step.weight_dtype, step.id_dtype]
+    kernels.seed, kernels.launches = seed, []
+    step.check("cpu")
+    launches = ["reroute"] if step.elsewhere_share is None else ["reroute_vote", "reroute_settle"]
+    assert kernels.launches == (launches if step.rows else [])
+
+
+@many
+@given(step=steps, seed=st.integers(0, 2**31))
+def test_two_launches_equal_torch(on_host, step, seed):
+    kernels = on_host[step.weight_dtype, step.id_dtype]
+    kernels.seed, kernels.launches = seed, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel, "ONE_LAUNCH_ROWS", 0)
+        patch.setattr(kernel, "THREADS_OF_TWO", 64)
+        patch.setattr(kernel, "BLOCKS_OF_TWO", 3)
+        step.check("cpu")
+    assert kernels.launches == (["reroute_vote", "reroute_settle"] if step.rows else [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "launches"),
+    [(1, 1), (1024, 1), (1025, 2), (16384, 2)],
+)
+@pytest.mark.parametrize("projection", [False, True])
+def test_largest_shapes(on_host, rows, launches, projection):
+    kernels = on_host[torch.bfloat16, torch.int32]
+    kernels.launches = []
+    RandomStep(
+        seed=rows,
+        rows=rows,
+        top_k=32 if rows == 1 else 8,
+        experts=1024 if rows < 2000 else 60,
+        select_top_k=2,
+        projection=projection,
+        threshold=0.4,
+        expert_price=0.5 if rows < 2000 else 20.0,
+        traffic_price=0.02,
+        domains=8,
+        ranks=1024 if rows == 1024 else 8,
+        elsewhere_share=0.1 if rows == 1025 else None,
+        ties=False,
+        valid_share=0.05 if rows > 2000 else 0.9,
+        weight_dtype=torch.bfloat16,
+    ).check("cpu")
+    assert len(kernels.launches) == launches
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16])
+def test_weights_round_as_torch_rounds(on_host, weight_dtype):
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(weight_dtype)
+    weights = patterns[(patterns >= 0) & (patterns <= 10_000)]
+    step = RandomStep(
+        seed=0,
+        rows=len(weights) // 3,
+        top_k=4,
+        experts=8,
+        select_top_k=1,
+        projection=True,
+        ties=False,
+        empty_share=0,
+        valid_share=None,
+        weight_dtype=weight_dtype,
+    )
+    # The heaviest slot has one expert everywhere, so that all others settle and get a new weight.
+    order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(1))
+    step.weights_TK[:, 0], step.ids_TK[:, 0] = 20_000, 1
+    step.weights_TK[:, 1:] = weights[order][: step.rows * 3].view(-1, 3)
+    step.coefficient_EE *= 10.0 ** torch.randint(-7, 3, step.coefficient_EE.shape)
+    step.check("cpu")
+    assert (step.by_torch()[0] != step.weights_TK).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_policy_and_threshold_change_in_place(on_host, projection):
+    step = RandomStep(
+        seed=5, rows=16, top_k=4, experts=60, select_top_k=1, projection=projection, ties=False, valid_share=None
+    )
+    layer = step.layer("cpu")
+    memory = (layer.policy.block, layer.cutoff_E, layer.counters)
+    addresses = [tensor.data_ptr() for tensor in memory]
+    total, active = 0, []
+    for step.select_top_k, step.threshold, step.enabled, step.expert_price in [
+        (1, 0.0, True, 0.0),
+        (2, 0.0, True, 0.0),
+        (2, 0.9, True, 0.0),
+        (2, 0.9, False, 0.0),
+        (1, 0.0, True, 0.25),
+    ]:
+        step.set(layer.policy)
+        layer.set_threshold(step.threshold)
+        weights_TK, ids_TK = step.weights_TK.clone(), step.ids_TK.clone()
+        layer.reroute(weights_TK, ids_TK)
+        expected_weights_TK, expected_ids_TK, counts = step.by_torch()
+        total = total + counts
+        assert_equal((weights_TK, ids_TK, layer.counters), (expected_weights_TK, expected_ids_TK, total), step)
+        active.append(counts[COUNTERS.index("active_experts_after")].item())
+    assert addresses == [tensor.data_ptr() for tensor in memory]
+    assert (active[4] > active[0]) == projection, "the paper's policy has no price"
+
+
+def test_experts_move_between_ranks(on_host):
+    step = RandomStep(
+        seed=6, rows=16, top_k=4, experts=60, select_top_k=1, projection=False, domains=4, ranks=4, valid_share=None
+    )
+    memory = tuple(torch.zeros(60, dtype=torch.int16) for _ in range(2))  # the caller's own
+    policy = kernel.Policy("cpu")
+    step.set(policy)
+    layer = kernel.Layer(step.similarity_EE, policy, rank_E=memory[0], domain_E=memory[1], num_ranks=4)
+    moved = [(step.rank_E, step.domain_E), (step.rank_E.flip(0) // 2, torch.zeros_like(step.domain_E))]
+    total, tails = 0, []
+    for step.rank_E, step.domain_E in moved:
+        for there, here in zip(memory, (step.rank_E, step.domain_E), strict=True):
+            there.copy_(here)
+        weights_TK, ids_TK = step.weights_TK.clone(), step.ids_TK.clone()
+        layer.reroute(weights_TK, ids_TK)
+        expected_weights_TK, expected_ids_TK, counts = step.by_torch()
+        total = total + counts
+        tails.append(counts[len(COUNTERS) :].tolist())
+        assert_equal((weights_TK, ids_TK, layer.counters), (expected_weights_TK, expected_ids_TK, total), step)
+    assert all(tails[0][2:]) and tails[1][2:] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": 0},
+        {"valid_share": 0.0},
+        {"enabled": False},
+        {"min_rows": 17},
+        {"max_rows": 0},
+        {"select_top_k": 0},
+        {"select_top_k": 4},
+    ],
+)
+def test_a_rank_that_does_not_act_unites_all_the_same(on_host, changes):
+    common = {"rows": 16, "experts": 60, "top_k": 4, "select_top_k": 1, "valid_share": None, "empty_share": 0}
+    step = RandomStep(seed=7, projection=False, **common | changes)
+    layer, weights_TK, ids_TK, calls = step.layer("cpu"), step.weights_TK.clone(), step.ids_TK.clone(), []
+
+    def unite(votes_E: torch.Tensor) -> None:
+        calls.append(votes_E.clone())
+        votes_E.fill_(LARGEST_VOTE)
+
+    layer.reroute(weights_TK, ids_TK, step.valid_T, unite=unite)
+    assert len(calls) == 1 and calls[0].dtype == torch.int64
+    assert torch.equal(calls[0], step.own_votes())
+    assert calls[0].any() == (changes.keys() & {"enabled", "min_rows", "max_rows"} != set())
+    assert not layer.workspace.any()
+    assert_equal((weights_TK, ids_TK, layer.counters), (step.weights_TK, step.ids_TK, step.by_torch()[2]), step)
+
+
+@pytest.mark.parametrize("expert_price", [0.0, 0.5])
+def test_ranks_that_unite_act_as_one(on_host, expert_price):
+    """Two ranks with half of the tokens each do to these what one rank does to all."""
+    common = {"rows": 32, "top_k": 4, "experts": 60, "select_top_k": 1, "projection": True, "domains": 4}
+    step = RandomStep(seed=8, expert_price=expert_price, ties=False, **common)
+    weights_TK, ids_TK, _ = step.by_torch()
+    own = []  # votes of both halves; a first pass collects them
+    for unite in (lambda votes_E: own.append(votes_E.clone()), lambda votes_E: votes_E.copy_(own[0] + own[1])):
+        layer = step.layer("cpu")
+        halves = [(step.weights_TK[half].clone(), step.ids_TK[half].clone()) for half in (slice(20), slice(20, None))]
+        for half, start in zip(halves, (0, 20), strict=True):
+            layer.reroute(*half, step.valid_T[start:], unite=unite)
+    assert not torch.equal(own[0], own[1])
+    assert torch.equal(torch.cat([weights for weights, _ in halves]), weights_TK)
+    assert torch.equal(torch.cat([ids for _, ids in halves]), ids_TK)
+
+
+BARRIERS = list(re.finditer(r"__syncthreads(\(\)|_or)", kernel.SOURCE.read_text()))
+
+
+@pytest.mark.parametrize("which", range(len(BARRIERS)))
+def test_a_dropped_barrier_is_caught(tmp_path, monkeypatch, which):
+    barrier = BARRIERS[which]
+    nothing = "(void)0" if barrier[1] == "()" else "bool"
+    without = barrier.string[: barrier.start()] + nothing + barrier.string[barrier.end() :]
+    kernels = compile_on_host(tmp_path, without)
+    monkeypatch.setattr(kernel, "kernels_for", lambda *_: kernels)
+    monkeypatch.setattr(kernel, "THREADS_OF_TWO", 64)
+    caught = []
+    for seed in range(20):
+        kernels.seed = seed
+        common = {"rows": 40, "top_k": 8, "experts": 60, "select_top_k": 1, "domains": 4}
+        papers = RandomStep(seed=seed, projection=False, **common)
+        priced = RandomStep(seed=seed, projection=True, expert_price=0.5, traffic_price=0.1, **common)
+        for step, one_launch_rows in itertools.product((papers, priced), (1024, 0)):
+            monkeypatch.setattr(kernel, "ONE_LAUNCH_ROWS", one_launch_rows)
+            try:
+                step.check("cpu")
+            except (AssertionError, RuntimeError) as error:
+                caught.append(error)
+    assert caught
+
+
+def local_memory(cubin: bytes, tmp_path: Path) -> dict[str, int]:
+    """Bytes of local memory a thread of each kernel has: register spills, and arrays that need an address."""
+    (tmp_path / "cubin").write_bytes(cubin)
+    with open(tmp_path / "cubin", "rb") as file:
+        elf = ELFFile(file)
+        symbols = elf.get_section_by_name(".symtab")
+        info = elf.get_section_by_name(".nv.info").data()
+        frames, at = {}, 0
+        while at < len(info):
+            form, attribute = info[at], info[at + 1]
+            size = int.from_bytes(info[at + 2 : at + 4], "little") if form == 4 else 0
+            if attribute == 0x11:  # EIATTR_FRAME_SIZE: symbol, bytes
+                symbol, frame = (int.from_bytes(info[at + i : at + i + 4], "little") for i in (4, 8))
+                frames[symbols.get_symbol(symbol).name] = frame
+            at += 4 + size
+    return frames
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("weight_dtype", "id_dtype"), list(itertools.product(kernel.WEIGHT_DTYPES, kernel.ID_DTYPES)))
+def test_compiles_without_spills(tmp_path, arch, weight_dtype, id_dtype):
+    cubin = kernel.compile_kernels(arch, weight_dtype, id_dtype, tmp_path / "cache").code
+    frames = local_memory(cubin, tmp_path)
+    assert frames.keys() >= set(kernel.ENTRIES) and not any(frames.values())
+
+
+def test_a_compile_error_says_what_to_do(tmp_path):
+    refused = (
+        "can't be compiled for sm_13 .*invalid value for --gpu-architecture.*`sere-dist doctor` says what to install"
+    )
+    with pytest.raises(RuntimeError, match=f"(?s){refused}"):
+        kernel.compile_kernels("sm_13", torch.float32, torch.int32, tmp_path)
+
+
+def test_spills_would_be_seen(tmp_path):
+    source = kernel.SOURCE.read_text().replace("__launch_bounds__(MAX_THREADS)", "")
+    options = ProgramOptions(arch="sm_90", std="c++17", max_register_count=24)
+    assert local_memory(Program(source, "c++", options).compile("cubin").code, tmp_path)["reroute"] > 0
+
+
+def test_cache_keeps_each_set_of_options(tmp_path):
+    def entries():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "entries").rglob("*") if path.is_file()}
+
+    kernel.compile_kernels("sm_90", torch.float32, torch.int32, tmp_path)
+    first = entries()
+    kernel.compile_kernels("sm_90", torch.float32, torch.int32, tmp_path)
+    assert entries() == first and len(first) == 1
+    kernel.compile_kernels("sm_90", torch.bfloat16, torch.int32, tmp_path)
+    kernel.compile_kernels("sm_80", torch.float32, torch.int32, tmp_path)
+    assert len(entries()) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.warns(UserWarning, match="XDG_CACHE_HOME"):
+        module = kernel.compile_kernels("sm_90", torch.float32, torch.int32, tmp_path / "file")
+    assert module.code
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernel.compile_kernels("sm_90", torch.float32, torch.int32, tmp_path / "cache")
+
+
+def test_what_does_not_fit_is_refused():
+    policy = kernel.Policy("cpu")
+    with pytest.raises(ValueError, match="at most 1024 experts, not 1025"):
+        kernel.Layer(torch.eye(1025), policy)
+    with pytest.raises(ValueError, match="at most 1024 ranks, not 1025"):
+        kernel.Layer(torch.eye(4), policy, rank_E=torch.zeros(4), num_ranks=1025)
+    for wrong in ({"rank_E": torch.zeros(4)}, {"num_ranks": 4}):
+        with pytest.raises(ValueError, match="rank_E and num_ranks come together"):
+            kernel.Layer(torch.eye(4), policy, **wrong)
+    with pytest.raises(ValueError, match=r"rank is \(3,\), 4 experts"):
+        kernel.Layer(torch.eye(4), policy, rank_E=torch.zeros(3), num_ranks=2)
+    with pytest.raises(ValueError, match="both coefficient and size"):
+        kernel.Layer(torch.eye(4), policy, coefficient_EE=torch.eye(4))
+    with pytest.raises(ValueError, match=r"domain is \(3,\), 4 experts"):
+        kernel.Layer(torch.eye(4), policy, domain_E=torch.zeros(3))
+    layer, weights, ids = kernel.Layer(torch.eye(4), policy), torch.rand(6, 2), torch.zeros(6, 2, dtype=torch.int32)
+    for arguments, message in [
+        ((weights.double(), ids), "topk_weights is torch.float64"),
+        ((weights, ids.short()), "topk_ids is torch.int16"),
+        ((weights, ids.T.contiguous().T), "contiguous torch.int32"),
+        ((weights[:5], ids), "must be alike"),
+        ((weights, ids, torch.ones(5, dtype=torch.bool)), "valid has 5 rows, the step 6"),
+        ((weights, ids, torch.ones(6)), "valid is torch.float32"),
+        ((weights, ids, None, torch.zeros(6)), "home is torch.float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            layer.reroute(*arguments)
+
+
+def test_the_benchmark_says_what_it_would_measure():
+    command = [sys.executable, "-m", "benchmarks.kernel"]
+    run = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True, cwd=ROOT)
+    would = json.loads(run.stdout.splitlines()[-1])["dry_run"]
+    assert would["shapes"] == 48 and would["cubin_bytes"].keys() == set(ARCHITECTURES)
+    if not torch.cuda.is_available():
+        without = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert without.returncode and "--dry-run" in without.stderr

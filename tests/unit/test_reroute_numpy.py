@@ -1,0 +1,22 @@
+"""The CPU's re-routing against the torch functions."""
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import given, settings
+
+from sere_dist.testing.random_steps import CHOICES, RandomStep, assert_equal
+
+steps = st.builds(
+    RandomStep,
+    seed=st.integers(0, 2**31),
+    **{name: st.sampled_from(values) for name, values in CHOICES.items()}
+    | {"projection": st.just(False), "domains": st.none(), "ranks": st.just(0), "elsewhere_share": st.none()},
+)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(step=steps)
+def test_equals_torch(step):
+    before = [tensor.clone() for tensor in (step.weights_TK, step.ids_TK)]
+    assert_equal(step.by_cpu(), step.by_torch(), step)
+    assert all(map(torch.equal, before, (step.weights_TK, step.ids_TK))), "inputs were changed"

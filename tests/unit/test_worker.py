@@ -1,0 +1,77 @@
+"""A step that goes past what the plugin hooked stops the worker."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from sere_dist.config import ReroutingConfig
+from sere_dist.method.rerouting import COUNTERS, reroute_projection
+from sere_dist.vllm_plugin.rows import Rows
+from sere_dist.vllm_plugin.worker import Rerouting, scaled
+
+
+class Vllms:
+    """A worker of vLLM: what it does in a step is up to the test."""
+
+    def __init__(self, on_step):
+        self.on_step = on_step
+
+    def execute_model(self, scheduler_output):
+        self.on_step()
+        return "output"
+
+
+class Worker(Rerouting, Vllms):
+    def __init__(self, prepares: bool, reroutes: bool):
+        def step():
+            if prepares:
+                self.sere_rows.start_step(["a"], np.array([3]), np.array([3]), np.array([1]), {})
+            if reroutes:
+                self.sere_layers[7][COUNTERS.index("steps")] += 1
+
+        super().__init__(step)
+        self.sere_rows, self.sere_owners, self.sere_seen_rerouting = Rows(4), None, False
+        self.sere_layers = {7: torch.zeros(len(COUNTERS), dtype=torch.int64)}
+
+
+STEP, EMPTY = (SimpleNamespace(total_num_scheduled_tokens=tokens) for tokens in (1, 0))
+
+
+def test_steps_that_are_rerouted_run():
+    worker = Worker(prepares=True, reroutes=True)
+    assert worker.execute_model(STEP) == worker.execute_model(STEP) == "output"
+
+
+def test_a_step_without_tokens_runs():
+    assert Worker(prepares=False, reroutes=False).execute_model(EMPTY) == "output"
+
+
+def test_a_batch_that_was_not_seen_is_an_error():
+    with pytest.raises(RuntimeError, match="without preparing its batch where sere_dist looks"):
+        Worker(prepares=False, reroutes=True).execute_model(STEP)
+
+
+def test_prices_follow_the_weights_that_the_router_gives():
+    """Where vLLM scales the experts' output instead of the weights, prices are in the weights' unit all the same."""
+    torch.manual_seed(0)
+    weights, ids = torch.rand(6, 4), torch.stack([torch.randperm(8)[:4] for _ in range(6)])
+    tables = torch.rand(8, 8), torch.rand(8, 8), 0.5 + torch.rand(8)
+    own = ReroutingConfig(artifact="a", policy="projection", select_top_k=1, expert_price=1.5, traffic_price=0.25)
+    found = scaled(own, 2.5)
+    assert (found.expert_price, found.traffic_price) == (pytest.approx(0.24), pytest.approx(0.04))
+    assert (found.select_top_k, scaled(own, 1.0)) == (1, own)
+    domains = {"domain_E": torch.arange(8) % 2, "select_top_k": 1}
+    prices, scaled_prices = (
+        {name: getattr(each, name) for name in ("expert_price", "traffic_price")} for each in (own, found)
+    )
+    whole = reroute_projection(2.5 * weights, ids, *tables, **domains, **prices)
+    parted = reroute_projection(weights, ids, *tables, **domains, **scaled_prices)
+    assert whole[1].equal(parted[1]) and not whole[1].equal(ids)
+    assert torch.allclose(whole[0], 2.5 * parted[0])
+
+
+def test_a_layer_that_was_not_rerouted_is_an_error():
+    with pytest.raises(RuntimeError, match="layer 7 chose its experts without asking sere_dist"):
+        Worker(prepares=True, reroutes=False).execute_model(STEP)
