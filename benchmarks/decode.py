@@ -207,7 +207,7 @@ def measure(
             if llm is rerouting and not compiled:
                 llm.collective_rpc(put_routers_back, args=(setting.select_top_k is None,))
             if setting.select_top_k is not None:
-                llm.collective_rpc("sere_policy", kwargs={"select_top_k": setting.select_top_k})
+                llm.collective_rpc("sere_settings", kwargs={"select_top_k": setting.select_top_k})
                 llm.collective_rpc("sere_counters", kwargs={"reset": True})
             if is_timed and setting.select_top_k is not None:
                 llm.collective_rpc(rerouting_seconds)

@@ -88,7 +88,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     check_output(config.output, config.overwrite)
     checkpoint = Checkpoint(config.model, config.revision)
     MoeShape.from_config(checkpoint.config)  # before any text is read
-    texts = [] if config.dry_run or config.method in WITHOUT_DATA else tokenised(config, checkpoint)
+    texts = [] if config.dry_run or config.method in WITHOUT_DATA else tokenise_texts(config, checkpoint)
     num_tokens = sum(map(len, texts)) or config.num_samples * config.max_length
     workers = Workers.of_cluster(config, may_start=not config.dry_run)
     plan = Plan.of(
@@ -104,13 +104,13 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     if config.dry_run:
         return None
 
-    finished = FinishedLayers(config.output, what_decides(config, checkpoint, texts), config.restart)
+    finished = FinishedLayers(config.output, fingerprint(config, checkpoint, texts), config.restart)
     results = {result.statistics.layer: result for result in finished}
     if results:
         print(f"{len(results)} of {len(plan.layer_names)} layers are finished already", flush=True)
     remaining = sorted(plan.layer_names.keys() - results.keys())
     with tqdm(total=len(plan.layer_names), initial=len(results), unit="layer", disable=not sys.stderr.isatty()) as bar:
-        for result in scored(config, checkpoint, plan, workers, text_blocks(texts), remaining):
+        for result in score_layers(config, checkpoint, plan, workers, text_blocks(texts), remaining):
             finished.add(result)
             results[result.statistics.layer] = result
             bar.update()
@@ -144,7 +144,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     return artifact
 
 
-def tokenised(config: CalibrationConfig, checkpoint: Checkpoint) -> list[list[int]]:
+def tokenise_texts(config: CalibrationConfig, checkpoint: Checkpoint) -> list[list[int]]:
     """Returns the token ids of the texts to calibrate on."""
     lengths = {"min_length": config.min_length, "max_tokens": config.max_tokens}
     kept = config.token_ids(checkpoint, config.seed, config.num_samples, config.max_length, **lengths)
@@ -153,7 +153,7 @@ def tokenised(config: CalibrationConfig, checkpoint: Checkpoint) -> list[list[in
     return kept
 
 
-def what_decides(config: CalibrationConfig, checkpoint: Checkpoint, texts: list[list[int]]) -> dict[str, Any]:
+def fingerprint(config: CalibrationConfig, checkpoint: Checkpoint, texts: list[list[int]]) -> dict[str, Any]:
     """Returns everything that the matrices depend on, by the name that a user knows it by."""
     return {
         "model": config.model,
@@ -166,7 +166,7 @@ def what_decides(config: CalibrationConfig, checkpoint: Checkpoint, texts: list[
     }
 
 
-def scored(
+def score_layers(
     config: CalibrationConfig,
     checkpoint: Checkpoint,
     plan: Plan,

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save
 
-from calibration_jobs.job import differing
+from calibration_jobs.job import changed_keys
 from sere_dist.artifact.folder import LayerStatistics
 from sere_dist.calibration.layers import LayerResult
 
@@ -42,7 +42,7 @@ class FinishedLayers:
             self.discard()
         if (self.path / JOB_FILE).exists():
             there = json.loads((self.path / JOB_FILE).read_text())
-            if names := differing(there, job):
+            if names := changed_keys(there, job):
                 raise ValueError(
                     f"{self.path} holds layers of another calibration (other: {', '.join(names)}): finish that one "
                     "with the command that began it, choose another --output, or throw its layers away with --restart"

@@ -116,7 +116,7 @@ def refuse_lost_output(output: Path, option: str = "--output") -> None:
         )
 
 
-def differing(there: dict[str, Any], job: dict[str, Any]) -> list[str]:
+def changed_keys(there: dict[str, Any], job: dict[str, Any]) -> list[str]:
     """Returns the names of what two jobs don't have in common."""
     return sorted(name for name in {*there, *job} if there.get(name) != job.get(name))
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from calibration_jobs.job import differing
+from calibration_jobs.job import changed_keys
 
 
 class Measurements:
@@ -29,7 +29,7 @@ class Measurements:
         lines = [] if restart or not self.path.exists() else self.path.read_text().splitlines()
         whole = [line for place, line in enumerate(lines) if self._is_whole(line, place, len(lines))]
         if whole:
-            if names := differing(json.loads(whole[0]), job):
+            if names := changed_keys(json.loads(whole[0]), job):
                 raise ValueError(
                     f"{self.path} holds measurements of another tuning (other: {', '.join(names)}): give the options "
                     "that those were made with, or throw them away with --restart"

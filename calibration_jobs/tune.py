@@ -49,9 +49,9 @@ from sere_dist.evaluation.tuning import (
     bracket,
     candidates,
     combinations,
-    evenly,
+    evenly_spaced,
     losses_of_steps,
-    policy_of,
+    rerouter_of,
 )
 from sere_dist.moe import MoeShape, load_model
 
@@ -158,7 +158,7 @@ class Evaluator:
 
     def run(self, run: Run) -> dict[str, Any]:
         """Returns the fields of a LockstepResult."""
-        policy = policy_of(self.artifact, self.policy, run.layers)
+        policy = rerouter_of(self.artifact, self.policy, run.layers)
         return asdict(self.held_out[run.texts].run(policy, run.batch))
 
 
@@ -265,13 +265,13 @@ def tune(config: TuningConfig) -> Recommendation:
     check_output(config.artifact.resolve(), overwrite=True)
     checkpoint = Checkpoint(config.model, config.revision)
     artifact.check_serves(MoeShape.from_config(checkpoint.config), config.model, checkpoint.revision)
-    texts = parted_texts(config, checkpoint)
+    texts = split_texts(config, checkpoint)
     if config.dataset == artifact.config.dataset:
         print(f"{config.dataset} is what the artifact was calibrated on: texts that it saw flatter it", flush=True)
     workers = Workers.of_cluster(config)
     dtype = config.dtype if config.dtype != "auto" or workers.device == "cuda" else "float32"
     measurements = Measurements(
-        config.artifact, what_decides(config, checkpoint, artifact, texts, workers.device, dtype), config.restart
+        config.artifact, fingerprint(config, checkpoint, artifact, texts, workers.device, dtype), config.restart
     )
     print(f"workers: {workers}; texts: {len(texts['tuning'])} to tune on, {len(texts['report'])} others", flush=True)
 
@@ -282,7 +282,7 @@ def tune(config: TuningConfig) -> Recommendation:
     return recommended
 
 
-def parted_texts(config: TuningConfig, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+def split_texts(config: TuningConfig, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Returns token ids [N, L] of the texts to tune on, and of others to report on."""
     wanted = 2 * config.num_samples
     ids = config.token_ids(checkpoint, config.seed, wanted, config.length, distinct=True)
@@ -294,7 +294,7 @@ def parted_texts(config: TuningConfig, checkpoint: Checkpoint) -> dict[str, torc
     return {"tuning": torch.tensor(ids[0::2]), "report": torch.tensor(ids[1::2])}
 
 
-def what_decides(
+def fingerprint(
     config: TuningConfig,
     checkpoint: Checkpoint,
     artifact: Artifact,
@@ -358,10 +358,10 @@ def search(config: TuningConfig, artifact: Artifact, bench: Bench) -> Recommenda
     """
     layers = sorted(artifact.similarity)
     (off,) = bench.results("the model as it is", [Run(texts="tuning", batch=config.batch)])
-    path = combinations(alone(config.batch, layers, off, bench), Cost(off.active_experts, 0.0))
+    path = combinations(measure_single_layers(config.batch, layers, off, bench), Cost(off.active_experts, 0.0))
     if not path:
         raise ValueError(f"no setting of any layer saves an expert at batch {config.batch}: there is nothing to choose")
-    outcomes, chosen = weighed(path, off, config, bench)
+    outcomes, chosen = measure_combinations(path, off, config, bench)
     top_k = artifact.config.num_experts_per_token
     recommended = Recommendation(
         tensors_sha256=artifact.config.tensors_sha256,
@@ -373,7 +373,7 @@ def search(config: TuningConfig, artifact: Artifact, bench: Bench) -> Recommenda
         f"them the prompt, to tune on, and {config.num_samples} others, less what does not fill a batch",
         curve=[outcomes[place] for place in sorted(outcomes)],
         tuned=outcomes[chosen],
-        **on_other_texts(path[chosen], layers, top_k, config, bench),
+        **measure_on_held_out(path[chosen], layers, top_k, config, bench),
         versions=versions(),
     )
     for table in tables(recommended, config.budget):
@@ -381,7 +381,9 @@ def search(config: TuningConfig, artifact: Artifact, bench: Bench) -> Recommenda
     return recommended
 
 
-def alone(batch: int, layers: Sequence[int], off: LockstepResult, bench: Bench) -> dict[int, dict[LayerSetting, Cost]]:
+def measure_single_layers(
+    batch: int, layers: Sequence[int], off: LockstepResult, bench: Bench
+) -> dict[int, dict[LayerSetting, Cost]]:
     """Returns what each setting of each layer costs, the other layers as they are."""
     settings = bench.candidates(batch)
     singles = [(layer, setting) for layer in layers for setting in settings[layer]]
@@ -394,7 +396,7 @@ def alone(batch: int, layers: Sequence[int], off: LockstepResult, bench: Bench) 
     return costs
 
 
-def weighed(
+def measure_combinations(
     path: Sequence[Combination], off: LockstepResult, config: TuningConfig, bench: Bench
 ) -> tuple[dict[int, Outcome], int]:
     """Returns what combinations along the path came to, by their places on it, and the place of the one to choose.
@@ -405,20 +407,20 @@ def weighed(
     outcomes: dict[int, Outcome] = {}
     ends, count = (0, len(path) - 1), COMBINATIONS
     for _ in range(1 + ROUNDS):
-        places = [place for place in evenly(*ends, count) if place not in outcomes]
+        places = [place for place in evenly_spaced(*ends, count) if place not in outcomes]
         runs = [Run(texts="tuning", batch=config.batch, layers=path[place]) for place in places]
         for place, result in zip(places, bench.results("combinations", runs), strict=True):
             outcomes[place] = Outcome.of(result, off, config.batch)
         within, outside = bracket(outcomes, config.budget)
         if within is None:
-            raise ValueError(nothing_fits(config.budget, outcomes))
+            raise ValueError(over_budget_message(config.budget, outcomes))
         if outside is None:
             break
         ends, count = (min(within, outside), max(within, outside)), REFINED + 2
     return outcomes, within
 
 
-def on_other_texts(
+def measure_on_held_out(
     chosen: Combination, layers: Sequence[int], top_k: int, config: TuningConfig, bench: Bench
 ) -> dict[str, Any]:
     """Returns the fields of a Recommendation that say what it costs on the texts that had no say."""
@@ -438,7 +440,7 @@ def on_other_texts(
     }
 
 
-def nothing_fits(budget: Budget, outcomes: dict[int, Outcome]) -> str:
+def over_budget_message(budget: Budget, outcomes: dict[int, Outcome]) -> str:
     if budget.kind == "active_experts":
         fewest = min(outcome.active_experts for outcome in outcomes.values())
         return f"nothing fits the budget, {budget}: the fewest that were reached are {fewest:.1f}"

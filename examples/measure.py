@@ -26,11 +26,11 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from sere_dist.admin import policy
+from sere_dist.admin import request_settings
 from sere_dist.artifact.folder import Artifact
 from sere_dist.calibration.texts import read_texts, tokenise
 from sere_dist.evaluation.lockstep import Policy, lockstep, unchanged
-from sere_dist.evaluation.rerouters import similarity_policy
+from sere_dist.evaluation.rerouters import paper_rerouter
 from sere_dist.moe import load_model
 from serve_apps.workers import worker_rpc
 
@@ -72,7 +72,7 @@ def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens:
     experts, steps = {False: 0, True: 0}, {False: 0, True: 0}
     asyncio.run(time_per_output_token(url, prompts, new_tokens))  # warm up
     for enabled in [False, True] * rounds:
-        policy(url, {"enabled": enabled})
+        request_settings(url, {"enabled": enabled})
         worker_rpc(MODEL_ID, "sere_counters", reset=True)
         times[enabled].append(asyncio.run(time_per_output_token(url, prompts, new_tokens)))
         layers = worker_rpc(MODEL_ID, "sere_counters")[0]["layers"].values()
@@ -102,7 +102,7 @@ def main(
     logging.disable(logging.WARNING)  # ray.serve.llm has every library log each request
     disable_progress_bar()
     ray.init(log_to_driver=False, logging_level="error")
-    settings = policy(url)["policy"]
+    settings = request_settings(url)["settings"]
     artifact = Artifact.load(settings["artifact"])
     texts, tokenizer = read_texts(str(TINY_MOE / "heldout.parquet")), AutoTokenizer.from_pretrained(TINY_MOE / "model")
     ids_BL = torch.tensor(tokenise(texts, tokenizer, SCORED_TEXTS, SCORED_LENGTH))
@@ -111,7 +111,7 @@ def main(
         result = measure_serving(url, ids_BL[:BATCH, :PROMPT_TOKENS].tolist(), rounds, new_tokens)
     with console.status("scoring held-out text"):
         model = load_model(str(TINY_MOE / "model"), "cpu")
-        rerouted = similarity_policy(artifact.similarity, settings["select_top_k"], settings["threshold"])
+        rerouted = paper_rerouter(artifact.similarity, settings["select_top_k"], settings["threshold"])
         result[False]["perplexity"] = round(perplexity(model, ids_BL), 3)
         result[True]["perplexity"] = round(perplexity(model, ids_BL, rerouted), 3)
 

@@ -1,4 +1,4 @@
-"""The admin route `/sere/policy` of a serving application, from elsewhere."""
+"""A client of `/sere/settings`, the admin route of a serving application."""
 
 from typing import Any
 
@@ -6,16 +6,18 @@ import httpx
 
 from sere_dist.config import ADMIN_TOKEN, environment_secrets
 
-POLICY_PATH = "/sere/policy"
+SETTINGS_PATH = "/sere/settings"
 SECONDS = 60.0  # the server waits for its replicas before it answers
 
 
 class AdminError(RuntimeError):
-    """The policy could not be read or changed; it is as it was, unless the connection broke after it was sent."""
+    """The settings could not be read or changed. They are as they were, unless the connection broke after sending."""
 
 
-def policy(url: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the policy in force at the application at `url`, its revision and its replicas; changes it before.
+def request_settings(url: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the settings in force at the application at `url`, their revision, and its replicas.
+
+    With `changes`, changes them first.
 
     The token is that of this environment, `SERE_ADMIN_TOKEN` or the file `SERE_ADMIN_TOKEN_FILE`.
 
@@ -28,7 +30,7 @@ def policy(url: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
         raise AdminError(str(error)) from error
     if not tokens:
         raise AdminError(f"set {ADMIN_TOKEN} or {ADMIN_TOKEN}_FILE to the token that the server started with")
-    address = url.rstrip("/").removesuffix("/v1") + POLICY_PATH
+    address = url.rstrip("/").removesuffix("/v1") + SETTINGS_PATH
     headers = {"Authorization": f"Bearer {tokens[0]}"}
     try:
         if changes is None:

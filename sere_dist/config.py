@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 # Every environment variable of this project, and what it does. A malformed value raises.
 ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"  # 1: start on a vLLM release that the plugin was not tested with
 API_KEY = "SERE_API_KEY"  # keys that the Serve application's clients must give; or SERE_API_KEY_FILE, a file with them
-ADMIN_TOKEN = "SERE_ADMIN_TOKEN"  # tokens that open its /sere/policy; or SERE_ADMIN_TOKEN_FILE
+ADMIN_TOKEN = "SERE_ADMIN_TOKEN"  # tokens that open its /sere/settings; or SERE_ADMIN_TOKEN_FILE
 
 PLUGIN = "sere_dist"  # the name of the entry point that vLLM loads
 
@@ -169,7 +169,7 @@ def environment_flag(name: str) -> bool:
     return value == "1"
 
 
-def leaves_plugin_out(vllm_plugins: str | None) -> bool:
+def plugin_is_disabled(vllm_plugins: str | None) -> bool:
     """Says whether this value of `VLLM_PLUGINS` keeps vLLM from loading the plugin, of which vLLM says nothing."""
     return vllm_plugins is not None and PLUGIN not in vllm_plugins.split(",")
 

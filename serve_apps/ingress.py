@@ -1,4 +1,4 @@
-"""The HTTP ingress: Ray Serve LLM's OpenAI routes, behind a key, and `/sere/policy` behind a token of its own.
+"""The HTTP ingress: Ray Serve LLM's OpenAI routes, behind a key, and `/sere/settings` behind a token of its own.
 
 The only place that touches Ray Serve LLM's internals: its routes, its FastAPI application and its model cards, as
 `ray.llm._internal.serve.core.ingress.dev_ingress` does. `pyproject.toml` pins the release that they were tested with.
@@ -24,7 +24,7 @@ from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sere_dist.admin import POLICY_PATH
+from sere_dist.admin import SETTINGS_PATH
 from sere_dist.config import ADMIN_TOKEN, API_KEY, CHANGEABLE, ReroutingConfig, environment_secrets
 from serve_apps.server import EngineDied, EngineIsGone
 
@@ -86,7 +86,7 @@ class Guard:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))  # of an application not at /
         if scope["type"] != "http":
             await self.app(scope, receive, send)
-        elif self.keys and path != POLICY_PATH and not has_secret(scope["headers"], self.keys):
+        elif self.keys and path != SETTINGS_PATH and not has_secret(scope["headers"], self.keys):
             message = "Incorrect or missing API key: send it as 'Authorization: Bearer KEY'."
             await error_response(401, message, code="invalid_api_key")(scope, receive, send)
         else:
@@ -118,7 +118,9 @@ class Guard:
 
 
 class SereIngress(OpenAiIngress):
-    """Ray Serve LLM's ingress with the route `/sere/policy`. `keeper`: the application's `PolicyKeeper`, if it has one.
+    """Ray Serve LLM's ingress with the route `/sere/settings`.
+
+    `keeper` is the application's `SettingsKeeper`, if it has one.
 
     Raises:
         ValueError: a key is required and the environment of this process has none, or what it has can't be used.
@@ -155,12 +157,12 @@ class SereIngress(OpenAiIngress):
                 yield f"data: {json.dumps(error_body(503, REPLICA_DIED, UNAVAILABLE))}\n\n"
                 return
 
-    async def get_policy(self, request: Request) -> JSONResponse:
-        """The policy in force, and the replicas that run it."""
+    async def get_settings(self, request: Request) -> JSONResponse:
+        """The settings in force, and the replicas that run them."""
         return self._refused(request) or JSONResponse(await self.keeper.state.remote())
 
-    async def change_policy(self, request: Request) -> JSONResponse:
-        """Changes settings of the policy on every replica, from the next step on.
+    async def change_settings(self, request: Request) -> JSONResponse:
+        """Changes settings on every replica, from the next step on.
 
         202 instead of 200 says that some replicas, `pending`, have not confirmed yet; they are told until they do.
         """
@@ -188,7 +190,7 @@ class SereIngress(OpenAiIngress):
         return None
 
 
-def _policy_schema() -> dict[str, Any]:
+def _settings_schema() -> dict[str, Any]:
     properties = ReroutingConfig.model_json_schema()["properties"]
     schema = {"type": "object", "properties": {name: properties[name] for name in CHANGEABLE}}
     return {"requestBody": {"content": {"application/json": {"schema": schema | {"additionalProperties": False}}}}}
@@ -201,9 +203,9 @@ def _errors(*statuses: int) -> dict[int, dict[str, str]]:
 
 ENDPOINTS = {
     **DEFAULT_ENDPOINTS,
-    "get_policy": lambda app: app.get(POLICY_PATH, responses=_errors(401, 403, 404)),
-    "change_policy": lambda app: app.patch(
-        POLICY_PATH, responses=_errors(202, 400, 401, 403, 404), openapi_extra=_policy_schema()
+    "get_settings": lambda app: app.get(SETTINGS_PATH, responses=_errors(401, 403, 404)),
+    "change_settings": lambda app: app.patch(
+        SETTINGS_PATH, responses=_errors(202, 400, 401, 403, 404), openapi_extra=_settings_schema()
     ),
 }
 

@@ -19,7 +19,7 @@ DESCRIPTIONS = {
     "remote_domains": "Those of them that are not the token's own.",
     "remote_slots": "Slots whose expert is not in the token's own domain.",
 }
-POLICY = {
+SETTINGS = {
     "enabled": "Whether re-routing is on.",
     "select_top_k": "S: experts that every token keeps.",
     "threshold": "rho: an expert with no active substitute this similar stays.",
@@ -30,7 +30,7 @@ POLICY = {
 
 
 class ReroutingMetrics:
-    """A replica's: counters as in `rerouting.COUNTERS`, gauges of the policy, and one that names the artifact.
+    """A replica's: counters as in `rerouting.COUNTERS`, gauges of the settings, and one that names the artifact.
 
     Pairs of counters, before and after re-routing, are one metric with the label `when`. Counters have the labels
     `model` and `rank`, all metrics those that Ray Serve adds: application, deployment, replica.
@@ -47,13 +47,13 @@ class ReroutingMetrics:
             counter = Counter(f"sere_{name}", description, labels)
             self.counters |= {f"{name}_{when}": (counter, {"when": when}) for when in ("before", "after") if is_pair}
             self.counters |= {} if is_pair else {name: (counter, {})}
-        self.policy = {name: Gauge(f"sere_{name}", description, ("model",)) for name, description in POLICY.items()}
+        self.settings = {name: Gauge(f"sere_{name}", description, ("model",)) for name, description in SETTINGS.items()}
         self.info = Gauge(
             "sere_info", "1; the artifact and policy are its labels.", ("model", "artifact", "method", "policy")
         )
 
-    def update(self, workers: list[dict[str, Any]], policy: dict[str, Any]) -> None:
-        """Takes what `sere_counters` returned for every worker, and what `sere_policy` did for one."""
+    def update(self, workers: list[dict[str, Any]], settings: dict[str, Any]) -> None:
+        """Takes what `sere_counters` returned for every worker, and what `sere_settings` did for one."""
         for worker in workers:
             for name, (counter, labels) in self.counters.items():
                 total = sum(layer[name] for layer in worker["layers"].values())
@@ -63,9 +63,9 @@ class ReroutingMetrics:
                 self.seen[place] = total
                 if added:
                     counter.inc(added, {"model": self.model, "rank": str(worker["rank"]), **labels})
-        is_recommended = policy["policy"] == "recommended"  # some settings differ from layer to layer
-        for name, gauge in self.policy.items():
+        is_recommended = settings["policy"] == "recommended"  # some settings differ from layer to layer
+        for name, gauge in self.settings.items():
             if is_recommended and name in RECOMMENDED:
                 continue
-            gauge.set(float(policy[name]), {"model": self.model})
-        self.info.set(1, {"model": self.model, "policy": policy["policy"], **self.artifact})
+            gauge.set(float(settings[name]), {"model": self.model})
+        self.info.set(1, {"model": self.model, "policy": settings["policy"], **self.artifact})

@@ -16,10 +16,10 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.llm import LLMConfig, build_dp_deployment, build_llm_deployment
 
 from sere_dist.artifact.reference import load_artifact_of
-from sere_dist.config import ADMIN_TOKEN, API_KEY, PLUGIN, ReroutingConfig, leaves_plugin_out
+from sere_dist.config import ADMIN_TOKEN, API_KEY, PLUGIN, ReroutingConfig, plugin_is_disabled
 from serve_apps.ingress import build_ingress
 from serve_apps.server import PlainDPServer, PlainServer, SereDPServer, SereServer
-from serve_apps.settings import KEEPER, PolicyKeeper
+from serve_apps.settings import KEEPER, SettingsKeeper
 
 NAME_PREFIX = "LLMServer:"  # of the deployment; the model's name follows
 SECRETS = {f"{name}{suffix}" for name in (API_KEY, ADMIN_TOKEN) for suffix in ("", "_FILE")}
@@ -95,7 +95,7 @@ class AppConfig(BaseModel):
 def check_plugin_loads(config: AppConfig) -> None:
     """Raises ValueError if the replicas' environment keeps vLLM from loading the plugin."""
     plugins = config.environment.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
-    if leaves_plugin_out(plugins):
+    if plugin_is_disabled(plugins):
         raise ValueError(f"VLLM_PLUGINS is {plugins!r} and leaves {PLUGIN} out: the model would not be re-routed")
 
 
@@ -161,7 +161,7 @@ def build_app(args: dict[str, Any]) -> Application:
     translated = llm_config(config)
     settings = translated.engine_kwargs["additional_config"]["sere"]
     keeper = serve.deployment(
-        PolicyKeeper, name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
+        SettingsKeeper, name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
     ).bind(settings, artifact.config.num_experts_per_token)
     servers = build(
         translated,

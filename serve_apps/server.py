@@ -1,4 +1,4 @@
-"""Ray Serve LLM's replicas, with three things more: they follow the policy in force, report what re-routing does, and
+"""Ray Serve LLM's replicas, with three things more: they follow the settings in force, report what re-routing does, and
 end when their engine does."""
 
 import asyncio
@@ -80,27 +80,27 @@ class EndsWithEngine:
 class Rerouting:
     """Goes before a class of Ray Serve LLM's servers.
 
-    `keeper` is the application's `PolicyKeeper`, `artifact` what the metrics say of it.
+    `keeper` is the application's `SettingsKeeper`, `artifact` what the metrics say of it.
     """
 
     async def __init__(self, llm_config: LLMConfig, *, keeper: DeploymentHandle, artifact: dict[str, str], **kwargs):
         await super().__init__(llm_config, **kwargs)
         settings = llm_config.engine_kwargs["additional_config"]["sere"]
         replica = serve.get_replica_context().replica_id.unique_id
-        self.follower = Follower(replica, settings, keeper.follow.remote, self._set_policy)
+        self.follower = Follower(replica, settings, keeper.follow.remote, self._apply_settings)
         self.metrics = ReroutingMetrics(llm_config.model_id, artifact)
         await self.follower.once(wait_s=0)  # before the first request: a replica that starts later is like the others
         self.tasks = [
-            asyncio.create_task(_again_and_again("follow the policy", lambda: self.follower.once(HEARTBEAT_SECONDS))),
-            asyncio.create_task(_again_and_again("report metrics", self._report, METRICS_SECONDS)),
+            asyncio.create_task(repeat_forever("follow the settings", lambda: self.follower.once(HEARTBEAT_SECONDS))),
+            asyncio.create_task(repeat_forever("report metrics", self._report, METRICS_SECONDS)),
         ]
 
-    async def _set_policy(self, changes: dict[str, Any]) -> None:
-        await self.collective_rpc("sere_policy", kwargs=changes)
+    async def _apply_settings(self, changes: dict[str, Any]) -> None:
+        await self.collective_rpc("sere_settings", kwargs=changes)
 
     async def _report(self) -> None:
-        policies = await self.collective_rpc("sere_policy")
-        self.metrics.update(await self.collective_rpc("sere_counters"), policies[0])
+        settings = await self.collective_rpc("sere_settings")
+        self.metrics.update(await self.collective_rpc("sere_counters"), settings[0])
 
 
 class PlainServer(EndsWithEngine, LLMServer):
@@ -119,7 +119,7 @@ class SereDPServer(Rerouting, PlainDPServer):
     """A replica that is one data-parallel rank of several, which re-route."""
 
 
-async def _again_and_again(what: str, act: Callable[[], Awaitable[None]], pause_s: float = 0.0) -> None:
+async def repeat_forever(what: str, act: Callable[[], Awaitable[None]], pause_s: float = 0.0) -> None:
     """Acts until the replica stops. A failure is logged and tried again: answering requests matters more."""
     while True:
         try:

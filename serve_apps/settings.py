@@ -1,4 +1,4 @@
-"""The re-routing policy of a model's replicas, while they serve: one keeper, and what a replica does to follow it."""
+"""The re-routing settings of a model's replicas, while they serve: a keeper, and what a replica does to follow it."""
 
 import asyncio
 import contextlib
@@ -8,12 +8,12 @@ from typing import Any
 
 from sere_dist.config import ReroutingConfig
 
-KEEPER = "SerePolicy"  # the deployment's name
+KEEPER = "SereSettings"  # the deployment's name
 HEARTBEAT_SECONDS = 10.0  # a replica asks again at least this often
 FORGET_SECONDS = 2.5 * HEARTBEAT_SECONDS  # one that has not asked for so long is gone
 
 
-class PolicyKeeper:
+class SettingsKeeper:
     """What is in force beyond the settings that the application started with. One replica, beside the model's own.
 
     Replicas ask with `follow` and are answered as soon as something is new: those that run, and those that start later.
@@ -50,7 +50,7 @@ class PolicyKeeper:
             return self.revision, self.changes
 
     async def change(self, changes: dict[str, Any], wait_s: float = 2 * HEARTBEAT_SECONDS) -> dict[str, Any]:
-        """Changes the policy, waits until every replica runs it, and returns `state`; or {"error": why not}."""
+        """Changes the settings, waits until every replica runs them, and returns `state`; or {"error": why not}."""
         async with self.news:
             try:
                 self.initial.changed({**self.changes, **changes}, self.num_experts_per_token)
@@ -64,10 +64,10 @@ class PolicyKeeper:
         return await self.state()
 
     async def state(self) -> dict[str, Any]:
-        """Returns the `policy` in force, its `revision`, the `replicas`, and those of them that don't run it yet."""
-        policy = self.initial.changed(self.changes, self.num_experts_per_token)
+        """Returns the `settings` in force, their `revision`, the `replicas`, and those that don't run them yet."""
+        settings = self.initial.changed(self.changes, self.num_experts_per_token)
         return {
-            "policy": policy.model_dump(mode="json"),
+            "settings": settings.model_dump(mode="json"),
             "revision": self.revision,
             "replicas": sorted(self._present()),
             "pending": sorted(self._behind()),
@@ -84,7 +84,7 @@ class PolicyKeeper:
 class Follower:
     """A replica's side: asks the keeper, and has the replica's workers apply what is new.
 
-    `follow` is the keeper's method of this name, `apply` changes the policy of all workers.
+    `follow` is the keeper's method of this name, `apply` changes the settings of all workers.
     """
 
     def __init__(

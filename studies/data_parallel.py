@@ -35,7 +35,7 @@ from sere_dist.artifact.folder import Artifact
 from sere_dist.console import progress, tables
 from sere_dist.evaluation.errors import with_error
 from sere_dist.evaluation.lockstep import decode_logits, lockstep
-from sere_dist.evaluation.rerouters import of_each_rank, projection_policy, similarity_policy
+from sere_dist.evaluation.rerouters import of_each_rank, paper_rerouter, projection_rerouter
 from sere_dist.evaluation.traffic import Layout, recorded, traffic
 from sere_dist.method.placement import linear_ranks
 from sere_dist.moe import load_model
@@ -75,7 +75,7 @@ def rank(work: dict[str, Any]) -> None:
     parameters = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
     for turn in range(work["rounds"] + 1):
         for name, changes in turns(work["sere"]["policy"]):
-            llm.collective_rpc("sere_policy", kwargs=changes)
+            llm.collective_rpc("sere_settings", kwargs=changes)
             for prompt in prompts:
                 llm.llm_engine.add_request(
                     f"{turn}{name}{time.perf_counter()}", {"prompt_token_ids": prompt}, parameters
@@ -114,8 +114,8 @@ def scopes(artifact: Artifact, select_top_k: int, batches: list[int], texts: int
     ids_BL = example_texts("heldout.parquet", 128, texts)
     experts = artifact.config.num_experts
     policies = {
-        PAPERS: similarity_policy(artifact.similarity, select_top_k),
-        "projection": projection_policy(artifact.similarity, artifact.coefficient, artifact.size, select_top_k),
+        PAPERS: paper_rerouter(artifact.similarity, select_top_k),
+        "projection": projection_rerouter(artifact.similarity, artifact.coefficient, artifact.size, select_top_k),
     }
     kinds = [("group", 1), *(("rank", ranks) for ranks in LOCKSTEP_RANKS)]
     measured = []

@@ -49,12 +49,12 @@ from sere_dist.console import tables
 from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Policy, unchanged
 from sere_dist.evaluation.rerouters import (
-    dropping_policy,
-    oea_policy,
-    projection_policy,
-    similarity_policy,
-    top_k_policy,
-    xshare_policy,
+    dropping_rerouter,
+    oea_rerouter,
+    paper_rerouter,
+    projection_rerouter,
+    top_k_rerouter,
+    xshare_rerouter,
 )
 from sere_dist.method.similarity import Method, random_similarity
 from sere_dist.moe import MoeShape, load_model, routed_experts
@@ -144,12 +144,12 @@ class Calibration:
     layers: dict[int, LayerResult]
 
     def substitutes(self, select_top_k: int) -> Policy:
-        return similarity_policy({layer: found.similarity_EE for layer, found in self.layers.items()}, select_top_k)
+        return paper_rerouter({layer: found.similarity_EE for layer, found in self.layers.items()}, select_top_k)
 
     def projection(self, select_top_k: int, expert_price: float = 0.0) -> Policy:
         names = ("similarity_EE", "coefficient_EE", "size_E")
         matrices = ({layer: getattr(found, name) for layer, found in self.layers.items()} for name in names)
-        return projection_policy(*matrices, select_top_k, expert_price=expert_price)
+        return projection_rerouter(*matrices, select_top_k, expert_price=expert_price)
 
 
 def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[Method]) -> list[Calibration]:
@@ -207,17 +207,17 @@ def policies(model: PreTrainedModel, calibrations: dict[str, Calibration]) -> di
     random = {layer: random_similarity(num_experts, seed=layer) for layer in routed_experts(model)}
     return {
         **{name: calibration.substitutes for name, calibration in calibrations.items()},
-        RANDOM: lambda s: similarity_policy(random, s),
+        RANDOM: lambda s: paper_rerouter(random, s),
         PROJECTION: calibrations["paper, projection"].projection,
-        "dropping": lambda s: dropping_policy(num_experts, s),
-        "dropping, renormalised": lambda s: dropping_policy(num_experts, s, renormalise=True),
-        "top-k": top_k_policy,
-        "top-k, renormalised": lambda s: top_k_policy(s, renormalise=True),
-        "OEA": oea_policy,
-        "XShare": xshare_policy,
-        "XShare, warm-up 1": lambda budget: xshare_policy(budget, warm_up=1),
-        "OEA, not renormalised": lambda s: oea_policy(s, renormalise=False),
-        "XShare, not renormalised": lambda budget: xshare_policy(budget, warm_up=1, renormalise=False),
+        "dropping": lambda s: dropping_rerouter(num_experts, s),
+        "dropping, renormalised": lambda s: dropping_rerouter(num_experts, s, renormalise=True),
+        "top-k": top_k_rerouter,
+        "top-k, renormalised": lambda s: top_k_rerouter(s, renormalise=True),
+        "OEA": oea_rerouter,
+        "XShare": xshare_rerouter,
+        "XShare, warm-up 1": lambda budget: xshare_rerouter(budget, warm_up=1),
+        "OEA, not renormalised": lambda s: oea_rerouter(s, renormalise=False),
+        "XShare, not renormalised": lambda budget: xshare_rerouter(budget, warm_up=1, renormalise=False),
     }
 
 
@@ -237,10 +237,10 @@ def field(
     for batch in BATCHES:
         off, results = bench.run(unchanged, batch), {}
         bar.update()
-        for name, policy_of in field_of.items():
+        for name, rerouter_of in field_of.items():
             for keep in keeps:
                 budget = round(results[Point(PAPER, keep)].active_experts) if name.startswith("XShare") else keep
-                results[Point(name, keep)] = bench.run(policy_of(budget), batch)
+                results[Point(name, keep)] = bench.run(rerouter_of(budget), batch)
                 bar.update()
         for price in PRICES:
             results[Point(PRICED, price)] = bench.run(priced(price), batch)
@@ -274,7 +274,7 @@ def in_batches_of_one_kind(
     return rows
 
 
-def beside_random(bench: HeldOut, field_of: dict[str, Callable[[int], Policy]]) -> list[dict[str, Any]]:
+def compare_with_random(bench: HeldOut, field_of: dict[str, Callable[[int], Policy]]) -> list[dict[str, Any]]:
     """Returns the KL with each calibrated similarity beside the mean over draws of random ones, text by text."""
     rows, layers = [], routed_experts(bench.model)
     for keep in tqdm(KEEPS_OF_PARTS, desc="beside random"):
@@ -284,7 +284,7 @@ def beside_random(bench: HeldOut, field_of: dict[str, Callable[[int], Policy]]) 
                 layer: random_similarity(experts.num_experts, seed=1000 * draw + layer)
                 for layer, (_, experts) in layers.items()
             }
-            draws.append(bench.run(similarity_policy(matrices, keep), BATCH_OF_PARTS).divergence_of_texts)
+            draws.append(bench.run(paper_rerouter(matrices, keep), BATCH_OF_PARTS).divergence_of_texts)
         random = [math.fsum(of_text) / len(draws) for of_text in zip(*draws, strict=True)]
         of_draws = [rounded(math.fsum(draw) / len(draw)) for draw in draws]
         for name in CALIBRATED:
@@ -303,8 +303,8 @@ def transfer(benches: dict[str, HeldOut], checkpoint: Checkpoint, texts: dict[st
     for kind, bench in tqdm(benches.items(), desc="transfer"):
         runs: dict[tuple[str, str], list[float]] = {}
         for calibrated_on, (frobenius, projection) in calibrations.items():
-            for name, policy_of in ((PAPER, frobenius.substitutes), (PROJECTION, projection.projection)):
-                result = bench.run(policy_of(KEEP_OF_CALIBRATIONS), BATCH_OF_PARTS)
+            for name, rerouter_of in ((PAPER, frobenius.substitutes), (PROJECTION, projection.projection)):
+                result = bench.run(rerouter_of(KEEP_OF_CALIBRATIONS), BATCH_OF_PARTS)
                 runs[name, calibrated_on] = result.divergence_of_texts
         for (name, calibrated_on), kl_of_texts in runs.items():
             kl, kl_error = map(rounded, with_error(kl_of_texts))
@@ -320,8 +320,8 @@ def by_samples(bench: HeldOut, by_count: dict[int, list[Calibration]]) -> list[d
         runs = {}
         for count, calibrations in tqdm(by_count.items(), desc="samples"):
             calibration = calibrations[which]
-            policy_of = calibration.projection if name == PROJECTION else calibration.substitutes
-            runs[count] = bench.run(policy_of(KEEP_OF_CALIBRATIONS), BATCH_OF_PARTS).divergence_of_texts
+            rerouter_of = calibration.projection if name == PROJECTION else calibration.substitutes
+            runs[count] = bench.run(rerouter_of(KEEP_OF_CALIBRATIONS), BATCH_OF_PARTS).divergence_of_texts
         for count, kl_of_texts in runs.items():
             kl, kl_error = map(rounded, with_error(kl_of_texts))
             found = {"kl": kl, "kl_error": kl_error, **compared(kl_of_texts, runs[max(runs)])}
@@ -409,7 +409,7 @@ def part_tables(report: dict[str, Any]) -> list[Table]:
     title = f"calibrated beside random, batch {BATCH_OF_PARTS}: factor of the KL, mean of {RANDOM_DRAWS} draws"
     found = Table("similarity", *(f"S = {keep}" for keep in KEEPS_OF_PARTS), title=title, **settings)
     for name in CALIBRATED:
-        of = {row["knob"]: row for row in report["beside_random"] if row["policy"] == name}
+        of = {row["knob"]: row for row in report["compare_with_random"] if row["policy"] == name}
         found.add_row(name, *(f"x{plus_minus(of[keep], 'ratio', 3)}" for keep in KEEPS_OF_PARTS))
     all_tables.append(found)
 
@@ -492,7 +492,7 @@ def main(
     }
     report["field"] = field(bench, [text.kind for text in of_all], field_of, keeps, partial(projection.projection, 1))
     report["kinds"] = in_batches_of_one_kind(benches, field_of)
-    report["beside_random"] = beside_random(bench, field_of)
+    report["compare_with_random"] = compare_with_random(bench, field_of)
     report["transfer"] = transfer(benches, checkpoint, by_kind(to_calibrate))
     report["samples"] = by_samples(bench, by_count)
     report["seconds"] = round(time.perf_counter() - started)

@@ -44,7 +44,7 @@ from sere_dist.artifact.placement import propose
 from sere_dist.console import progress, tables
 from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
 from sere_dist.evaluation.lockstep import LockstepResult, Policy, Routed, decode_logits, lockstep, unchanged
-from sere_dist.evaluation.rerouters import dropping_policy, projection_policy, similarity_policy
+from sere_dist.evaluation.rerouters import dropping_rerouter, paper_rerouter, projection_rerouter
 from sere_dist.evaluation.traffic import Layout, Traffic, recorded, traffic, uniform_domains
 from sere_dist.method.placement import linear_ranks
 from sere_dist.method.rerouting import dispatch_bytes
@@ -155,12 +155,14 @@ class Bench:
         if setting == OFF:
             return unchanged
         if setting == PAPER:
-            return similarity_policy(self.frobenius.similarity, self.select_top_k)
+            return paper_rerouter(self.frobenius.similarity, self.select_top_k)
         if setting.price is None:
             num_experts = self.projection.config.num_experts
-            return dropping_policy(num_experts, self.select_top_k, renormalise=setting == RENORMALISED)
+            return dropping_rerouter(num_experts, self.select_top_k, renormalise=setting == RENORMALISED)
         matrices = self.projection.similarity, self.projection.coefficient, self.projection.size
-        return projection_policy(*matrices, self.select_top_k, traffic_price=setting.price, layout=self.layouts[place])
+        return projection_rerouter(
+            *matrices, self.select_top_k, traffic_price=setting.price, layout=self.layouts[place]
+        )
 
     def is_goal(self, batch: int, place: Place) -> bool:
         return batch == self.size.goal_batch and place.ranks == GOAL_RANKS
@@ -320,11 +322,11 @@ def synthetic(bench: Bench, weights_NK: torch.Tensor) -> Iterator[dict[str, Any]
         steps = synthetic_routing(popularity_E if skewed else torch.ones(num_experts), weights_NK, bench.size, random)
         for num_ranks in bench.size.ranks:
             layout = Layout(num_ranks, {0: linear_ranks(num_experts, num_ranks)})
-            project = partial(projection_policy, {0: drawn}, {0: drawn.sqrt()}, {0: size_E}, keep_s, layout=layout)
+            project = partial(projection_rerouter, {0: drawn}, {0: drawn.sqrt()}, {0: size_E}, keep_s, layout=layout)
             policies = {
                 OFF: unchanged,
-                PAPER: similarity_policy({0: random_similarity(num_experts, seed=0)}, keep_s),
-                DROPPING: dropping_policy(num_experts, keep_s),
+                PAPER: paper_rerouter({0: random_similarity(num_experts, seed=0)}, keep_s),
+                DROPPING: dropping_rerouter(num_experts, keep_s),
                 **{Setting("projection", price): project(traffic_price=price) for price in bench.size.goal_prices},
             }
             for setting, policy in policies.items():

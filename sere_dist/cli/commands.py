@@ -115,23 +115,23 @@ def tune(context: typer.Context) -> None:
     job(context.args, prog_name=context.command_path)
 
 
-policies = typer.Typer(no_args_is_help=True, help="Read or change the policy of a serving application.")
-app.add_typer(policies, name="policy")
+settings_app = typer.Typer(no_args_is_help=True, help="Read or change the settings of a serving application.")
+app.add_typer(settings_app, name="settings")
 Url = Annotated[str, typer.Option(help="Of the application.")]
 
 
-@policies.command()
+@settings_app.command()
 def get(url: Url = "http://127.0.0.1:8000") -> None:
-    """Show the policy in force, and the replicas that run it."""
-    show_policy(url)
+    """Show the settings in force, and the replicas that run them."""
+    show_settings(url)
 
 
-@policies.command(name="set")
-def set_policy(
+@settings_app.command(name="set")
+def set_settings(
     settings: Annotated[list[str], typer.Argument(help="NAME=VALUE, such as select_top_k=4 or enabled=false.")],
     url: Url = "http://127.0.0.1:8000",
 ) -> None:
-    """Change the policy on every replica, without a restart."""
+    """Change settings on every replica, without a restart."""
     pairs = [setting.partition("=") for setting in settings]
     if wrong := [name for name, equals, _value in pairs if not equals]:
         raise SystemExit(f"error: {', '.join(wrong)}: settings are written NAME=VALUE")
@@ -139,18 +139,18 @@ def set_policy(
         changes = {name: yaml.safe_load(value) for name, _equals, value in pairs}
     except yaml.YAMLError as error:
         raise SystemExit(f"error: a value can't be read: {error}") from error
-    show_policy(url, changes)
+    show_settings(url, changes)
 
 
-def show_policy(url: str, changes: dict[str, Any] | None = None) -> None:
-    from sere_dist.admin import AdminError, policy
+def show_settings(url: str, changes: dict[str, Any] | None = None) -> None:
+    from sere_dist.admin import AdminError, request_settings
 
     try:
-        state = policy(url, changes)
+        state = request_settings(url, changes)
     except AdminError as error:
         raise SystemExit(f"error: {error}") from error
     table = Table("setting", "value")
-    for name, value in state["policy"].items():
+    for name, value in state["settings"].items():
         table.add_row(name, str(value))
     console = Console()
     console.print(table)

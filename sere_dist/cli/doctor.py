@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from sere_dist.config import ALLOW_UNTESTED_VLLM, PLUGIN, environment_flag, leaves_plugin_out
+from sere_dist.config import ALLOW_UNTESTED_VLLM, PLUGIN, environment_flag, plugin_is_disabled
 
 PLUGIN_GROUP = "vllm.general_plugins"
 # What the plugin replaces or extends in vLLM, besides the workers.
@@ -325,7 +325,7 @@ def check_plugin() -> Finding:
     if PLUGIN not in names:
         advice = "install sere_dist with pip where vLLM is installed; a folder on PYTHONPATH is not enough"
         return Finding("plugin", "fail", f"no entry point {PLUGIN} in {PLUGIN_GROUP}", advice)
-    if leaves_plugin_out(allowed):
+    if plugin_is_disabled(allowed):
         advice = f"unset VLLM_PLUGINS or add {PLUGIN} to it: vLLM would ignore the settings, and re-route nothing"
         return Finding("plugin", "fail", f"VLLM_PLUGINS is {allowed!r} and leaves {PLUGIN} out", advice)
     return Finding("plugin", "ok", f"entry point {PLUGIN} in {PLUGIN_GROUP}")

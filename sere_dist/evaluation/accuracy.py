@@ -28,7 +28,7 @@ import yaml
 from lm_eval.tasks import TaskManager
 from rich.table import Table
 
-from sere_dist.admin import AdminError, policy
+from sere_dist.admin import AdminError, request_settings
 from sere_dist.config import API_KEY, environment_secrets
 from sere_dist.console import progress, tables
 from sere_dist.evaluation.errors import with_error
@@ -97,12 +97,12 @@ def switch(url: str, enabled: bool) -> dict[str, Any]:
     Raises:
         AdminError: a replica does not follow, or the policy can't be changed at all.
     """
-    state, deadline = policy(url, {"enabled": enabled}), time.monotonic() + FOLLOW_SECONDS
+    state, deadline = request_settings(url, {"enabled": enabled}), time.monotonic() + FOLLOW_SECONDS
     while state["pending"] or not state["replicas"]:
         if time.monotonic() > deadline:
             raise AdminError(f"replicas that don't follow: {', '.join(state['pending']) or 'none is there'}")
         time.sleep(1)
-        state = policy(url)
+        state = request_settings(url)
     return state
 
 
@@ -117,28 +117,28 @@ def only_model(url: str) -> str:
 
 
 @contextmanager
-def left_as_found(url: str) -> Iterator[None]:
-    enabled = policy(url)["policy"]["enabled"]
+def restore_settings(url: str) -> Iterator[None]:
+    enabled = request_settings(url)["settings"]["enabled"]
     try:
         yield
     finally:
         switch(url, enabled)
 
 
-def off_and_on(url: str, evaluate: Callable[[], dict[str, Any]]) -> tuple[dict[bool, dict], dict[str, Any]]:
+def evaluate_off_and_on(url: str, evaluate: Callable[[], dict[str, Any]]) -> tuple[dict[bool, dict], dict[str, Any]]:
     """Returns what `evaluate` returns without and with re-routing, and the policy that was then in force.
 
     Raises:
         AdminError: the policy can't be changed, or someone else changed it meanwhile.
     """
     found = {}
-    with left_as_found(url):
+    with restore_settings(url):
         for enabled in (False, True):
             state, started = switch(url, enabled), time.monotonic()
             found[enabled] = evaluate() | {"seconds": round(time.monotonic() - started, 1)}
-            if policy(url)["revision"] != state["revision"]:
+            if request_settings(url)["revision"] != state["revision"]:
                 raise AdminError("the policy was changed by someone else while a suite ran")
-    return found, state["policy"]
+    return found, state["settings"]
 
 
 def members(result: dict[str, Any], name: str) -> list[str]:
@@ -241,7 +241,7 @@ def main(
         )
 
     try:
-        found, settings = off_and_on(url, evaluate)
+        found, settings = evaluate_off_and_on(url, evaluate)
     except (AdminError, aiohttp.ClientError, requests.RequestException) as error:
         raise SystemExit(f"error: {error}") from None  # lm-eval has logged what the server says of a request
     off, on = found[False], found[True]
@@ -259,7 +259,7 @@ def main(
         "model": model,
         "chat": chat,
         "concurrency": concurrency,
-        "policy": settings | {key: Path(settings[key]).name for key in PATHS if settings[key]},
+        "settings": settings | {key: Path(settings[key]).name for key in PATHS if settings[key]},
         "runs": {
             way: {"requests": num_requests(result), "seconds": result["seconds"]}
             for way, result in (("off", off), ("on", on))

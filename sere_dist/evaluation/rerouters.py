@@ -23,7 +23,7 @@ def primary_by_step(
     return active_by_step(ids_DBK.masked_fill(~is_primary_DBK, -1), num_experts)
 
 
-def similarity_policy(similarity: Mapping[int, torch.Tensor], select_top_k: int, threshold: float = 0.0) -> Policy:
+def paper_rerouter(similarity: Mapping[int, torch.Tensor], select_top_k: int, threshold: float = 0.0) -> Policy:
     """The paper's: lesser slots go to the most similar primary expert; see `rerouting.reroute`.
 
     `similarity`: decoder layer index -> [E, E].
@@ -67,7 +67,7 @@ def of_layers(policies: Mapping[int, Policy]) -> Policy:
     return by_layer
 
 
-def dropping_policy(num_experts: int, select_top_k: int, *, renormalise: bool = False) -> Policy:
+def dropping_rerouter(num_experts: int, select_top_k: int, *, renormalise: bool = False) -> Policy:
     """Slots whose expert is not primary are dropped; with `renormalise` a token's other weights make up for them."""
 
     def policy(_layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, _scores: torch.Tensor | None) -> Routed:
@@ -78,7 +78,7 @@ def dropping_policy(num_experts: int, select_top_k: int, *, renormalise: bool = 
     return policy
 
 
-def top_k_policy(select_top_k: int, *, renormalise: bool = False) -> Policy:
+def top_k_rerouter(select_top_k: int, *, renormalise: bool = False) -> Policy:
     """Every token keeps its `select_top_k` heaviest slots and drops the rest, whatever else the batch runs."""
 
     def policy(_layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, _scores: torch.Tensor | None) -> Routed:
@@ -88,7 +88,7 @@ def top_k_policy(select_top_k: int, *, renormalise: bool = False) -> Policy:
     return policy
 
 
-def oea_policy(select_top_k: int, *, renormalise: bool = True) -> Policy:
+def oea_rerouter(select_top_k: int, *, renormalise: bool = True) -> Policy:
     """Opportunistic expert activation (arXiv 2511.02237, the simplified form): what others load, a token may use.
 
     Every token keeps its `select_top_k` heaviest slots (k0 there). The others are filled with the experts that it
@@ -107,7 +107,7 @@ def oea_policy(select_top_k: int, *, renormalise: bool = True) -> Policy:
     return policy
 
 
-def xshare_policy(budget: int, *, warm_up: int = 0, renormalise: bool = True) -> Policy:
+def xshare_rerouter(budget: int, *, warm_up: int = 0, renormalise: bool = True) -> Policy:
     """XShare (arXiv 2602.07265): the batch runs the `budget` experts that its tokens together score highest.
 
     An expert's demand is the sum of its scores over the batch. Every token's `warm_up` heaviest experts come first,
@@ -174,7 +174,7 @@ def _known(scores_DBE: torch.Tensor | None, layer: int) -> torch.Tensor:
     return scores_DBE
 
 
-def projection_policy(
+def projection_rerouter(
     similarity: Mapping[int, torch.Tensor],
     coefficient: Mapping[int, torch.Tensor],
     size: Mapping[int, torch.Tensor],

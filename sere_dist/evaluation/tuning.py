@@ -15,7 +15,7 @@ import torch
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting, Outcome
 from sere_dist.evaluation.lockstep import HeldOut, Policy, Routed
-from sere_dist.evaluation.rerouters import of_layers, primary_by_step, projection_policy, similarity_policy
+from sere_dist.evaluation.rerouters import of_layers, paper_rerouter, primary_by_step, projection_rerouter
 
 Combination = dict[int, LayerSetting]  # by decoder layer; a layer that is not there stays as it is
 
@@ -30,19 +30,19 @@ class Cost(NamedTuple):
     kl: float
 
 
-def policy_of(artifact: Artifact, policy: Literal["sere", "projection"], combination: Combination) -> Policy:
+def rerouter_of(artifact: Artifact, policy: Literal["sere", "projection"], combination: Combination) -> Policy:
     """Returns the policy that gives each layer its setting."""
     if policy == "sere":
         return of_layers(
             {
-                layer: similarity_policy(artifact.similarity, setting.select_top_k, setting.threshold)
+                layer: paper_rerouter(artifact.similarity, setting.select_top_k, setting.threshold)
                 for layer, setting in combination.items()
             }
         )
     tables = artifact.similarity, artifact.coefficient, artifact.size
     return of_layers(
         {
-            layer: projection_policy(
+            layer: projection_rerouter(
                 *tables, setting.select_top_k, threshold=setting.threshold, expert_price=setting.expert_price
             )
             for layer, setting in combination.items()
@@ -53,7 +53,8 @@ def policy_of(artifact: Artifact, policy: Literal["sere", "projection"], combina
 def losses_of_steps(held_out: HeldOut, batch: int, size: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
     """Returns, by layer, what each decode step would lose without each expert that no token has as its heaviest.
 
-    As in `rerouting.loss_votes`: the sum of w w size over the slots that name it. All steps and experts in one row.
+    As in `projection.losses_without_each_expert`: the sum of w w size over the slots that name it. All steps and
+    experts are in one row.
     """
     found: dict[int, list[torch.Tensor]] = {layer: [] for layer in size}
 
@@ -132,7 +133,7 @@ def combinations(alone: Mapping[int, Mapping[LayerSetting, Cost]], off: Cost) ->
     return found
 
 
-def evenly(low: int, high: int, count: int) -> list[int]:
+def evenly_spaced(low: int, high: int, count: int) -> list[int]:
     """Returns up to `count` whole numbers from `low` to `high`, both of them among these."""
     if high - low < count:
         return list(range(low, high + 1))

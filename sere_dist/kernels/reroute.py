@@ -22,7 +22,7 @@ import torch
 from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
 from cuda.core.utils import FileStreamProgramCache
 
-from sere_dist.method.rerouting import COUNTERS, ranked_neighbors, votes_that_suffice
+from sere_dist.method.rerouting import COUNTERS, ranked_neighbors, to_fixed_point
 
 SOURCE = Path(__file__).with_name("reroute.cu")
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
@@ -70,7 +70,7 @@ class Policy:
         most = NO_LIMIT if max_rows is None else max_rows
         numbers = torch.tensor([enabled, select_top_k, min_rows, most, 0, 0, 0, 0], dtype=torch.int32)
         numbers[4:5] = torch.tensor([traffic_price], dtype=torch.float32).view(torch.int32)
-        numbers[6:] = torch.tensor([votes_that_suffice(expert_price)]).view(torch.int32)
+        numbers[6:] = torch.tensor([to_fixed_point(expert_price)]).view(torch.int32)
         self.block.copy_(numbers)
 
 
@@ -172,7 +172,7 @@ class Layer:
             home_T: int32, at least T long: the domain where a token's attention ran, -1: none.
             unite: where ranks share one primary set, unites them: gets this rank's votes, int64 [E], on torch's current
                 stream, and puts the sum over all ranks in their place. They are `rerouting.primary_votes`, but for a
-                primary expert some multiple of LARGEST_VOTE. Called once in every call, whatever the policy, the rows
+                primary expert some multiple of ALWAYS_PRIMARY. Called once in every call, whatever the policy, the rows
                 and the masks: the other ranks wait. Whether this rank then acts, its own policy and rows decide.
         """
         num_rows, top_k = topk_ids_TK.shape

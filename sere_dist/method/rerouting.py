@@ -29,8 +29,8 @@ COUNTERS = (
 )
 
 # What speaks for an expert to be primary, counted in integers: in whatever order they are added, the sum is the same.
-VOTES_OF_ONE = 2**24  # for an error of 1, in the unit of (w w) size
-LARGEST_VOTE = 2**40  # of a slot, or of a price
+FIXED_POINT_ONE = 2**24  # for an error of 1, in the unit of (w w) size
+ALWAYS_PRIMARY = 2**40  # of a slot, or of a price
 
 
 def slots_by_weight(topk_weights_TK: torch.Tensor) -> torch.Tensor:
@@ -53,16 +53,16 @@ def active_experts(topk_ids_TK: torch.Tensor, counted_TK: torch.Tensor, num_expe
     return active.index_fill(0, ids.flatten(), True)[:num_experts]
 
 
-def votes_that_suffice(expert_price: float) -> int:
-    """Returns how many votes make an expert primary, 1 to LARGEST_VOTE: the price rounded to float32, then in votes.
+def to_fixed_point(expert_price: float) -> int:
+    """Returns how many votes make an expert primary, 1 to ALWAYS_PRIMARY: the price rounded to float32, then in votes.
 
-    No price (0) and one that is too large for votes are LARGEST_VOTE: only a token's heaviest slots have that many.
+    No price (0) and one that is too large for votes are ALWAYS_PRIMARY: only a token's heaviest slots have that many.
     """
-    votes = float(torch.tensor(expert_price, dtype=torch.float32)) * VOTES_OF_ONE
-    return max(1, round(min(votes, LARGEST_VOTE))) if expert_price > 0 else LARGEST_VOTE
+    votes = float(torch.tensor(expert_price, dtype=torch.float32)) * FIXED_POINT_ONE
+    return max(1, round(min(votes, ALWAYS_PRIMARY))) if expert_price > 0 else ALWAYS_PRIMARY
 
 
-def loss_votes(
+def losses_without_each_expert(
     topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor, size_E: torch.Tensor, counted_TK: torch.Tensor
 ) -> torch.Tensor:
     """Returns int64 [E]: the error that the slots of `counted_TK` (bool [T, K]) would make without each expert.
@@ -71,7 +71,7 @@ def loss_votes(
     """
     num_experts, weights_TK = len(size_E), topk_weights_TK.float()
     losses_TK = (weights_TK * weights_TK) * size_E.float()[topk_ids_TK.clamp(min=0).long()]
-    votes_TK = (losses_TK * VOTES_OF_ONE).round().nan_to_num(0).clamp(0, LARGEST_VOTE).long()
+    votes_TK = (losses_TK * FIXED_POINT_ONE).round().nan_to_num(0).clamp(0, ALWAYS_PRIMARY).long()
     ids = torch.where(counted_TK & (topk_ids_TK >= 0), topk_ids_TK, num_experts).long()
     votes = torch.zeros(num_experts + 1, dtype=torch.int64, device=topk_ids_TK.device)
     return votes.index_add(0, ids.flatten(), votes_TK.flatten())[:num_experts]
@@ -89,18 +89,18 @@ def primary_votes(
 ) -> torch.Tensor:
     """Returns int64 [E]: what the valid tokens of a step say for each expert to be primary.
 
-    LARGEST_VOTE for an expert in one of their `select_top_k` heaviest slots; for any other, if there is an
-    `expert_price`, the `loss_votes` of all their slots (which needs `size_E`). Nothing where `select_top_k` means off.
-    Ranks that share one primary set add these up.
+    ALWAYS_PRIMARY for an expert in one of their `select_top_k` heaviest slots; for any other, if there is an
+    `expert_price`, the `losses_without_each_expert` of all their slots (needs `size_E`). Nothing where `select_top_k`
+    means off. Ranks that share one primary set add these up.
     """
     votes_E = torch.zeros(num_experts, dtype=torch.int64, device=topk_ids_TK.device)
     if not 0 < select_top_k < topk_ids_TK.shape[1]:
         return votes_E
     valid_TK = torch.ones_like(topk_ids_TK, dtype=torch.bool) if valid_T is None else valid_T[:, None]
-    if votes_that_suffice(expert_price) < LARGEST_VOTE:
-        votes_E = loss_votes(topk_weights_TK, topk_ids_TK, size_E, valid_TK)
+    if to_fixed_point(expert_price) < ALWAYS_PRIMARY:
+        votes_E = losses_without_each_expert(topk_weights_TK, topk_ids_TK, size_E, valid_TK)
     heaviest_TK = primary_slots(topk_weights_TK, select_top_k)
-    return votes_E.masked_fill(active_experts(topk_ids_TK, heaviest_TK & valid_TK, num_experts), LARGEST_VOTE)
+    return votes_E.masked_fill(active_experts(topk_ids_TK, heaviest_TK & valid_TK, num_experts), ALWAYS_PRIMARY)
 
 
 def primary_experts(
@@ -120,7 +120,7 @@ def primary_experts(
     """
     settings = {"select_top_k": select_top_k, "expert_price": expert_price, "size_E": size_E, "valid_T": valid_T}
     votes_E = primary_votes(topk_weights_TK, topk_ids_TK, num_experts, **settings)
-    return votes_E >= votes_that_suffice(expert_price)
+    return votes_E >= to_fixed_point(expert_price)
 
 
 def ranked_neighbors(similarity_EE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -205,9 +205,9 @@ def reroute_projection(
     """Re-routes one decode step of one layer by what each change costs, in error of the output and in traffic.
 
     Primary and critical slots are those of `reroute`, and stay. With an `expert_price`, experts without which the step
-    would lose that much are primary too (`loss_votes`). A token's other slots are settled in order of weight, each by
-    the cheapest of: substitute a primary expert p, at (w w) size[e] (1 - similarity[e, p]), the squared error that
-    remains, plus `traffic_price` if the token has no other business in p's domain; or drop the slot, at (w w) size[e].
+    would lose that much are primary too (`losses_without_each_expert`). A token's other slots are settled in order
+    of weight, each by the cheapest of: substitute a primary expert p, at (w w) size[e] (1 - similarity[e, p]), the
+    squared error that remains, plus `traffic_price` if the token has no other business in p's domain; or drop the slot, at (w w) size[e].
     Equal costs: the larger similarity, then the lower id, dropping last. A substituted slot's weight becomes
     w coefficient[e, p]. This policy is not in the paper.
 

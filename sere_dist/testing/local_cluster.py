@@ -25,7 +25,7 @@ class LocalCluster:
     """Starts a head node on free ports, with a token of its own, and stops every process that it led to.
 
     Use as a context manager. `environment` is what a command needs to reach the cluster: `ray job submit`, `serve run`
-    and `ray.init()` find address and token there, and `sere-dist policy` its own. Prometheus metrics are at
+    and `ray.init()` find address and token there, and `sere-dist settings` its own. Prometheus metrics are at
     `metrics_port`.
 
     `num_cpus` are the head's. With `worker_types`, the worker node types of a `cluster.yaml`, Ray's autoscaler starts

@@ -12,16 +12,16 @@ import torch
 from sere_dist.kernels.reroute import ID_DTYPES, WEIGHT_DTYPES, Layer, Policy
 from sere_dist.kernels.reroute_numpy import reroute_step
 from sere_dist.method.rerouting import (
+    ALWAYS_PRIMARY,
     COUNTERS,
-    LARGEST_VOTE,
-    VOTES_OF_ONE,
+    FIXED_POINT_ONE,
     primary_votes,
     ranked_neighbors,
     repeat_dropped,
     reroute,
     reroute_projection,
     step_counts,
-    votes_that_suffice,
+    to_fixed_point,
 )
 
 
@@ -87,15 +87,15 @@ class RandomStep:
             self.rank_E = torch.randint(self.ranks, (experts,), generator=random)
         if self.elsewhere_share is not None:
             heaviest_E = torch.rand(experts, generator=random) < self.elsewhere_share
-            losses_E = (uniform(experts) / 4 * VOTES_OF_ONE).long()
-            self.elsewhere_E = losses_E.masked_fill(heaviest_E, LARGEST_VOTE)
+            losses_E = (uniform(experts) / 4 * FIXED_POINT_ONE).long()
+            self.elsewhere_E = losses_E.masked_fill(heaviest_E, ALWAYS_PRIMARY)
 
     def by_torch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns weights, ids and counts by the functions of `rerouting.py`."""
         select_top_k, valid_T, home_T = self._in_force()
         primary_E = None
         if self.elsewhere_E is not None:
-            primary_E = self.elsewhere_E + self.own_votes() >= votes_that_suffice(self._expert_price())
+            primary_E = self.elsewhere_E + self.own_votes() >= to_fixed_point(self._expert_price())
         common = {"select_top_k": select_top_k, "valid_T": valid_T, "primary_E": primary_E}
         weights_TK = self.weights_TK
         if self.projection:
@@ -191,7 +191,7 @@ class RandomStep:
         layer.reroute(weights_TK, ids_TK, *masks, unite=None if self.elsewhere_E is None else unite)
         if self.elsewhere_E is not None:
             (own,) = offered
-            same = torch.equal(*(votes_E.clamp(max=LARGEST_VOTE) for votes_E in (own, self.own_votes())))
+            same = torch.equal(*(votes_E.clamp(max=ALWAYS_PRIMARY) for votes_E in (own, self.own_votes())))
             assert same, "other ranks got other votes"
         assert not layer.workspace.any(), "the workspace was not left as it was found"
         return weights_TK.cpu(), ids_TK.cpu(), layer.counters.cpu()

@@ -28,16 +28,16 @@ from sere_dist.method.rerouting import (
     reroute,
     reroute_projection,
     step_counts,
-    votes_that_suffice,
+    to_fixed_point,
 )
-from sere_dist.vllm_plugin.expert_map import Owners
+from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.rows import Rows
 
 
 class Backend(Protocol):
     """Re-routes the layers of one worker."""
 
-    def __init__(self, artifact: Artifact, rows: Rows, settings: ReroutingConfig, owners: Owners | None):
+    def __init__(self, artifact: Artifact, rows: Rows, settings: ReroutingConfig, owners: ExpertMap | None):
         """`owners` says where experts live; None: one rank holds all of them."""
 
     def set_policy(self, settings: dict[int, ReroutingConfig]) -> None:
@@ -69,7 +69,7 @@ def replace_choice(
     router._compute_routing = types.MethodType(replaced, router)
 
 
-def unite_votes(votes_E: torch.Tensor) -> None:
+def all_reduce_losses(votes_E: torch.Tensor) -> None:
     """Adds up, in place, the votes of all ranks of the expert-parallel group: int64 [E]. All of them must come here."""
     group = get_ep_group()
     if votes_E.is_cuda:  # on the current stream, so that it can be captured
@@ -78,7 +78,7 @@ def unite_votes(votes_E: torch.Tensor) -> None:
         dist.all_reduce(votes_E, op=dist.ReduceOp.SUM, group=group.cpu_group)
 
 
-def homes(rows: Rows, owners: Owners | None) -> torch.Tensor | None:
+def homes(rows: Rows, owners: ExpertMap | None) -> torch.Tensor | None:
     """Returns the home of every row, int32 [most tokens of a step]; None: no row has one."""
     if owners is None or owners.home is None:
         return None
@@ -163,13 +163,13 @@ def _reroute_any(
     priced = {"expert_price": expert_price, "size_E": size}
     votes = primary_votes(topk_weights, topk_ids, num_experts, **priced, **settings)
     if shares_primary:
-        unite_votes(votes)  # in every step: the other ranks wait
+        all_reduce_losses(votes)  # in every step: the other ranks wait
     if num_valid == 0:
         return topk_weights.clone(), topk_ids.clone()
     _check_rows(rows, topk_ids)
     if not min_rows <= num_valid <= max_rows:
         settings["select_top_k"] = 0
-    settings["primary_E"] = votes >= votes_that_suffice(expert_price)
+    settings["primary_E"] = votes >= to_fixed_point(expert_price)
     homes = None if home is None else home[:rows]
     weights = topk_weights
     if coefficient is None:
@@ -200,7 +200,7 @@ class CpuBackend:
             re-routed, and the prices of an expert and of a domain.
     """
 
-    def __init__(self, artifact: Artifact, rows: Rows, settings: ReroutingConfig, owners: Owners | None):
+    def __init__(self, artifact: Artifact, rows: Rows, settings: ReroutingConfig, owners: ExpertMap | None):
         self.artifact, self.rows, self.settings, self.owners = artifact, rows, settings, owners
         self.home = homes(rows, owners)
         self.is_projection = is_projection(artifact, settings)
@@ -215,7 +215,7 @@ class CpuBackend:
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
         # Plain tensor attributes: torch.compile takes them as inputs of the graph, whichever layer it compiles.
-        router.sere_policy = self.policies[layer]
+        router.sere_settings = self.policies[layer]
         router.sere_valid_rows, router.sere_num_rows = self.rows.valid, self.rows.count
         if self.owners is None and not self.is_projection:
             self._attach_fast(router, layer)
@@ -235,7 +235,7 @@ class CpuBackend:
                 ids,
                 router.sere_neighbors,
                 router.sere_similarity,
-                router.sere_policy,
+                router.sere_settings,
                 router.sere_valid_rows,
                 router.sere_num_rows,
                 router.sere_counters,
@@ -267,7 +267,7 @@ class CpuBackend:
                 router.sere_rank,
                 router.sere_domain,
                 router.sere_home,
-                router.sere_policy,
+                router.sere_settings,
                 router.sere_valid_rows,
                 router.sere_num_rows,
                 router.sere_counters,
@@ -280,12 +280,12 @@ class CpuBackend:
 class KernelBackend:
     """The kernel of `sere_dist.kernels`, on a GPU."""
 
-    def __init__(self, artifact: Artifact, rows: Rows, settings: ReroutingConfig, owners: Owners | None):
+    def __init__(self, artifact: Artifact, rows: Rows, settings: ReroutingConfig, owners: ExpertMap | None):
         from sere_dist.kernels.reroute import Layer, Policy  # brings cuda.core, which no worker on a CPU needs
 
         self.rows = rows
         self.home = homes(rows, owners)
-        self.unite = unite_votes if settings.primary_scope == "group" else None
+        self.unite = all_reduce_losses if settings.primary_scope == "group" else None
         self.policies, self.layers, priced = {}, {}, is_projection(artifact, settings)
         for layer, similarity in artifact.similarity.items():
             tables = {}

@@ -23,7 +23,7 @@ class ReroutingCPUWorker(Rerouting, CPUWorker):
             cpu_experts.provide()
         super().load_model(**kwargs)
         is_dispatched = self.sere_owners is not None and self.sere_owners.home is not None
-        if is_dispatched and self.sere_settings.cpu_dispatch == "all_to_all":
+        if is_dispatched and self.sere_config.cpu_dispatch == "all_to_all":
             with set_current_vllm_config(self.vllm_config):
                 cpu_experts.send_sparsely(next(iter(self.sere_owners.rank.values())))
 

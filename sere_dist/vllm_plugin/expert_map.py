@@ -31,7 +31,7 @@ def nodes_of_ranks(group: ProcessGroup) -> torch.Tensor:
     return together.int().argmax(dim=0)
 
 
-class Owners:
+class ExpertMap:
     """Of every re-routed layer, at one place in memory, so that captured graphs see experts move.
 
     Attributes:

@@ -22,7 +22,7 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.method.rerouting import COUNTERS, dispatch_bytes
 from sere_dist.moe import MoeShape, by_layer
 from sere_dist.vllm_plugin.backends import Backend
-from sere_dist.vllm_plugin.expert_map import Owners
+from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.rows import Rows
 from sere_dist.vllm_plugin.weights import checkpoint_weights
 
@@ -93,7 +93,7 @@ class Rerouting:
         self.sere_owners = None
         if self.parallel_config.enable_expert_parallel and get_ep_group().world_size > 1:
             num_experts = artifact.config.num_experts
-            self.sere_owners = Owners(runners, num_experts, settings.domain, self.parallel_config, self.device)
+            self.sere_owners = ExpertMap(runners, num_experts, settings.domain, self.parallel_config, self.device)
         self.sere_artifact = artifact
         self.sere_backend = self.sere_backend_class(artifact, self.sere_rows, settings, self.sere_owners)
         self.sere_layers = {layer: self.sere_backend.attach(runner.router, layer) for layer, runner in runners.items()}
@@ -129,7 +129,7 @@ class Rerouting:
     def _set_policy(self, settings: ReroutingConfig) -> None:
         of_layers = self.sere_artifact.settings_by_layer(settings)
         scales = {layer: runner.routed_scaling_factor for layer, runner in self.sere_runners.items()}
-        self.sere_settings = settings
+        self.sere_config = settings
         self.sere_rows.set_policy(settings)
         self.sere_backend.set_policy({layer: scaled(own, scales[layer]) for layer, own in of_layers.items()})
 
@@ -148,7 +148,7 @@ class Rerouting:
             layers[layer] = dict(zip(COUNTERS, totals, strict=True))
             if by_rank:
                 layers[layer]["active_experts_by_rank"] = by_rank
-            if owners is not None and owners.home is not None and self.sere_settings.domain == "rank":
+            if owners is not None and owners.home is not None and self.sere_config.domain == "rank":
                 layers[layer]["bytes_by_dispatch"] = {
                     when: dispatch_bytes(
                         *(layers[layer][name] for name in ("rows", f"remote_domains_{when}", f"remote_slots_{when}")),
@@ -164,12 +164,12 @@ class Rerouting:
         ranks_before = self.parallel_config.data_parallel_rank * self.parallel_config.world_size
         return {"rank": ranks_before + self.rank, "layers": layers}
 
-    def sere_policy(self, **changes: Any) -> dict[str, Any]:
+    def sere_settings(self, **changes: Any) -> dict[str, Any]:
         """Changes the policy from the next step on, if anything is given, and returns what is in force.
 
         Raises:
             ValueError: a value is out of range, or can't be changed in a running engine; nothing was changed.
         """
-        settings = self.sere_settings.changed(changes, self.sere_top_k)
+        settings = self.sere_config.changed(changes, self.sere_top_k)
         self._set_policy(settings)
         return settings.model_dump(mode="json")

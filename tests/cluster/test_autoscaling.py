@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from examples import demo
-from sere_dist.admin import policy
+from sere_dist.admin import request_settings
 from sere_dist.artifact.folder import TENSORS_FILE
 from sere_dist.config import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
@@ -102,7 +102,7 @@ def test_replicas_come_under_load_and_go_when_idle(autoscaled, artifact_path, mo
         demo.served(autoscaled, free_ports(1)[0], artifact_path, **arguments) as url,
         openai.OpenAI(base_url=url, api_key="none") as client,
     ):
-        (first,) = policy(url, {"select_top_k": 3})["replicas"]
+        (first,) = request_settings(url, {"select_top_k": 3})["replicas"]
 
         def ask(_number: int) -> bool:
             options = {"max_tokens": 100, "extra_body": {"ignore_eos": True}}
@@ -112,11 +112,11 @@ def test_replicas_come_under_load_and_go_when_idle(autoscaled, artifact_path, mo
         def loaded() -> bool:
             with ThreadPoolExecutor(8) as pool:
                 assert all(pool.map(ask, range(16)))
-            return len(policy(url)["replicas"]) == 2
+            return len(request_settings(url)["replicas"]) == 2
 
         eventually(loaded, seconds=180)
-        state = policy(url)
-        assert first in state["replicas"] and state["policy"]["select_top_k"] == 3 and state["pending"] == []
-        eventually(lambda: len(policy(url)["replicas"]) == 1, seconds=120)
+        state = request_settings(url)
+        assert first in state["replicas"] and state["settings"]["select_top_k"] == 3 and state["pending"] == []
+        eventually(lambda: len(request_settings(url)["replicas"]) == 1, seconds=120)
         assert ask(0)
     assert "cpu,cpu" in seen and seen[-1] == ""

@@ -19,19 +19,19 @@ from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting, Outcome
 from sere_dist.calibration.texts import read_texts, tokenise
 from sere_dist.evaluation.lockstep import HeldOut, unchanged
-from sere_dist.evaluation.rerouters import projection_policy
+from sere_dist.evaluation.rerouters import projection_rerouter
 from sere_dist.evaluation.tuning import (
     Budget,
     Cost,
     bracket,
     candidates,
     combinations,
-    evenly,
+    evenly_spaced,
     hull,
     losses_of_steps,
-    policy_of,
+    rerouter_of,
 )
-from sere_dist.method.rerouting import VOTES_OF_ONE, primary_votes
+from sere_dist.method.rerouting import FIXED_POINT_ONE, primary_votes
 from tests.conftest import MODEL, TEXTS, small_artifact
 
 OFF = Cost(10, 0.0)
@@ -91,8 +91,10 @@ def test_what_a_budget_lies_between():
 
 
 def test_evenly():
-    assert evenly(3, 5, 10) == [3, 4, 5]
-    assert evenly(0, 53, 10)[0] == 0 and evenly(0, 53, 10)[-1] == 53 and len(evenly(0, 53, 10)) == 10
+    assert evenly_spaced(3, 5, 10) == [3, 4, 5]
+    assert (
+        evenly_spaced(0, 53, 10)[0] == 0 and evenly_spaced(0, 53, 10)[-1] == 53 and len(evenly_spaced(0, 53, 10)) == 10
+    )
 
 
 def test_what_a_step_loses_is_what_the_policy_weighs(model, heldout_ids, projection_path):
@@ -107,8 +109,8 @@ def test_what_a_step_loses_is_what_the_policy_weighs(model, heldout_ids, project
             all_E = primary_votes(
                 weights_BK, ids_BK, 64, select_top_k=1, expert_price=1e-6, size_E=artifact.size[layer]
             )
-            few = all_E[(all_E > 0) & (all_E < VOTES_OF_ONE * 1000)]
-            expected[layer].append(few.double() / VOTES_OF_ONE)
+            few = all_E[(all_E > 0) & (all_E < FIXED_POINT_ONE * 1000)]
+            expected[layer].append(few.double() / FIXED_POINT_ONE)
         return weights_DBK, ids_DBK
 
     held_out.run(votes, 4)
@@ -122,7 +124,7 @@ def test_what_a_step_loses_is_what_the_policy_weighs(model, heldout_ids, project
         ran = []
 
         def run(layer, *routing, own=each, ran=ran):
-            routed = projection_policy(*tables, own.select_top_k, expert_price=own.expert_price)(layer, *routing)
+            routed = projection_rerouter(*tables, own.select_top_k, expert_price=own.expert_price)(layer, *routing)
             if layer == 2:
                 ran.append([len(set(ids.flatten().tolist()) - {-1}) for ids in routed[1]])
             return routing[:2]
@@ -207,7 +209,7 @@ def test_what_is_recommended_costs_what_it_says_on_texts_that_had_no_say(model, 
     artifact = Artifact.load(path)
     found, report = artifact.recommended, HeldOut(model, torch.tensor(texts()[1::2]), 12)
     assert (found.policy, found.batch, found.budget) == ("projection", 3, "a KL of at most 0.05 nats a token")
-    policy = policy_of(artifact, "projection", found.layers)
+    policy = rerouter_of(artifact, "projection", found.layers)
     for off, ours in zip(found.off, found.recommended, strict=True):
         as_it_is = report.run(unchanged, off.batch)
         assert off.active_experts == pytest.approx(as_it_is.active_experts, rel=1e-3)
@@ -216,7 +218,7 @@ def test_what_is_recommended_costs_what_it_says_on_texts_that_had_no_say(model, 
     assert [outcome.batch for outcome in found.off] == [1, 3, 4]
     assert found.at(found.off).batch == 3
     tables = artifact.similarity, artifact.coefficient, artifact.size
-    again = report.run(projection_policy(*tables, 2), 3)
+    again = report.run(projection_rerouter(*tables, 2), 3)
     assert found.uniform[2].kl == pytest.approx(again.divergence, rel=1e-2)
     assert found.uniform.keys() == set(range(1, 8))
 

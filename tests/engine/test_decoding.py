@@ -10,8 +10,8 @@ from vllm import LLM, SamplingParams
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting
 from sere_dist.evaluation.lockstep import Policy, decode_logits, unchanged
-from sere_dist.evaluation.rerouters import projection_policy, similarity_policy
-from sere_dist.evaluation.tuning import policy_of
+from sere_dist.evaluation.rerouters import paper_rerouter, projection_rerouter
+from sere_dist.evaluation.tuning import rerouter_of
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import MoeShape
 from tests.conftest import MODEL, recommend, small_artifact
@@ -94,10 +94,10 @@ def largest_error(model, policy: Policy, ids_BL: torch.Tensor, found: list[list[
 def test_lockstep_equals_decoding_in_vllm(model, artifact, served):
     name, ids_BL, found = served
     policies = {
-        "sere": similarity_policy(artifact.similarity, KEEP),
-        "projection": projection_policy(artifact.similarity, artifact.coefficient, artifact.size, KEEP),
+        "sere": paper_rerouter(artifact.similarity, KEEP),
+        "projection": projection_rerouter(artifact.similarity, artifact.coefficient, artifact.size, KEEP),
     }
-    policies |= {f"recommended: {kind}": policy_of(artifact, kind, settings(kind)) for kind in list(policies)}
+    policies |= {f"recommended: {kind}": rerouter_of(artifact, kind, settings(kind)) for kind in list(policies)}
     errors = {other: largest_error(model, policy, ids_BL, found) for other, policy in policies.items()}
     assert errors.pop(name) < TOLERANCE
     # The same check without re-routing, with another policy, and with half of the batch, fails by far.

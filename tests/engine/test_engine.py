@@ -75,7 +75,7 @@ def fresh(llm):
         "min_rows": 1,
         "max_rows": None,
     }
-    llm.collective_rpc("sere_policy", kwargs=as_started)
+    llm.collective_rpc("sere_settings", kwargs=as_started)
     llm.collective_rpc("sere_counters", kwargs={"reset": True})
     return llm
 
@@ -87,16 +87,16 @@ def counters(llm: LLM) -> list[dict[str, int]]:
 
 
 def test_keeping_all_experts_gives_the_stock_engines_tokens(fresh, prompts, stock_tokens):
-    fresh.collective_rpc("sere_policy", kwargs={"select_top_k": TOP_K})
+    fresh.collective_rpc("sere_settings", kwargs={"select_top_k": TOP_K})
     assert greedy(fresh, prompts) == stock_tokens
     assert all(layer["rerouted_slots"] == 0 and layer["rows"] > 0 for layer in counters(fresh))
 
 
 def test_switched_off_gives_the_stock_engines_tokens(fresh, prompts, stock_tokens):
     rerouted_tokens = greedy(fresh, prompts)
-    fresh.collective_rpc("sere_policy", kwargs={"enabled": False})
+    fresh.collective_rpc("sere_settings", kwargs={"enabled": False})
     assert greedy(fresh, prompts) == stock_tokens
-    fresh.collective_rpc("sere_policy", kwargs={"enabled": True})
+    fresh.collective_rpc("sere_settings", kwargs={"enabled": True})
     assert greedy(fresh, prompts) == rerouted_tokens
     assert rerouted_tokens != stock_tokens
 
@@ -111,13 +111,13 @@ def test_the_effect_is_counted_in_every_layer(fresh, prompts):
 
 
 def test_a_threshold_keeps_critical_experts(fresh, prompts, stock_tokens):
-    fresh.collective_rpc("sere_policy", kwargs={"threshold": 1.0})
+    fresh.collective_rpc("sere_settings", kwargs={"threshold": 1.0})
     assert greedy(fresh, prompts) == stock_tokens
     assert all(layer["critical_slots"] > 0 == layer["rerouted_slots"] for layer in counters(fresh))
 
 
 def test_policies_out_of_range_change_nothing(fresh):
-    before = fresh.collective_rpc("sere_policy")
+    before = fresh.collective_rpc("sere_settings")
     for change in (
         {"select_top_k": 0},
         {"select_top_k": TOP_K + 1},
@@ -126,16 +126,16 @@ def test_policies_out_of_range_change_nothing(fresh):
         {"max_rows": -1},
     ):
         with pytest.raises(Exception, match=next(iter(change))):
-            fresh.collective_rpc("sere_policy", kwargs=change)
-        assert fresh.collective_rpc("sere_policy") == before
+            fresh.collective_rpc("sere_settings", kwargs=change)
+        assert fresh.collective_rpc("sere_settings") == before
 
 
 @pytest.mark.parametrize("gate", [{"min_rows": BATCH + 1}, {"max_rows": BATCH - 1}])
 def test_steps_outside_the_gates_are_left_alone(fresh, prompts, stock_tokens, gate):
-    fresh.collective_rpc("sere_policy", kwargs=gate)
+    fresh.collective_rpc("sere_settings", kwargs=gate)
     assert greedy(fresh, prompts) == stock_tokens
     assert all(layer["rerouted_slots"] == 0 < layer["rows"] for layer in counters(fresh))
-    fresh.collective_rpc("sere_policy", kwargs={"min_rows": BATCH, "max_rows": BATCH})
+    fresh.collective_rpc("sere_settings", kwargs={"min_rows": BATCH, "max_rows": BATCH})
     assert greedy(fresh, prompts) != stock_tokens
 
 
@@ -200,7 +200,7 @@ def test_prefill_rows_of_a_mixed_step_are_not_rerouted(fresh, prompts):
 
 
 def test_prefill_can_be_rerouted_too(fresh, prompts):
-    fresh.collective_rpc("sere_policy", kwargs={"rows": "all"})
+    fresh.collective_rpc("sere_settings", kwargs={"rows": "all"})
     greedy(fresh, prompts)
     assert all(layer["rows"] == BATCH * (PROMPT + NEW - 1) for layer in counters(fresh))
 
@@ -209,7 +209,7 @@ def test_a_restart_follows_the_policy(llm, eager, artifact_path, prompts, stock_
     """Compiled: the graph comes from the cache of the first start, and must not have the policy baked in."""
     again = start(eager, artifact=str(artifact_path), select_top_k=2)
     rerouted_tokens = greedy(again, prompts)
-    again.collective_rpc("sere_policy", kwargs={"select_top_k": TOP_K})
+    again.collective_rpc("sere_settings", kwargs={"select_top_k": TOP_K})
     kept_tokens = greedy(again, prompts)
     again.llm_engine.engine_core.shutdown()
     assert kept_tokens == stock_tokens != rerouted_tokens

@@ -14,9 +14,9 @@ from lm_eval.tasks import TaskManager
 
 from examples import demo
 from examples.demo import ROOT
-from sere_dist.admin import AdminError, policy
+from sere_dist.admin import AdminError, request_settings
 from sere_dist.config import ADMIN_TOKEN
-from sere_dist.evaluation.accuracy import check, compare, leaf_tasks, left_as_found, off_and_on, open_suite
+from sere_dist.evaluation.accuracy import check, compare, evaluate_off_and_on, leaf_tasks, open_suite, restore_settings
 from sere_dist.testing.local_cluster import free_ports
 
 TASKS = ROOT / "examples" / "tiny_moe" / "tasks"
@@ -34,8 +34,8 @@ def url(cluster, artifact_path):
 def enabled(cluster, url, monkeypatch):
     """Says whether re-routing is on."""
     monkeypatch.setenv(ADMIN_TOKEN, cluster.environment[ADMIN_TOKEN])
-    with left_as_found(url):
-        yield lambda: policy(url)["policy"]["enabled"]
+    with restore_settings(url):
+        yield lambda: request_settings(url)["settings"]["enabled"]
 
 
 def accuracy(cluster, url: str, *options: str) -> subprocess.CompletedProcess:
@@ -58,7 +58,7 @@ def test_off_and_on(cluster, url, enabled, tmp_path):
     assert "8 requests at once, S = 2" in done.stdout and "other answers" in done.stdout
     assert json.loads(results.read_text()) == json.loads(done.stdout.splitlines()[-1])
     report = json.loads(results.read_text())["tiny_moe_heldout"]
-    assert report["policy"]["enabled"] and report["policy"]["rows"] == "decode" and report["concurrency"] == 8
+    assert report["settings"]["enabled"] and report["settings"]["rows"] == "decode" and report["concurrency"] == 8
     assert [report["runs"][way]["requests"] for way in ("off", "on")] == [32, 32]
     assert [row["metric"] for row in report["scores"]] == ["next_word", "right_words"]
     for row in report["scores"]:
@@ -81,21 +81,21 @@ def test_the_first_token_is_not_rerouted(cluster, url, enabled):
 
 
 def test_the_policy_is_put_back_after_a_failure(cluster, url, enabled):
-    policy(url, {"enabled": False})
+    request_settings(url, {"enabled": False})
     done = accuracy(cluster, url, "--limit", "2", "--concurrency", "1", "--gen-kwargs", '{"max_gen_toks": 9999}')
     assert done.returncode == 1 and not done.stdout
     assert "max_model_len=512" in done.stderr and "error: 400" in done.stderr  # the server's words, and ours
     assert not enabled()
-    policy(url, {"enabled": True})
+    request_settings(url, {"enabled": True})
     seen = []
     with pytest.raises(ZeroDivisionError):
-        off_and_on(url, lambda: seen.append(enabled()) or 1 / 0)
+        evaluate_off_and_on(url, lambda: seen.append(enabled()) or 1 / 0)
     assert seen == [False] and enabled()
 
 
 def test_another_policy_meanwhile(url, enabled):
     with pytest.raises(AdminError, match="changed by someone else"):
-        off_and_on(url, lambda: policy(url, {"threshold": 0.0}) and {})
+        evaluate_off_and_on(url, lambda: request_settings(url, {"threshold": 0.0}) and {})
     assert enabled()
 
 

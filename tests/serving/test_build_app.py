@@ -75,7 +75,7 @@ def test_application_files_build(path, built):
     deployments = built[path.name]
     server = next(options for name, options in deployments.items() if name.startswith("LLMServer:"))
     tensor, data = args.get("tensor_parallel_size", 1), args.get("data_parallel_size", 1)
-    assert set(deployments) == {"SerePolicy", "SereIngress", *(name for name in deployments if ":" in name)}
+    assert set(deployments) == {"SereSettings", "SereIngress", *(name for name in deployments if ":" in name)}
     assert server["num_replicas"] == args["num_replicas"] * data
     on_gpus = [bundle.get("GPU", 0) for bundle in server["placement_group_bundles"]]
     assert on_gpus == [1 if "accelerator_type" in args else 0] * tensor

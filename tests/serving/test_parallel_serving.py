@@ -8,7 +8,7 @@ import pytest
 
 from examples import demo
 from examples.tiny_moe.data import example_texts
-from sere_dist.admin import policy
+from sere_dist.admin import request_settings
 from sere_dist.config import ADMIN_TOKEN, API_KEY
 from sere_dist.testing.local_cluster import free_ports
 from tests.soak.survival import processes
@@ -46,7 +46,7 @@ def test_every_rank_answers_and_reroutes(cluster, url, monkeypatch):
     """Over HTTP; the counters are what Prometheus reads."""
     prompts = example_texts("heldout.parquet", 24, 16).tolist()
     monkeypatch.setenv(ADMIN_TOKEN, cluster.environment[ADMIN_TOKEN])
-    changed = policy(url, {"select_top_k": 3})
+    changed = request_settings(url, {"select_top_k": 3})
     assert changed["pending"] == []
     with openai.OpenAI(base_url=url, api_key="new-key") as client, ThreadPoolExecutor(len(prompts)) as pool:
 

@@ -12,7 +12,7 @@ import pytest
 
 from examples import demo
 from examples.tiny_moe.data import example_texts
-from sere_dist.admin import AdminError, policy
+from sere_dist.admin import AdminError, request_settings
 from sere_dist.config import ADMIN_TOKEN, CHANGEABLE
 from sere_dist.testing.local_cluster import free_ports
 from tests.conftest import MODEL
@@ -83,9 +83,9 @@ def test_requests_over_the_models_limits(client):
 def admin(cluster, url, monkeypatch):
     """Reads and changes the policy over HTTP; leaves it as the application started."""
     monkeypatch.setenv(ADMIN_TOKEN, cluster.environment[ADMIN_TOKEN])
-    as_started = policy(url)["policy"]
-    yield lambda **changes: policy(url, changes or None)
-    policy(url, {name: as_started[name] for name in CHANGEABLE})
+    as_started = request_settings(url)["settings"]
+    yield lambda **changes: request_settings(url, changes or None)
+    request_settings(url, {name: as_started[name] for name in CHANGEABLE})
 
 
 @pytest.fixture(scope="module")
@@ -130,25 +130,27 @@ def test_policies_out_of_range_change_nothing(admin):
 def test_the_admin_route_needs_its_token(url, monkeypatch):
     monkeypatch.setenv(ADMIN_TOKEN, "another")
     with pytest.raises(AdminError, match="answered 401: Incorrect or missing admin token"):
-        policy(url)
+        request_settings(url)
     monkeypatch.delenv(ADMIN_TOKEN)
     with pytest.raises(AdminError, match=f"set {ADMIN_TOKEN} or {ADMIN_TOKEN}_FILE"):
-        policy(url)
+        request_settings(url)
 
 
 def test_the_policy_from_a_terminal(cluster, url, admin):
     def run(*command: str) -> subprocess.CompletedProcess:
-        return cluster.run(["sere-dist", "policy", *command, "--url", url], capture_output=True, text=True)
+        return cluster.run(["sere-dist", "settings", *command, "--url", url], capture_output=True, text=True)
 
     changed = run("set", "select_top_k=3", "enabled=off", "max_rows=64")
     assert changed.returncode == 0 and "1 of 1 replicas run it" in changed.stdout
-    assert [admin()["policy"][name] for name in ("select_top_k", "enabled", "max_rows")] == [3, False, 64]
+    assert [admin()["settings"][name] for name in ("select_top_k", "enabled", "max_rows")] == [3, False, 64]
     assert run("get").stdout == changed.stdout
     refused = run("set", "select_top_k=99")
     assert refused.returncode == 1 and "select_top_k (99) must be between" in refused.stderr
     assert "Traceback" not in run("set", "select_top_k").stderr
-    nobody = cluster.run(["sere-dist", "policy", "get", "--url", "http://127.0.0.1:9"], capture_output=True, text=True)
-    assert nobody.returncode == 1 and "error: no answer from http://127.0.0.1:9/sere/policy" in nobody.stderr
+    nobody = cluster.run(
+        ["sere-dist", "settings", "get", "--url", "http://127.0.0.1:9"], capture_output=True, text=True
+    )
+    assert nobody.returncode == 1 and "error: no answer from http://127.0.0.1:9/sere/settings" in nobody.stderr
 
 
 def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
@@ -178,7 +180,7 @@ def test_a_replica_and_a_keeper_that_start_again_run_the_same(cluster, admin, cl
     options = {"model": demo.MODEL_ID, "max_tokens": 480, "extra_body": {"ignore_eos": True}}
     stream = client.completions.create(prompt="In the beginning", stream=True, **options)
     assert next(stream).choices
-    for title in (REPLICA, "ray::ServeReplica:sere:SerePolicy"):
+    for title in (REPLICA, "ray::ServeReplica:sere:SereSettings"):
         for process in processes(cluster, title):
             process.kill()
         if title == REPLICA:
@@ -188,7 +190,7 @@ def test_a_replica_and_a_keeper_that_start_again_run_the_same(cluster, admin, cl
         def is_back(title=title) -> bool:
             state = admin()
             is_new = title != REPLICA or killed not in state["replicas"]
-            return state["policy"]["select_top_k"] == 3 and len(state["replicas"]) == 1 and is_new
+            return state["settings"]["select_top_k"] == 3 and len(state["replicas"]) == 1 and is_new
 
         eventually(is_back, seconds=180)
     eventually(lambda: greedy(client, prompts) == expected, seconds=60)

@@ -96,7 +96,7 @@ def fuzz(cluster: LocalCluster, command: list, document: str, url: str, key: str
     """Returns what schemathesis asked, by this command with options, and the answers, as a HAR file has them."""
     settings, har, log = (cluster.folder / name for name in ("schemathesis.toml", "fuzz.har", "fuzz.log"))
     settings.write_text(
-        f'headers = {{ Authorization = "Bearer {key}" }}\n[[operations]]\ninclude-path = "/sere/policy"\n'
+        f'headers = {{ Authorization = "Bearer {key}" }}\n[[operations]]\ninclude-path = "/sere/settings"\n'
         f'headers = {{ Authorization = "Bearer {cluster.environment[ADMIN_TOKEN]}" }}\n'
     )
     st, *options = command
@@ -166,7 +166,7 @@ def tracebacks(entries: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             yield {"route": route(entry), "status": status, "request": asked, "answer": answer}
 
 
-def policy_at_random() -> dict[str, Any]:
+def rerouter_at_random() -> dict[str, Any]:
     fewest = random.randrange(5)
     return {
         "enabled": random.random() < 0.8,
@@ -210,9 +210,9 @@ async def load(cluster: LocalCluster, url: str, key: str, seconds: int) -> dict[
 
     async def change() -> None:
         while time.monotonic() < end:
-            changes = policy_at_random()
+            changes = rerouter_at_random()
             try:
-                answer = await admin.patch(f"{url}/sere/policy", json=changes)
+                answer = await admin.patch(f"{url}/sere/settings", json=changes)
                 if answer.status_code != 200:
                     wrong.append(f"{changes}: {answer.status_code} {answer.text}")
             except httpx.HTTPError as error:
@@ -258,7 +258,7 @@ def growth(memory: list[dict[str, float]]) -> dict[str, dict[str, float]]:
 def greedy_without_rerouting(cluster: LocalCluster, url: str, key: str) -> list[list[int]]:
     time.sleep(SETTLE_SECONDS)
     headers = {"Authorization": f"Bearer {cluster.environment[ADMIN_TOKEN]}"}
-    httpx.patch(f"{url}/sere/policy", headers=headers, json={"enabled": False}, timeout=60).raise_for_status()
+    httpx.patch(f"{url}/sere/settings", headers=headers, json={"enabled": False}, timeout=60).raise_for_status()
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
     answers = [client.completions.create(model=MODEL_ID, prompt=prompt, **GREEDY) for prompt in PROMPTS]
     return [answer.choices[0].token_ids for answer in answers]

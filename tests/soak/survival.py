@@ -32,7 +32,7 @@ from rich.table import Table
 
 from benchmarks.common import spread
 from examples.demo import MODEL_ID, ROOT, calibrate, served
-from sere_dist.admin import POLICY_PATH
+from sere_dist.admin import SETTINGS_PATH
 from sere_dist.config import ADMIN_TOKEN
 from sere_dist.console import tables
 from sere_dist.provenance import keep, machine, rounded, versions
@@ -143,7 +143,7 @@ class Load:
             changes = {"enabled": random.random() < 0.8, "select_top_k": random.randint(1, 8)}
             at = self.now
             try:
-                answer = await self.admin.patch(f"{self.url}{POLICY_PATH}", json=changes)
+                answer = await self.admin.patch(f"{self.url}{SETTINGS_PATH}", json=changes)
                 outcome = {200: "confirmed", 202: "pending"}.get(answer.status_code)
                 error = answer.text
             except httpx.HTTPError as caught:
@@ -219,7 +219,7 @@ def deploy_with(cluster: LocalCluster, **rerouting: Any) -> None:
 
 def greedy_without_rerouting(cluster: LocalCluster, url: str) -> list[list[int]]:
     headers = {"Authorization": f"Bearer {cluster.environment[ADMIN_TOKEN]}"}
-    httpx.patch(f"{url}{POLICY_PATH}", headers=headers, json={"enabled": False}, timeout=60).raise_for_status()
+    httpx.patch(f"{url}{SETTINGS_PATH}", headers=headers, json={"enabled": False}, timeout=60).raise_for_status()
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
     answers = [client.completions.create(model=MODEL_ID, prompt=prompt, **GREEDY) for prompt in PROMPTS]
     return [answer.choices[0].token_ids for answer in answers]

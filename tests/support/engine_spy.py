@@ -88,12 +88,12 @@ def _attach_anew(worker, backend_class) -> None:
     from sere_dist.moe import MoeShape
 
     shape = MoeShape.from_config(worker.vllm_config.model_config.hf_config)
-    artifact = load_artifact(worker.sere_settings.artifact, shape, "")
-    worker.sere_backend = backend_class(artifact, worker.sere_rows, worker.sere_settings, worker.sere_owners)
+    artifact = load_artifact(worker.sere_config.artifact, shape, "")
+    worker.sere_backend = backend_class(artifact, worker.sere_rows, worker.sere_config, worker.sere_owners)
     worker.sere_layers = {
         layer: worker.sere_backend.attach(runner.router, layer) for layer, runner in worker.sere_runners.items()
     }
-    worker.sere_backend.set_policy(artifact.settings_by_layer(worker.sere_settings))
+    worker.sere_backend.set_policy(artifact.settings_by_layer(worker.sere_config))
 
 
 def forget_a_layer(worker) -> None:

@@ -67,7 +67,7 @@ def main() -> None:
             if name in changes:
                 llm.collective_rpc(getattr(engine_spy, name), args=tuple(changes.pop(name)))
         if changes:
-            llm.collective_rpc("sere_policy", kwargs=changes)
+            llm.collective_rpc("sere_settings", kwargs=changes)
         if reroutes:
             llm.collective_rpc("sere_counters", kwargs={"reset": True})
         parameters = [SamplingParams(temperature=0, max_tokens=lengths[i], ignore_eos=True) for i in chosen]

@@ -54,11 +54,11 @@ def test_what_differs_from_layer_to_layer_is_not_shown_as_one_number(monkeypatch
     ours.update([], ReroutingConfig(artifact="a", policy="recommended", min_rows=3).model_dump(mode="json"))
     assert seen == {"sere_enabled": 1, "sere_min_rows": 3, "sere_info": 1}
     ours.update([], ReroutingConfig(artifact="a", select_top_k=3).model_dump(mode="json"))
-    assert seen.keys() == {f"sere_{name}" for name in (*metrics.POLICY, "info")} and seen["sere_select_top_k"] == 3
+    assert seen.keys() == {f"sere_{name}" for name in (*metrics.SETTINGS, "info")} and seen["sere_select_top_k"] == 3
 
 
 def test_every_metric_of_ours_is_shown_and_no_other(exported):
-    assert len(exported) == len(metrics.DESCRIPTIONS) + len(metrics.POLICY) + 1
+    assert len(exported) == len(metrics.DESCRIPTIONS) + len(metrics.SETTINGS) + 1
     assert named("ray_sere_") == exported.keys()
 
 

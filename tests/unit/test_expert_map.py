@@ -66,10 +66,10 @@ def parallel(**changes) -> SimpleNamespace:
 
 def test_domains_are_ranks_or_nodes(group):
     runners = {3: runner(), 5: runner()}
-    by_rank = expert_map.Owners(runners, 6, "rank", parallel(), "cpu")
+    by_rank = expert_map.ExpertMap(runners, 6, "rank", parallel(), "cpu")
     assert by_rank.domain[5].tolist() == by_rank.rank[5].tolist() == [0, 0, 1, 1, 2, 2]
     assert by_rank.home is None, "under tensor parallelism every rank has all tokens"
-    by_node = expert_map.Owners(runners, 6, "node", parallel(data_parallel_size=3), "cpu")
+    by_node = expert_map.ExpertMap(runners, 6, "node", parallel(data_parallel_size=3), "cpu")
     assert by_node.rank[3].tolist() == [0, 0, 1, 1, 2, 2]
     assert by_node.domain[3].tolist() == [0, 0, 0, 0, 2, 2]
     assert by_node.home == 0, "the node of rank 1"
@@ -77,7 +77,7 @@ def test_domains_are_ranks_or_nodes(group):
 
 def test_eplb_moves_experts_in_place(group):
     layer = runner(maps(PLACED)[0])
-    moving = expert_map.Owners({0: layer}, 4, "node", parallel(enable_eplb=True), "cpu")
+    moving = expert_map.ExpertMap({0: layer}, 4, "node", parallel(enable_eplb=True), "cpu")
     seen = moving.rank[0], moving.domain[0]  # what a captured graph holds on to
     assert [table.tolist() for table in seen] == [[0, 0, 1, 1], [0, 0, 0, 0]]
     layer.router.eplb_state.logical_to_physical_map = maps(MOVED)[0]

@@ -11,22 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_dist.config import ADMIN_TOKEN, API_KEY, CHANGEABLE
-from serve_apps.ingress import ENDPOINTS, POLICY_PATH, Guard, SereIngress
-from serve_apps.settings import PolicyKeeper
+from serve_apps.ingress import ENDPOINTS, SETTINGS_PATH, Guard, SereIngress
+from serve_apps.settings import SettingsKeeper
 
 TOP_K = 8
 ADMIN = {"Authorization": "Bearer let-me-in"}
 
 
-def near(keeper: PolicyKeeper) -> SimpleNamespace:
+def near(keeper: SettingsKeeper) -> SimpleNamespace:
     """A keeper that is called as a deployment's handle is; it has no replica to wait for."""
     return SimpleNamespace(**{name: SimpleNamespace(remote=getattr(keeper, name)) for name in ("state", "change")})
 
 
-def client(keeper: PolicyKeeper | None = None, **options) -> TestClient:
+def client(keeper: SettingsKeeper | None = None, **options) -> TestClient:
     ingress = SereIngress({}, {}, keeper=near(keeper) if keeper else None, **options)
     app = FastAPI()
-    for name in ("get_policy", "change_policy"):
+    for name in ("get_settings", "change_settings"):
         ENDPOINTS[name](app)(getattr(ingress, name))
 
     @app.get("/v1/models")
@@ -46,8 +46,8 @@ def client(keeper: PolicyKeeper | None = None, **options) -> TestClient:
 
 
 @pytest.fixture
-def keeper() -> PolicyKeeper:
-    return PolicyKeeper({"artifact": "an/artifact", "select_top_k": 2}, TOP_K)
+def keeper() -> SettingsKeeper:
+    return SettingsKeeper({"artifact": "an/artifact", "select_top_k": 2}, TOP_K)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def admin(monkeypatch, keeper) -> TestClient:
 
 
 def test_without_a_token_the_admin_route_is_closed(keeper):
-    answers = [client(keeper).get(POLICY_PATH), client(keeper).patch(POLICY_PATH, json={"enabled": False})]
+    answers = [client(keeper).get(SETTINGS_PATH), client(keeper).patch(SETTINGS_PATH, json={"enabled": False})]
     assert [answer.status_code for answer in answers] == [403, 403]
     assert f"the server has no {ADMIN_TOKEN}" in answers[0].json()["error"]["message"]
     assert keeper.revision == 0
@@ -69,7 +69,7 @@ def test_without_a_token_the_admin_route_is_closed(keeper):
 def test_the_admin_route_needs_the_token(admin, keeper, header):
     admin.headers.pop("Authorization")
     headers = {} if header is None else {"Authorization": header}
-    assert admin.patch(POLICY_PATH, json={"enabled": False}, headers=headers).status_code == 401
+    assert admin.patch(SETTINGS_PATH, json={"enabled": False}, headers=headers).status_code == 401
     assert keeper.revision == 0
 
 
@@ -77,7 +77,7 @@ def test_a_token_in_a_file_and_its_successor(tmp_path, monkeypatch, keeper):
     (tmp_path / "token").write_text("old\nlet-me-in\n")
     monkeypatch.setenv(f"{ADMIN_TOKEN}_FILE", str(tmp_path / "token"))
     for token in ("old", "let-me-in"):
-        assert client(keeper).get(POLICY_PATH, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        assert client(keeper).get(SETTINGS_PATH, headers={"Authorization": f"Bearer {token}"}).status_code == 200
     monkeypatch.setenv(ADMIN_TOKEN, "another")
     with pytest.raises(ValueError, match="are both set: unset one"):
         client(keeper)
@@ -114,7 +114,7 @@ def test_the_admin_route_needs_no_key(admin, monkeypatch, keeper):
     for prefix in ("", "/moe"):
         prefixed = client(keeper)
         prefixed.app.root_path = prefix
-        assert prefixed.get(prefix + POLICY_PATH, headers=ADMIN).status_code == 200
+        assert prefixed.get(prefix + SETTINGS_PATH, headers=ADMIN).status_code == 200
         assert prefixed.get(prefix + "/v1/models", headers=ADMIN).status_code == 401
 
 
@@ -127,14 +127,14 @@ def test_no_traceback_leaves(admin, path):
 
 def test_a_model_that_is_not_rerouted_has_no_policy(monkeypatch):
     monkeypatch.setenv(ADMIN_TOKEN, "let-me-in")
-    assert client().get(POLICY_PATH, headers=ADMIN).status_code == 404
+    assert client().get(SETTINGS_PATH, headers=ADMIN).status_code == 404
 
 
 def test_reads_and_changes(admin):
-    assert admin.get(POLICY_PATH).json()["policy"]["select_top_k"] == 2
-    changed = admin.patch(POLICY_PATH, json={"select_top_k": 3, "max_rows": None})
-    assert changed.status_code == 200 and changed.json()["policy"]["select_top_k"] == 3
-    assert admin.get(POLICY_PATH).json() == changed.json()
+    assert admin.get(SETTINGS_PATH).json()["settings"]["select_top_k"] == 2
+    changed = admin.patch(SETTINGS_PATH, json={"select_top_k": 3, "max_rows": None})
+    assert changed.status_code == 200 and changed.json()["settings"]["select_top_k"] == 3
+    assert admin.get(SETTINGS_PATH).json() == changed.json()
 
 
 json_values = st.recursive(
@@ -156,16 +156,16 @@ def test_whatever_is_sent_is_refused_or_valid(body):
     """Every body is answered 200 or 400, and what is in force stays within the settings' range."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(ADMIN_TOKEN, "let-me-in")
-        keeper = PolicyKeeper({"artifact": "an/artifact", "select_top_k": 2}, TOP_K)
+        keeper = SettingsKeeper({"artifact": "an/artifact", "select_top_k": 2}, TOP_K)
         admin = client(keeper)
-    before = admin.get(POLICY_PATH, headers=ADMIN).json()
-    answer = admin.patch(POLICY_PATH, content=body, headers=ADMIN)
-    after = admin.get(POLICY_PATH, headers=ADMIN).json()
+    before = admin.get(SETTINGS_PATH, headers=ADMIN).json()
+    answer = admin.patch(SETTINGS_PATH, content=body, headers=ADMIN)
+    after = admin.get(SETTINGS_PATH, headers=ADMIN).json()
     assert answer.status_code in (200, 400)
     if answer.status_code == 400:
         assert answer.json()["error"]["message"] and after == before
     else:
-        policy = after["policy"]
+        policy = after["settings"]
         assert 1 <= policy["select_top_k"] <= TOP_K and 0 <= policy["threshold"] <= 1
         assert 2**31 > (policy["max_rows"] or 0) >= 0 <= policy["min_rows"] < 2**31
         assert policy["max_rows"] is None or policy["max_rows"] >= policy["min_rows"]

@@ -16,7 +16,7 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import HealthCheck, given, settings
 
 from sere_dist.kernels import reroute as kernel
-from sere_dist.method.rerouting import COUNTERS, LARGEST_VOTE
+from sere_dist.method.rerouting import ALWAYS_PRIMARY, COUNTERS
 from sere_dist.testing.random_steps import CHOICES, RandomStep, assert_equal, random_steps
 from tests.support.host_kernels import compile_on_host
 
@@ -187,7 +187,7 @@ def test_a_rank_that_does_not_act_unites_all_the_same(on_host, changes):
 
     def unite(votes_E: torch.Tensor) -> None:
         calls.append(votes_E.clone())
-        votes_E.fill_(LARGEST_VOTE)
+        votes_E.fill_(ALWAYS_PRIMARY)
 
     layer.reroute(weights_TK, ids_TK, step.valid_T, unite=unite)
     assert len(calls) == 1 and calls[0].dtype == torch.int64

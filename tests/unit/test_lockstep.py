@@ -8,12 +8,12 @@ from transformers import DynamicCache
 from sere_dist.artifact.folder import Artifact
 from sere_dist.evaluation.lockstep import Policy, active_by_step, decode_logits, lockstep, unchanged
 from sere_dist.evaluation.rerouters import (
-    dropping_policy,
-    oea_policy,
-    projection_policy,
-    similarity_policy,
-    top_k_policy,
-    xshare_policy,
+    dropping_rerouter,
+    oea_rerouter,
+    paper_rerouter,
+    projection_rerouter,
+    top_k_rerouter,
+    xshare_rerouter,
 )
 from sere_dist.evaluation.traffic import Layout
 from sere_dist.method.placement import linear_ranks
@@ -69,13 +69,13 @@ def stepwise_loss(model, ids_BL: torch.Tensor, policy: Policy) -> tuple[float, f
 
 POLICIES = {
     "off": lambda *_: unchanged,
-    "paper, S = 1": lambda similarity, *_: similarity_policy(similarity, 1),
-    "paper, S = 2": lambda similarity, *_: similarity_policy(similarity, 2),
-    "dropping": lambda *_: dropping_policy(EXPERTS, 2),
-    "top-k": lambda *_: top_k_policy(2, renormalise=True),
-    "OEA": lambda *_: oea_policy(2),
-    "XShare": lambda *_: xshare_policy(12, warm_up=1),
-    "projection": lambda *matrices: projection_policy(*matrices, 2, traffic_price=0.01, layout=LAYOUT),
+    "paper, S = 1": lambda similarity, *_: paper_rerouter(similarity, 1),
+    "paper, S = 2": lambda similarity, *_: paper_rerouter(similarity, 2),
+    "dropping": lambda *_: dropping_rerouter(EXPERTS, 2),
+    "top-k": lambda *_: top_k_rerouter(2, renormalise=True),
+    "OEA": lambda *_: oea_rerouter(2),
+    "XShare": lambda *_: xshare_rerouter(12, warm_up=1),
+    "projection": lambda *matrices: projection_rerouter(*matrices, 2, traffic_price=0.01, layout=LAYOUT),
 }
 
 
@@ -94,8 +94,8 @@ def test_divergence(model, texts, similarity):
     run = partial(lockstep, model, texts, prompt_length=PROMPT)
     reference = decode_logits(model, texts, prompt_length=PROMPT)
     off = run(reference_BDV=reference)
-    kept_all = run(reference_BDV=reference, policy=similarity_policy(similarity, 8))
-    on = run(reference_BDV=reference, policy=similarity_policy(similarity, 2))
+    kept_all = run(reference_BDV=reference, policy=paper_rerouter(similarity, 8))
+    on = run(reference_BDV=reference, policy=paper_rerouter(similarity, 2))
     assert off == kept_all
     assert off.divergences == (0.0,) * 8
     assert off.agreement == 1
@@ -104,7 +104,7 @@ def test_divergence(model, texts, similarity):
     assert on.active_experts < 0.7 * off.active_experts
 
     p_BDV = reference.softmax(dim=2)
-    logits = decode_logits(model, texts, prompt_length=PROMPT, policy=similarity_policy(similarity, 2))
+    logits = decode_logits(model, texts, prompt_length=PROMPT, policy=paper_rerouter(similarity, 2))
     by_hand = (p_BDV * (p_BDV.log() - logits.softmax(dim=2).log())).sum(dim=(1, 2))
     assert torch.allclose(torch.tensor(on.divergences), by_hand, rtol=1e-3)
     same_BD = logits.argmax(dim=2) == p_BDV.argmax(dim=2)
@@ -118,7 +118,7 @@ def test_where_quality_collapses_and_what_brings_it_back(model, texts, artifact_
     similarity = Artifact.load(artifact_path).similarity
 
     def divergence(batch: int, select_top_k: int, threshold: float = 0.0) -> float:
-        policy = similarity_policy(similarity, select_top_k, threshold)
+        policy = paper_rerouter(similarity, select_top_k, threshold)
         references = [decode_logits(model, ids, prompt_length=PROMPT) for ids in texts.split(batch)]
         results = [
             lockstep(model, ids, prompt_length=PROMPT, policy=policy, reference_BDV=reference)
@@ -149,8 +149,8 @@ def steps():
 
 
 def test_policies_do_to_each_step_what_the_functions_do(steps, similarity, projections):
-    _, moved = similarity_policy(similarity, 2, threshold=0.9)(3, *steps, None)
-    new_weights, new_ids = projection_policy(*projections, 2, traffic_price=0.1, layout=LAYOUT)(3, *steps, None)
+    _, moved = paper_rerouter(similarity, 2, threshold=0.9)(3, *steps, None)
+    new_weights, new_ids = projection_rerouter(*projections, 2, traffic_price=0.1, layout=LAYOUT)(3, *steps, None)
     matrices = [each[3] for each in projections]
     where = {"domain_E": LAYOUT.rank[3], "home_T": torch.arange(6)}
     for step, (weights, ids) in enumerate(zip(*steps, strict=True)):
@@ -163,7 +163,7 @@ def test_policies_do_to_each_step_what_the_functions_do(steps, similarity, proje
 @pytest.mark.parametrize("renormalise", [False, True])
 def test_dropping(steps, renormalise):
     weights, ids = steps
-    new_weights, new_ids = dropping_policy(EXPERTS, 2, renormalise=renormalise)(0, weights, ids, None)
+    new_weights, new_ids = dropping_rerouter(EXPERTS, 2, renormalise=renormalise)(0, weights, ids, None)
     for step in range(len(ids)):
         primary = set(ids[step].gather(1, weights[step].topk(2).indices).flatten().tolist())
         expected = torch.tensor([[expert if expert in primary else -1 for expert in row] for row in ids[step].tolist()])

@@ -7,7 +7,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sere_dist.evaluation.lockstep import Routed, decode_logits
-from sere_dist.evaluation.rerouters import Policy, oea_policy, of_each_rank, of_layers, top_k_policy, xshare_policy
+from sere_dist.evaluation.rerouters import (
+    Policy,
+    oea_rerouter,
+    of_each_rank,
+    of_layers,
+    top_k_rerouter,
+    xshare_rerouter,
+)
 from sere_dist.moe import hooked_routing, router_scores
 from tests.engine.test_families import FAMILIES
 
@@ -71,9 +78,9 @@ def test_top_k(routing, keep):
     def step(weights, ids, _scores):
         return [[ids[b][slot] for slot in heaviest(weights[b], keep)] for b in range(BATCH)]
 
-    check(top_k_policy(keep, renormalise=True), step, routing)
+    check(top_k_rerouter(keep, renormalise=True), step, routing)
     weights, ids, _ = routing
-    new_weights, new_ids = top_k_policy(keep)(0, weights, ids, None)
+    new_weights, new_ids = top_k_rerouter(keep)(0, weights, ids, None)
     assert ((new_ids >= 0).sum(dim=2) == keep).all()
     assert new_weights[new_ids >= 0].equal(weights[new_ids >= 0])
     assert new_ids[new_ids >= 0].equal(ids[new_ids >= 0])
@@ -89,12 +96,12 @@ def test_oea(routing, keep):
             experts += by_score[: TOP_K - keep]
         return kept
 
-    check(oea_policy(keep), step, routing)
+    check(oea_rerouter(keep), step, routing)
 
 
 def test_oea_of_one_token_is_top_k(routing):
     weights, ids, scores = (tensor[:, :1] for tensor in routing)
-    ours, theirs = oea_policy(2)(0, weights, ids, scores), top_k_policy(2, renormalise=True)(0, weights, ids, None)
+    ours, theirs = oea_rerouter(2)(0, weights, ids, scores), top_k_rerouter(2, renormalise=True)(0, weights, ids, None)
     for slots in (ours, theirs):
         assert (slots[1] >= 0).sum() == 2 * STEPS
     assert ours[1].sort(dim=2).values.equal(theirs[1].sort(dim=2).values)
@@ -111,28 +118,28 @@ def test_xshare(routing, budget, warm_up):
         runs |= set(others[: max(0, budget - len(runs))])
         return [sorted(runs, key=lambda expert: (-scores[b][expert], expert))[:TOP_K] for b in range(BATCH)]
 
-    check(xshare_policy(budget, warm_up=warm_up), step, routing)
+    check(xshare_rerouter(budget, warm_up=warm_up), step, routing)
 
 
 def test_a_budget_of_all_experts_changes_nothing(routing):
     weights, ids, scores = routing
-    new_weights, _ = xshare_policy(EXPERTS)(0, weights, ids, scores)
+    new_weights, _ = xshare_rerouter(EXPERTS)(0, weights, ids, scores)
     assert torch.allclose(new_weights.sort(dim=2).values, weights.sort(dim=2).values)
 
 
 def test_each_rank_by_itself(routing):
     weights, ids, scores = routing
-    new_weights, new_ids = of_each_rank(oea_policy(1), 2)(0, weights, ids, scores)
+    new_weights, new_ids = of_each_rank(oea_rerouter(1), 2)(0, weights, ids, scores)
     for rank in range(2):
         rows = slice(rank, None, 2)
-        alone = oea_policy(1)(0, weights[:, rows], ids[:, rows], scores[:, rows])
+        alone = oea_rerouter(1)(0, weights[:, rows], ids[:, rows], scores[:, rows])
         assert new_weights[:, rows].equal(alone[0])
         assert new_ids[:, rows].equal(alone[1])
 
 
-@pytest.mark.parametrize("policy_of", [partial(oea_policy, 2), partial(xshare_policy, 5, warm_up=1)])
-def test_without_renormalising_chosen_experts_keep_their_weights(routing, policy_of):
-    renormalised, own = policy_of()(0, *routing), policy_of(renormalise=False)(0, *routing)
+@pytest.mark.parametrize("rerouter_of", [partial(oea_rerouter, 2), partial(xshare_rerouter, 5, warm_up=1)])
+def test_without_renormalising_chosen_experts_keep_their_weights(routing, rerouter_of):
+    renormalised, own = rerouter_of()(0, *routing), rerouter_of(renormalise=False)(0, *routing)
     assert own[1].equal(renormalised[1])
     router, new = by_token(routing[:2]), by_token(own)
     kept = [(token, expert) for token, experts in new.items() for expert in experts if expert in router[token]]
@@ -141,12 +148,12 @@ def test_without_renormalising_chosen_experts_keep_their_weights(routing, policy
 
 
 def test_layers_with_policies_of_their_own(routing):
-    policy = of_layers({1: top_k_policy(1), 2: top_k_policy(2)})
+    policy = of_layers({1: top_k_rerouter(1), 2: top_k_rerouter(2)})
     for layer, kept in ((0, TOP_K), (1, 1), (2, 2)):
         assert ((policy(layer, *routing)[1] >= 0).sum(dim=2) == kept).all()
 
 
-@pytest.mark.parametrize("policy", [oea_policy(1), xshare_policy(3)])
+@pytest.mark.parametrize("policy", [oea_rerouter(1), xshare_rerouter(3)])
 def test_a_router_that_cant_be_read(routing, policy):
     weights, ids, _ = routing
     with pytest.raises(ValueError, match="that of layer 3 can't be read"):
@@ -184,6 +191,6 @@ def test_scores_are_softmax_or_sigmoid_or_unknown():
 def test_a_model_whose_router_has_another_name(model, heldout_ids, monkeypatch):
     monkeypatch.setattr("sere_dist.moe.ROUTER_NAMES", ("elsewhere",))
     ids = heldout_ids[:2, :20]
-    assert decode_logits(model, ids, prompt_length=10, policy=top_k_policy(2)).shape[:2] == (2, 9)
+    assert decode_logits(model, ids, prompt_length=10, policy=top_k_rerouter(2)).shape[:2] == (2, 9)
     with pytest.raises(ValueError, match="that of layer 0 can't be read"):
-        decode_logits(model, ids, prompt_length=10, policy=oea_policy(2))
+        decode_logits(model, ids, prompt_length=10, policy=oea_rerouter(2))

@@ -6,17 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sere_dist.method.rerouting import (
+    ALWAYS_PRIMARY,
     COUNTERS,
-    LARGEST_VOTE,
-    VOTES_OF_ONE,
-    loss_votes,
+    FIXED_POINT_ONE,
+    losses_without_each_expert,
     primary_experts,
     primary_votes,
     remote_domains,
     reroute,
     reroute_projection,
     step_counts,
-    votes_that_suffice,
+    to_fixed_point,
 )
 
 
@@ -279,7 +279,7 @@ def test_ranks_that_unite_act_as_one(step, rows_of_first, expert_price, seed):
             masks = {"select_top_k": step["select_top_k"], "valid_T": step["valid"][rows]}
             tokens, priced = (step["weights"][rows], step["ids"][rows]), {"expert_price": price, "size_E": tables[1]}
             votes_E += primary_votes(*tokens, num_experts, **priced, **masks)
-        return votes_E >= votes_that_suffice(price)
+        return votes_E >= to_fixed_point(price)
 
     def rerouted(rows, unites):
         tokens, masks = (step["weights"][rows], step["ids"][rows]), {"valid_T": step["valid"][rows]}
@@ -299,7 +299,9 @@ def test_votes_by_hand():
     ids, size = torch.tensor([[0, 2, 3], [1, 2, -1], [3, 3, 3]]), torch.tensor([1.0, 1.0, 2.0, 4.0])
     valid = torch.tensor([True, True, False])
     losses = [1 / 4, 9 / 16, 2 / 16 + 2 / 4, 4 / 16]
-    assert loss_votes(weights, ids, size, valid[:, None]).tolist() == [round(loss * VOTES_OF_ONE) for loss in losses]
+    assert losses_without_each_expert(weights, ids, size, valid[:, None]).tolist() == [
+        round(loss * FIXED_POINT_ONE) for loss in losses
+    ]
 
     def primary(price, **settings):
         settings = {"select_top_k": 1, "expert_price": price, "size_E": size, "valid_T": valid} | settings
@@ -318,13 +320,13 @@ def test_sums_of_votes_are_exact():
     """Float32 would lose the small ones: 2^18 losses of 2^-24 beside one of 2^15."""
     weights = torch.cat([torch.full((2**18, 1), 2.0**-12), torch.full((1, 1), 2.0**7.5)]).float()
     ids = torch.zeros(len(weights), 1, dtype=torch.int32)
-    big = round(float(weights[-1, 0] * weights[-1, 0]) * VOTES_OF_ONE)
+    big = round(float(weights[-1, 0] * weights[-1, 0]) * FIXED_POINT_ONE)
     for order in (torch.arange(len(ids)), torch.arange(len(ids)).flip(0)):
-        votes = loss_votes(weights[order], ids, torch.ones(1), torch.ones(1, dtype=torch.bool))
+        votes = losses_without_each_expert(weights[order], ids, torch.ones(1), torch.ones(1, dtype=torch.bool))
         assert votes.tolist() == [2**18 + big]
     huge = torch.full((4096, 1), 1e30)
-    assert loss_votes(huge, ids[:4096], torch.ones(1), torch.ones(1, dtype=torch.bool)).tolist() == [
-        4096 * LARGEST_VOTE
+    assert losses_without_each_expert(huge, ids[:4096], torch.ones(1), torch.ones(1, dtype=torch.bool)).tolist() == [
+        4096 * ALWAYS_PRIMARY
     ]
 
 

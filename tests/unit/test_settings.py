@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from serve_apps.settings import Follower, PolicyKeeper
+from serve_apps.settings import Follower, SettingsKeeper
 
 TOP_K = 8
 SETTINGS = {"artifact": "an/artifact", "select_top_k": 2}
@@ -15,7 +15,7 @@ SETTINGS = {"artifact": "an/artifact", "select_top_k": 2}
 class Replica(Follower):
     """One whose workers remember what they were told."""
 
-    def __init__(self, name: str, keeper: PolicyKeeper, settings=SETTINGS):
+    def __init__(self, name: str, keeper: SettingsKeeper, settings=SETTINGS):
         super().__init__(name, settings, keeper.follow, self.tell_workers)
         self.told = []
 
@@ -29,7 +29,7 @@ class Replica(Follower):
 
 def test_a_change_waits_until_all_replicas_run_it():
     async def scenario():
-        keeper = PolicyKeeper(SETTINGS, TOP_K)
+        keeper = SettingsKeeper(SETTINGS, TOP_K)
         replicas = [Replica("a", keeper), Replica("b", keeper)]
         tasks = [asyncio.create_task(replica.forever()) for replica in replicas]
         await asyncio.sleep(0)
@@ -40,13 +40,13 @@ def test_a_change_waits_until_all_replicas_run_it():
 
     state, told = asyncio.run(scenario())
     assert told == [[{"select_top_k": 3}]] * 2
-    assert state["policy"]["select_top_k"] == 3 and state["revision"] > 0
+    assert state["settings"]["select_top_k"] == 3 and state["revision"] > 0
     assert (state["replicas"], state["pending"]) == (["a", "b"], [])
 
 
 def test_a_replica_that_does_not_answer_is_named():
     async def scenario():
-        keeper = PolicyKeeper(SETTINGS, TOP_K)
+        keeper = SettingsKeeper(SETTINGS, TOP_K)
         await Replica("a", keeper).once(wait_s=0)
         return await keeper.change({"enabled": False}, wait_s=0.05)
 
@@ -56,7 +56,7 @@ def test_a_replica_that_does_not_answer_is_named():
 
 def test_a_replica_that_is_gone_is_forgotten(monkeypatch):
     async def scenario():
-        keeper = PolicyKeeper(SETTINGS, TOP_K)
+        keeper = SettingsKeeper(SETTINGS, TOP_K)
         await Replica("a", keeper).once(wait_s=0)
         monkeypatch.setattr("serve_apps.settings.FORGET_SECONDS", -1)
         return await keeper.change({"enabled": False}, wait_s=5)
@@ -66,7 +66,7 @@ def test_a_replica_that_is_gone_is_forgotten(monkeypatch):
 
 def test_a_replica_that_starts_later_runs_the_same():
     async def scenario():
-        keeper, late = PolicyKeeper(SETTINGS, TOP_K), None
+        keeper, late = SettingsKeeper(SETTINGS, TOP_K), None
         await keeper.change({"select_top_k": 3}, wait_s=0)
         await keeper.change({"enabled": False}, wait_s=0)
         late = Replica("late", keeper)
@@ -78,16 +78,16 @@ def test_a_replica_that_starts_later_runs_the_same():
 
 def test_a_keeper_that_starts_again_learns_from_the_replicas():
     async def scenario():
-        keeper = PolicyKeeper(SETTINGS, TOP_K)
+        keeper = SettingsKeeper(SETTINGS, TOP_K)
         replica = Replica("a", keeper)
         await keeper.change({"threshold": 0.5}, wait_s=0)
         await replica.once(wait_s=0)
-        keeper = PolicyKeeper(SETTINGS, TOP_K)
+        keeper = SettingsKeeper(SETTINGS, TOP_K)
         replica.follow = keeper.follow
         await replica.once(wait_s=0)
         changed = await keeper.change({"enabled": False}, wait_s=0)
         await replica.once(wait_s=0)
-        return changed["policy"], replica.told
+        return changed["settings"], replica.told
 
     policy, told = asyncio.run(scenario())
     assert policy["threshold"] == 0.5 and not policy["enabled"]
@@ -98,7 +98,7 @@ def test_replicas_of_another_configuration_are_left_alone():
     """During an upgrade, those of the old application ask the new one's keeper."""
 
     async def scenario():
-        keeper = PolicyKeeper(SETTINGS, TOP_K)
+        keeper = SettingsKeeper(SETTINGS, TOP_K)
         other = Replica("old", keeper, SETTINGS | {"select_top_k": 4})
         other.revision, other.changes = 2**60, {"enabled": False}
         await keeper.change({"threshold": 0.5}, wait_s=0)
@@ -106,7 +106,7 @@ def test_replicas_of_another_configuration_are_left_alone():
         return await keeper.state(), other.told
 
     state, told = asyncio.run(scenario())
-    assert state["policy"]["enabled"] and state["replicas"] == [] and told == []
+    assert state["settings"]["enabled"] and state["replicas"] == [] and told == []
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_replicas_of_another_configuration_are_left_alone():
 )
 def test_what_is_out_of_range_changes_nothing(changes, message):
     async def scenario():
-        keeper = PolicyKeeper(SETTINGS, TOP_K)
+        keeper = SettingsKeeper(SETTINGS, TOP_K)
         before = await keeper.state()
         answer = await keeper.change(changes)
         return answer["error"], before, await keeper.state()
@@ -136,12 +136,12 @@ def test_what_is_out_of_range_changes_nothing(changes, message):
 
 def test_what_an_artifact_recommends_is_not_changed_piecemeal():
     async def scenario():
-        keeper = PolicyKeeper({"artifact": "artifact", "policy": "recommended"}, TOP_K)
+        keeper = SettingsKeeper({"artifact": "artifact", "policy": "recommended"}, TOP_K)
         names = ("select_top_k", "threshold", "expert_price", "traffic_price")
         refused = [await keeper.change({name: value}) for name in names for value in (0, 1)]
         return refused, await keeper.change({"enabled": False, "min_rows": 4}, wait_s=0)
 
     refused, state = asyncio.run(scenario())
     assert all("recommended leaves no choice of" in answer["error"] for answer in refused)
-    changed = [state["policy"][name] for name in ("enabled", "min_rows", "select_top_k")]
+    changed = [state["settings"][name] for name in ("enabled", "min_rows", "select_top_k")]
     assert changed == [False, 4, None]
