@@ -42,7 +42,9 @@ from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 from benchmarks.common import ROOT, ranged, spread
-from sere_dist.artifact.folder import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.layer import Layer, LayerStatistics
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.console import progress, tables
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import MoeShape
@@ -80,7 +82,6 @@ def write_random_artifact(model: Path, folder: Path) -> Path:
     shape = MoeShape.from_config(config)
     dense = getattr(config, "first_k_dense_replace", 0)
     layers = {layer: f"model.layers.{layer}.mlp.experts" for layer in range(dense, shape.num_layers)}
-    similarity = {layer: random_similarity(shape.num_experts, layer) for layer in layers}
     about = ArtifactConfig(
         schema_version=SCHEMA_VERSION,
         base_model=str(model),
@@ -91,8 +92,11 @@ def write_random_artifact(model: Path, folder: Path) -> Path:
         num_tokens=0,
         versions={},
     )
-    statistics = [LayerStatistics.of(layer, name, similarity[layer]) for layer, name in layers.items()]
-    Artifact(about, similarity, statistics).save(folder / "artifact")
+    found = {}
+    for layer, name in layers.items():
+        similarity_EE = random_similarity(shape.num_experts, layer)
+        found[layer] = Layer(similarity_EE, LayerStatistics.of(layer, name, similarity_EE))
+    Artifact(about, found).save(folder / "artifact")
     return folder / "artifact"
 
 
@@ -148,9 +152,9 @@ def put_routers_back(worker, stock: bool) -> None:
 
 def time_rerouting(_worker) -> None:
     """In a worker on a CPU, eager: adds up what re-routing takes, in `rerouting_seconds`."""
-    from sere_dist.vllm_plugin import backends
+    from sere_dist.vllm_plugin import cpu_backend
 
-    reroute, seconds = backends._reroute_fast, []
+    reroute, seconds = cpu_backend._reroute_fast, []
 
     def timed(*arguments):
         started = time.perf_counter()
@@ -158,14 +162,14 @@ def time_rerouting(_worker) -> None:
         seconds.append(time.perf_counter() - started)
         return ids
 
-    backends._reroute_fast, backends.rerouting_seconds = timed, seconds
+    cpu_backend._reroute_fast, cpu_backend.rerouting_seconds = timed, seconds
 
 
 def rerouting_seconds(_worker) -> float:
     """In the worker: returns the seconds since the last call, as a mean over its decode steps."""
-    from sere_dist.vllm_plugin import backends
+    from sere_dist.vllm_plugin import cpu_backend
 
-    seconds = backends.rerouting_seconds
+    seconds = cpu_backend.rerouting_seconds
     total, steps = sum(seconds), len(seconds) / len(_worker.worker.sere_layers)
     seconds.clear()
     return total / steps if steps else 0.0

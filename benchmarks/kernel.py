@@ -5,7 +5,7 @@
     compute-sanitizer --tool racecheck python -m benchmarks.kernel --part check --steps 100   # memcheck, synccheck
 
 Needs torch, cuda.core, typer, rich, psutil and an NVIDIA GPU of compute capability 8.0 or more; no vLLM. check: random
-steps of all kinds against the torch functions, replays of one captured graph while the policy changes, two streams at
+steps of all kinds against the torch functions, replays of one captured graph while the settings change, two streams at
 once. time: a graph of many calls of each kind, each call with tokens of its own and each layer with its own tables,
 replayed in turns; ids are put back between replays, outside the timed part. The tables stay in the L2 cache, from which
 a model's weights would push them. Prints a table and one JSON line last; writes `benchmarks/results/kernel.json` after
@@ -26,7 +26,8 @@ from rich.table import Table
 
 from benchmarks.common import ROOT, ranged, spread
 from sere_dist.console import progress, tables
-from sere_dist.kernels.reroute import ENTRIES, Layer, Policy, compile_kernels, launch_kernel
+from sere_dist.kernels.reroute import ENTRIES, DeviceSettings, LayerKernel, compile_kernels, launch_kernel
+from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.provenance import keep, machine, versions
 from sere_dist.testing.random_steps import RandomStep, assert_equal, random_steps
 
@@ -55,8 +56,8 @@ def check(steps: int) -> dict[str, Any]:
 
 
 def check_replays() -> int:
-    """One captured graph; what a replay does follows the policy, the threshold, the tokens, the places of the experts
-    and the other ranks' votes of its moment."""
+    """One captured graph; what a replay does follows the settings, the tokens, the places of the experts and
+    the other ranks' losses of its moment."""
     count = 0
     random = torch.Generator().manual_seed(0)
     # One launch and two; without other ranks and with them.
@@ -65,24 +66,25 @@ def check_replays() -> int:
         step = RandomStep(1, rows, 8, 128, 2, projection, traffic_price=0.02, domains=8, ranks=8, **drawn)
         layer = step.layer("cuda")
         weights_TK, ids_TK = step.weights_TK.cuda(), step.ids_TK.cuda()
-        valid_T, unite = step.valid_T.cuda(), None
+        valid_T, all_reduce = step.valid_T.cuda(), None
         places = [(layer.rank_E, step.rank_E), (layer.domain_E, step.domain_E)]
         if elsewhere_share is not None:
             elsewhere_E = step.elsewhere_E.cuda()
             places.append((elsewhere_E, step.elsewhere_E))
 
-            def unite(votes_E: torch.Tensor, elsewhere_E: torch.Tensor = elsewhere_E) -> None:
-                votes_E += elsewhere_E
+            def all_reduce(losses_E: torch.Tensor, elsewhere_E: torch.Tensor = elsewhere_E) -> None:
+                losses_E += elsewhere_E
 
-        layer.reroute(weights_TK, ids_TK, valid_T, unite=unite)  # compiles and loads
-        graph = capture([lambda: layer.reroute(weights_TK, ids_TK, valid_T, unite=unite)])  # noqa: B023 captured at once
+        on_device = Step(weights_TK, ids_TK, valid_T)
+        layer.reroute(on_device, all_reduce)  # compiles and loads
+        graph = capture([lambda: layer.reroute(on_device, all_reduce)])  # noqa: B023 captured at once
         layer.counters.zero_()
         total = torch.zeros_like(layer.counters).cpu()
         for turn in range(40):
             step.select_top_k, step.threshold = turn % 9, (0.0, 0.5, 0.9, 0.99)[turn % 4]
             step.enabled, step.min_rows, step.traffic_price = turn % 5 != 3, (0, rows)[turn % 7 == 6], 0.01 * (turn % 3)
             step.expert_price = (0.0, 1.0, 10.0, 100.0)[turn % 11 % 4]
-            step.set(layer.policy)
+            step.set(layer.settings)
             layer.set_threshold(step.threshold)
             step.valid_T = torch.rand(len(step.valid_T), generator=random) < 0.9
             for _, here in places:
@@ -146,20 +148,21 @@ class Calls:
         similarity = torch.rand(LAYERS, experts, experts, device="cuda", generator=random)
         coefficient = 2 * torch.rand(experts, experts, device="cuda", generator=random)
         size, domain = torch.rand(experts, device="cuda", generator=random), torch.arange(experts) * DOMAINS // experts
-        projection = {"coefficient_EE": coefficient, "size_E": size}
-        places = {"domain_E": domain, "rank_E": domain, "num_ranks": DOMAINS}
-
-        def policy(select_top_k: int, price: float = 0.0) -> Policy:
-            made = Policy("cuda")
-            made.set(select_top_k=select_top_k, traffic_price=price)
-            return made
+        papers = [LayerTables(similarity_EE) for similarity_EE in similarity]
+        projection = [LayerTables(similarity_EE, coefficient, size) for similarity_EE in similarity]
+        places = ExpertPlaces(domain, DOMAINS, domain)
 
         def of_layers(
-            policy: Policy, unite: Callable[[torch.Tensor], None] | None = None, **tables: Any
+            tables: list[LayerTables],
+            settings: Settings,
+            places: ExpertPlaces | None = None,
+            all_reduce: Callable[[torch.Tensor], None] | None = None,
         ) -> list[Callable[[], None]]:
-            layers = [Layer(similarity_EE, policy, **tables) for similarity_EE in similarity]
+            in_force = DeviceSettings("cuda")
+            in_force.set(settings)
+            layers = [LayerKernel(each, in_force, places) for each in tables]
             # Neighbouring calls: different layers.
-            return [lambda i=i: layers[i % LAYERS].reroute(weights[i], ids[i], unite=unite) for i in range(count)]
+            return [lambda i=i: layers[i % LAYERS].reroute(Step(weights[i], ids[i]), all_reduce) for i in range(count)]
 
         device = weights.device
         primary = torch.zeros(count, experts, dtype=torch.int32, device=device)
@@ -177,11 +180,11 @@ class Calls:
 
         self.of = {
             "empty": [lambda: launch_kernel(others["empty"], device, 1, 32, [])] * count,
-            "re-routing": of_layers(policy(SELECT_TOP_K)),
-            "off": of_layers(policy(top_k)),
-            "united": of_layers(policy(SELECT_TOP_K), unite=lambda _: None),
-            "projection": of_layers(policy(SELECT_TOP_K), **projection),
-            "priced": of_layers(policy(SELECT_TOP_K, PRICE), **projection, **places),
+            "re-routing": of_layers(papers, Settings(SELECT_TOP_K)),
+            "off": of_layers(papers, Settings(top_k)),
+            "united": of_layers(papers, Settings(SELECT_TOP_K), all_reduce=lambda _: None),
+            "projection": of_layers(projection, Settings(SELECT_TOP_K)),
+            "priced": of_layers(projection, Settings(SELECT_TOP_K, traffic_price=PRICE), places),
             "three launches": [lambda i=i: three_launches(i) for i in range(count)],
             "torch softmax, top-k": [lambda i=i: logits[i].softmax(-1).topk(top_k) for i in range(count)],
         }

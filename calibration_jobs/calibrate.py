@@ -28,7 +28,8 @@ from transformers.utils import logging as transformers_logging
 
 from calibration_jobs.finished_layers import FinishedLayers
 from calibration_jobs.job import JobConfig, Workers, command, refuse_lost_output
-from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, SCHEMA_VERSION, Artifact, ArtifactConfig, check_output
+from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact, check_output
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import (
     WITHOUT_DATA,
@@ -116,8 +117,6 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
             bar.update()
             report_layer(result, len(results), plan, config.min_tokens_per_expert, quiet=not bar.disable)
 
-    ordered = [results[layer] for layer in sorted(results)]
-    is_projection = config.method == "projection"
     artifact = Artifact(
         ArtifactConfig(
             schema_version=SCHEMA_VERSION,
@@ -131,12 +130,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
             num_tokens=sum(map(len, texts)),
             versions={name: importlib.metadata.version(name) for name in ("sere-dist", "torch", "transformers", "ray")},
         ),
-        similarity={result.statistics.layer: result.similarity_EE for result in ordered},
-        coefficient={result.statistics.layer: result.coefficient_EE for result in ordered if is_projection},
-        size={result.statistics.layer: result.size_E for result in ordered if is_projection},
-        tokens_per_expert={result.statistics.layer: result.tokens_E.tolist() for result in ordered if texts},
-        coactivation={result.statistics.layer: result.coactivation_EE for result in ordered if texts},
-        layers=[result.statistics for result in ordered],
+        layers={layer: results[layer] for layer in sorted(results)},
         settings=config.model_dump(mode="json", exclude={"overwrite", "restart", "dry_run"}),
     )
     artifact.save(config.output, overwrite=config.overwrite)
@@ -293,7 +287,7 @@ def report_layer(result: LayerResult, done: int, plan: Plan, min_tokens: int, qu
 def run(config: CalibrationConfig) -> None:
     """Calibrate a Mixture-of-Experts model on a Ray cluster: one Ray task a MoE layer, one artifact at the end."""
     if artifact := calibrate(config):
-        print(f"wrote {artifact.settings['output']}: similarity of {len(artifact.similarity)} layers", flush=True)
+        print(f"wrote {artifact.settings['output']}: similarity of {len(artifact.layers)} layers", flush=True)
 
 
 main = command(CalibrationConfig, run)

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from calibration_jobs.job import changed_keys
-from sere_dist.artifact.folder import LayerStatistics
+from sere_dist.artifact.layer import LayerStatistics
 from sere_dist.calibration.layers import LayerResult
 
 JOB_FILE = "job.json"

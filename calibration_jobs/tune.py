@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -53,6 +53,7 @@ from sere_dist.evaluation.tuning import (
     losses_of_steps,
     rerouter_of,
 )
+from sere_dist.method.records import LayerTables
 from sere_dist.moe import MoeShape, load_model
 
 DEATHS = 5  # of workers at one measurement, before the job gives up
@@ -130,6 +131,11 @@ class Place(NamedTuple):
     dtype: str
 
 
+def policy_for(artifact: Artifact) -> Literal["sere", "projection"]:
+    """Returns the policy that is tuned: projection where the artifact has the tables for it."""
+    return "projection" if artifact.is_projection else "sere"
+
+
 @ray.remote
 class Evaluator:
     """A worker with the model and the texts."""
@@ -139,27 +145,27 @@ class Evaluator:
         dtype = place.dtype if place.dtype == "auto" else getattr(torch, place.dtype)
         model = load_model(place.model, place.device, dtype, place.revision)
         self.held_out = {name: HeldOut(model, ids_NL, prompt_length) for name, ids_NL in texts.items()}
-        tables = {
-            kind: {layer: table.to(place.device) for layer, table in getattr(artifact, kind).items()}
-            for kind in ("similarity", "coefficient", "size")
+        self.tables = {
+            layer: LayerTables(*(None if table is None else table.to(place.device) for table in tables))
+            for layer, tables in artifact.tables.items()
         }
-        self.artifact = replace(artifact, **tables)
-        self.policy = "projection" if artifact.coefficient else "sere"
+        self.top_k = artifact.config.num_experts_per_token
+        self.policy = policy_for(artifact)
 
     def candidates(self, batch: int) -> list[tuple[int, list[dict[str, Any]]]]:
         """Returns each layer and the settings to try in it."""
-        size, top_k = self.artifact.size, self.artifact.config.num_experts_per_token
-        losses = losses_of_steps(self.held_out["tuning"], batch, size) if size else {}
+        is_projection = self.policy == "projection"
+        losses = losses_of_steps(self.held_out["tuning"], batch, self.tables) if is_projection else {}
         found = []
-        for layer, similarity_EE in self.artifact.similarity.items():
-            settings = candidates(self.policy, top_k, similarity_EE.cpu(), losses.get(layer))
+        for layer, tables in self.tables.items():
+            settings = candidates(self.policy, self.top_k, tables.similarity_EE.cpu(), losses.get(layer))
             found.append((layer, [setting.model_dump() for setting in settings]))
         return found
 
     def run(self, run: Run) -> dict[str, Any]:
         """Returns the fields of a LockstepResult."""
-        policy = rerouter_of(self.artifact, self.policy, run.layers)
-        return asdict(self.held_out[run.texts].run(policy, run.batch))
+        rerouter = rerouter_of(self.tables, self.policy, run.layers)
+        return asdict(self.held_out[run.texts].run(rerouter, run.batch))
 
 
 class Evaluators:
@@ -356,7 +362,7 @@ def search(config: TuningConfig, artifact: Artifact, bench: Bench) -> Recommenda
     Raises:
         ValueError: nothing fits the budget.
     """
-    layers = sorted(artifact.similarity)
+    layers = sorted(artifact.layers)
     (off,) = bench.results("the model as it is", [Run(texts="tuning", batch=config.batch)])
     path = combinations(measure_single_layers(config.batch, layers, off, bench), Cost(off.active_experts, 0.0))
     if not path:
@@ -365,7 +371,7 @@ def search(config: TuningConfig, artifact: Artifact, bench: Bench) -> Recommenda
     top_k = artifact.config.num_experts_per_token
     recommended = Recommendation(
         tensors_sha256=artifact.config.tensors_sha256,
-        policy="projection" if artifact.coefficient else "sere",
+        policy=policy_for(artifact),
         layers={layer: path[chosen].get(layer, LayerSetting(select_top_k=top_k)) for layer in layers},
         batch=config.batch,
         budget=str(config.budget),

@@ -29,8 +29,9 @@ from transformers.utils.logging import disable_progress_bar
 from sere_dist.admin import request_settings
 from sere_dist.artifact.folder import Artifact
 from sere_dist.calibration.texts import read_texts, tokenise
-from sere_dist.evaluation.lockstep import Policy, lockstep, unchanged
+from sere_dist.evaluation.lockstep import Rerouter, lockstep, unchanged
 from sere_dist.evaluation.rerouters import paper_rerouter
+from sere_dist.method.records import Settings
 from sere_dist.moe import load_model
 from serve_apps.workers import worker_rpc
 
@@ -87,9 +88,9 @@ def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens:
     }
 
 
-def perplexity(model: PreTrainedModel, ids_BL: torch.Tensor, policy: Policy = unchanged) -> float:
-    """Returns the perplexity of held-out text decoded in lockstep batches, re-routed by this policy."""
-    batches = [lockstep(model, batch, prompt_length=PROMPT_TOKENS, policy=policy) for batch in ids_BL.split(BATCH)]
+def perplexity(model: PreTrainedModel, ids_BL: torch.Tensor, rerouter: Rerouter = unchanged) -> float:
+    """Returns the perplexity of held-out text decoded in lockstep batches, re-routed by this rerouter."""
+    batches = [lockstep(model, batch, prompt_length=PROMPT_TOKENS, rerouter=rerouter) for batch in ids_BL.split(BATCH)]
     return sum(batches[1:], batches[0]).perplexity
 
 
@@ -111,7 +112,7 @@ def main(
         result = measure_serving(url, ids_BL[:BATCH, :PROMPT_TOKENS].tolist(), rounds, new_tokens)
     with console.status("scoring held-out text"):
         model = load_model(str(TINY_MOE / "model"), "cpu")
-        rerouted = paper_rerouter(artifact.similarity, settings["select_top_k"], settings["threshold"])
+        rerouted = paper_rerouter(artifact.tables, Settings(settings["select_top_k"], settings["threshold"]))
         result[False]["perplexity"] = round(perplexity(model, ids_BL), 3)
         result[True]["perplexity"] = round(perplexity(model, ids_BL, rerouted), 3)
 

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sere_dist.method.records import Settings
+
 # Every environment variable of this project, and what it does. A malformed value raises.
 ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"  # 1: start on a vLLM release that the plugin was not tested with
 API_KEY = "SERE_API_KEY"  # keys that the Serve application's clients must give; or SERE_API_KEY_FILE, a file with them
@@ -97,6 +99,11 @@ class ReroutingConfig(BaseModel):
             if getattr(self, name) and self.policy != "projection":
                 raise ValueError(f"{name} ({getattr(self, name)}) needs policy: projection, not {self.policy}")
         return self
+
+    @property
+    def numbers(self) -> Settings:
+        """The same as re-routing takes it; S = 0 (off) where policy `recommended` brings its own."""
+        return Settings(self.select_top_k or 0, self.threshold, self.expert_price, self.traffic_price)
 
     def resolved(self) -> "ReroutingConfig":
         """Returns the same with absolute paths: other processes may run elsewhere."""

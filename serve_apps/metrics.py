@@ -5,7 +5,7 @@ from typing import Any
 from ray.serve.metrics import Counter, Gauge
 
 from sere_dist.config import RECOMMENDED
-from sere_dist.method.rerouting import COUNTERS
+from sere_dist.method.counters import COUNTERS
 
 DESCRIPTIONS = {
     "steps": "Steps of a layer, summed over layers, in which a row could be re-routed.",

@@ -38,6 +38,7 @@ from sere_dist.evaluation.lockstep import decode_logits, lockstep
 from sere_dist.evaluation.rerouters import of_each_rank, paper_rerouter, projection_rerouter
 from sere_dist.evaluation.traffic import Layout, recorded, traffic
 from sere_dist.method.placement import linear_ranks
+from sere_dist.method.records import Settings
 from sere_dist.moe import load_model
 from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.testing.processes import data_parallel_ranks, run_together
@@ -114,8 +115,8 @@ def scopes(artifact: Artifact, select_top_k: int, batches: list[int], texts: int
     ids_BL = example_texts("heldout.parquet", 128, texts)
     experts = artifact.config.num_experts
     policies = {
-        PAPERS: paper_rerouter(artifact.similarity, select_top_k),
-        "projection": projection_rerouter(artifact.similarity, artifact.coefficient, artifact.size, select_top_k),
+        PAPERS: paper_rerouter(artifact.tables, Settings(select_top_k)),
+        "projection": projection_rerouter(artifact.tables, Settings(select_top_k)),
     }
     kinds = [("group", 1), *(("rank", ranks) for ranks in LOCKSTEP_RANKS)]
     measured = []
@@ -128,7 +129,7 @@ def scopes(artifact: Artifact, select_top_k: int, batches: list[int], texts: int
                 reference = decode_logits(model, part_BL, prompt_length=PROMPT)
                 policy_of_part = recorded(policy, run)
                 results.append(
-                    lockstep(model, part_BL, prompt_length=PROMPT, policy=policy_of_part, reference_BDV=reference)
+                    lockstep(model, part_BL, prompt_length=PROMPT, rerouter=policy_of_part, reference_BDV=reference)
                 )
                 for of in LOCKSTEP_RANKS if scope == "group" else (ranks,):
                     layout = Layout(of, dict.fromkeys(run, linear_ranks(experts, of)))

@@ -47,15 +47,10 @@ from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import LayerResult, expert_inputs, score_layer, text_blocks
 from sere_dist.console import tables
 from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
-from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Policy, unchanged
-from sere_dist.evaluation.rerouters import (
-    dropping_rerouter,
-    oea_rerouter,
-    paper_rerouter,
-    projection_rerouter,
-    top_k_rerouter,
-    xshare_rerouter,
-)
+from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Rerouter, unchanged
+from sere_dist.evaluation.rerouters import paper_rerouter, projection_rerouter
+from sere_dist.evaluation.rivals import dropping_rerouter, oea_rerouter, top_k_rerouter, xshare_rerouter
+from sere_dist.method.records import LayerTables, Settings
 from sere_dist.method.similarity import Method, random_similarity
 from sere_dist.moe import MoeShape, load_model, routed_experts
 from sere_dist.provenance import line_by_line, machine, rounded, versions
@@ -143,13 +138,15 @@ class Calibration:
 
     layers: dict[int, LayerResult]
 
-    def substitutes(self, select_top_k: int) -> Policy:
-        return paper_rerouter({layer: found.similarity_EE for layer, found in self.layers.items()}, select_top_k)
+    @property
+    def tables(self) -> dict[int, LayerTables]:
+        return {layer: found.tables for layer, found in self.layers.items()}
 
-    def projection(self, select_top_k: int, expert_price: float = 0.0) -> Policy:
-        names = ("similarity_EE", "coefficient_EE", "size_E")
-        matrices = ({layer: getattr(found, name) for layer, found in self.layers.items()} for name in names)
-        return projection_rerouter(*matrices, select_top_k, expert_price=expert_price)
+    def substitutes(self, select_top_k: int) -> Rerouter:
+        return paper_rerouter(self.tables, Settings(select_top_k))
+
+    def projection(self, select_top_k: int, expert_price: float = 0.0) -> Rerouter:
+        return projection_rerouter(self.tables, Settings(select_top_k, expert_price=expert_price))
 
 
 def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[Method]) -> list[Calibration]:
@@ -201,13 +198,13 @@ def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]
     return {name: rounded(value) for name, value in found.items()}
 
 
-def policies(model: PreTrainedModel, calibrations: dict[str, Calibration]) -> dict[str, Callable[[int], Policy]]:
+def policies(model: PreTrainedModel, calibrations: dict[str, Calibration]) -> dict[str, Callable[[int], Rerouter]]:
     """Returns all policies by name, each a function of its S, k0 or budget."""
     num_experts = MoeShape.from_config(model.config).num_experts
-    random = {layer: random_similarity(num_experts, seed=layer) for layer in routed_experts(model)}
+    random = {layer: LayerTables(random_similarity(num_experts, seed=layer)) for layer in routed_experts(model)}
     return {
         **{name: calibration.substitutes for name, calibration in calibrations.items()},
-        RANDOM: lambda s: paper_rerouter(random, s),
+        RANDOM: lambda s: paper_rerouter(random, Settings(s)),
         PROJECTION: calibrations["paper, projection"].projection,
         "dropping": lambda s: dropping_rerouter(num_experts, s),
         "dropping, renormalised": lambda s: dropping_rerouter(num_experts, s, renormalise=True),
@@ -224,9 +221,9 @@ def policies(model: PreTrainedModel, calibrations: dict[str, Calibration]) -> di
 def field(
     bench: HeldOut,
     kinds: Sequence[str],
-    field_of: dict[str, Callable[[int], Policy]],
+    field_of: dict[str, Callable[[int], Rerouter]],
     keeps: Sequence[int],
-    priced: Callable[[float], Policy],
+    priced: Callable[[float], Rerouter],
 ) -> list[dict[str, Any]]:
     """Returns a row for each batch, policy and knob, with its KL beside the paper's at as many active experts.
 
@@ -259,7 +256,7 @@ def field(
 
 
 def in_batches_of_one_kind(
-    benches: dict[str, HeldOut], field_of: dict[str, Callable[[int], Policy]]
+    benches: dict[str, HeldOut], field_of: dict[str, Callable[[int], Rerouter]]
 ) -> list[dict[str, Any]]:
     rows = []
     for kind, bench in tqdm(benches.items(), desc="kinds"):
@@ -274,7 +271,7 @@ def in_batches_of_one_kind(
     return rows
 
 
-def compare_with_random(bench: HeldOut, field_of: dict[str, Callable[[int], Policy]]) -> list[dict[str, Any]]:
+def compare_with_random(bench: HeldOut, field_of: dict[str, Callable[[int], Rerouter]]) -> list[dict[str, Any]]:
     """Returns the KL with each calibrated similarity beside the mean over draws of random ones, text by text."""
     rows, layers = [], routed_experts(bench.model)
     for keep in tqdm(KEEPS_OF_PARTS, desc="beside random"):

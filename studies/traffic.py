@@ -23,7 +23,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -43,11 +42,13 @@ from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.placement import propose
 from sere_dist.console import progress, tables
 from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
-from sere_dist.evaluation.lockstep import LockstepResult, Policy, Routed, decode_logits, lockstep, unchanged
-from sere_dist.evaluation.rerouters import dropping_rerouter, paper_rerouter, projection_rerouter
+from sere_dist.evaluation.lockstep import LockstepResult, Rerouter, Routed, decode_logits, lockstep, unchanged
+from sere_dist.evaluation.rerouters import paper_rerouter, projection_rerouter
+from sere_dist.evaluation.rivals import dropping_rerouter
 from sere_dist.evaluation.traffic import Layout, Traffic, recorded, traffic, uniform_domains
+from sere_dist.method.counters import dispatch_bytes
 from sere_dist.method.placement import linear_ranks
-from sere_dist.method.rerouting import dispatch_bytes
+from sere_dist.method.records import LayerTables, Settings
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import load_model
 from sere_dist.provenance import line_by_line, machine, rounded, versions
@@ -151,18 +152,16 @@ class Bench:
     size: Size
     select_top_k: int
 
-    def policy(self, setting: Setting, place: Place) -> Policy:
+    def policy(self, setting: Setting, place: Place) -> Rerouter:
         if setting == OFF:
             return unchanged
         if setting == PAPER:
-            return paper_rerouter(self.frobenius.similarity, self.select_top_k)
+            return paper_rerouter(self.frobenius.tables, Settings(self.select_top_k))
         if setting.price is None:
             num_experts = self.projection.config.num_experts
             return dropping_rerouter(num_experts, self.select_top_k, renormalise=setting == RENORMALISED)
-        matrices = self.projection.similarity, self.projection.coefficient, self.projection.size
-        return projection_rerouter(
-            *matrices, self.select_top_k, traffic_price=setting.price, layout=self.layouts[place]
-        )
+        settings = Settings(self.select_top_k, traffic_price=setting.price)
+        return projection_rerouter(self.projection.tables, settings, self.layouts[place])
 
     def is_goal(self, batch: int, place: Place) -> bool:
         return batch == self.size.goal_batch and place.ranks == GOAL_RANKS
@@ -190,7 +189,7 @@ class Bench:
         for part_BL, reference in zip(ids_BL.split(batch), reference_BDV.split(batch), strict=True):
             ids: dict[int, torch.Tensor] = {}
             settings = {"prompt_length": self.size.prompt, "reference_BDV": reference}
-            result = lockstep(self.model, part_BL, policy=recorded(policy, ids), **settings)
+            result = lockstep(self.model, part_BL, rerouter=recorded(policy, ids), **settings)
             add(points, {(batch, p, setting): Point(result, traffic(ids, self.layouts[p])) for p in places})
         return points
 
@@ -228,7 +227,7 @@ def layouts(artifact: Artifact, ranks: tuple[int, ...]) -> dict[Place, Layout]:
     found = {}
     for num_ranks in ranks:
         linear = linear_ranks(artifact.config.num_experts, num_ranks)
-        found[Place(num_ranks, LINEAR)] = Layout(num_ranks, dict.fromkeys(artifact.similarity, linear))
+        found[Place(num_ranks, LINEAR)] = Layout(num_ranks, dict.fromkeys(artifact.layers, linear))
         proposed = {PLACED: propose(artifact, num_ranks)}
         if num_ranks == GOAL_RANKS and proposed[PLACED].affinity != "similarity":
             proposed[BY_SIMILARITY] = propose(artifact, num_ranks, affinity="similarity")
@@ -290,7 +289,7 @@ def router_weights(model: PreTrainedModel, ids_BL: torch.Tensor, prompt: int) ->
         seen.append(weights_DBK.flatten(0, 1))
         return weights_DBK, ids_DBK
 
-    decode_logits(model, ids_BL, prompt_length=prompt, policy=look)
+    decode_logits(model, ids_BL, prompt_length=prompt, rerouter=look)
     return torch.cat(seen).sort(dim=1, descending=True).values
 
 
@@ -313,8 +312,9 @@ def synthetic(bench: Bench, weights_NK: torch.Tensor) -> Iterator[dict[str, Any]
     """
     random, keep_s = torch.Generator().manual_seed(0), bench.select_top_k
     different = ~torch.eye(bench.projection.config.num_experts, dtype=torch.bool)
-    similarities = torch.cat([matrix[different] for matrix in bench.projection.similarity.values()])
-    sizes = torch.cat(list(bench.projection.size.values()))
+    known = bench.projection.tables.values()
+    similarities = torch.cat([tables.similarity_EE[different] for tables in known])
+    sizes = torch.cat([tables.size_E for tables in known])
     for (name, (num_experts, hidden_size)), skewed in itertools.product(SHAPES.items(), (False, True)):
         drawn = similarities[torch.randint(len(similarities), (num_experts, num_experts), generator=random)]
         size_E = sizes[torch.randint(len(sizes), (num_experts,), generator=random)]
@@ -322,12 +322,18 @@ def synthetic(bench: Bench, weights_NK: torch.Tensor) -> Iterator[dict[str, Any]
         steps = synthetic_routing(popularity_E if skewed else torch.ones(num_experts), weights_NK, bench.size, random)
         for num_ranks in bench.size.ranks:
             layout = Layout(num_ranks, {0: linear_ranks(num_experts, num_ranks)})
-            project = partial(projection_rerouter, {0: drawn}, {0: drawn.sqrt()}, {0: size_E}, keep_s, layout=layout)
+            tables = {0: LayerTables(drawn, drawn.sqrt(), size_E)}
+            random_tables = {0: LayerTables(random_similarity(num_experts, seed=0))}
             policies = {
                 OFF: unchanged,
-                PAPER: paper_rerouter({0: random_similarity(num_experts, seed=0)}, keep_s),
+                PAPER: paper_rerouter(random_tables, Settings(keep_s)),
                 DROPPING: dropping_rerouter(num_experts, keep_s),
-                **{Setting("projection", price): project(traffic_price=price) for price in bench.size.goal_prices},
+                **{
+                    Setting("projection", price): projection_rerouter(
+                        tables, Settings(keep_s, traffic_price=price), layout
+                    )
+                    for price in bench.size.goal_prices
+                },
             }
             for setting, policy in policies.items():
                 about = {"shape": name, "skewed": skewed, "ranks": num_ranks, **setting._asdict()}

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sere_dist.evaluation.errors import difference_with_error, with_error
 from sere_dist.evaluation.lockstep import LockstepResult
+from sere_dist.method.records import Settings
 
 
 class LayerSetting(BaseModel):
@@ -16,6 +17,11 @@ class LayerSetting(BaseModel):
     select_top_k: int = Field(ge=1)
     threshold: float = Field(default=0.0, ge=0.0, le=1.0)
     expert_price: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+
+    @property
+    def numbers(self) -> Settings:
+        """The same as re-routing takes it."""
+        return Settings(self.select_top_k, self.threshold, self.expert_price)
 
     def __str__(self) -> str:
         others = {"rho": self.threshold, "expert price": self.expert_price}

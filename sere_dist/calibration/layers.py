@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sere_dist.artifact.folder import LayerStatistics
+from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.memory import is_out_of_memory, with_halving
 from sere_dist.method.blocks import BLOCK_BYTES
@@ -54,25 +54,16 @@ class ExpertInputs(NamedTuple):
 
 
 @dataclass
-class LayerResult:
+class LayerResult(Layer):
     """What a calibration finds about the experts of one layer.
 
     Attributes:
-        similarity_EE, coefficient_EE, size_E: see `sere_dist.method.similarity`; the last two by `projection` alone.
-        tokens_E: tokens routed to each expert; None for a method without data.
-        coactivation_EE: products of the router weights that a token gave two experts, summed over tokens; likewise.
         block_tokens: tokens taken at a time in the end.
         halved: how often memory ran out before.
     """
 
-    similarity_EE: torch.Tensor
-    coefficient_EE: torch.Tensor | None
-    size_E: torch.Tensor | None
-    tokens_E: torch.Tensor | None
-    coactivation_EE: torch.Tensor | None
-    statistics: LayerStatistics
-    block_tokens: int
-    halved: int
+    block_tokens: int = 0
+    halved: int = 0
 
 
 def text_blocks(texts: Sequence[Sequence[int]], tokens_a_block: int = TOKENS_A_FORWARD) -> list[Texts]:
@@ -312,8 +303,9 @@ def score_layer(
         coactivation_EE = coactivation(inputs, num_experts)
     similarity_EE = similarity_EE.cpu()
     statistics = LayerStatistics.of(layer, name, similarity_EE, tokens_E, time.perf_counter() - started)
-    found = (similarity_EE, coefficient_EE, size_E, tokens_E, coactivation_EE)
-    return LayerResult(*found, statistics, block_tokens, halved)
+    return LayerResult(
+        similarity_EE, statistics, coefficient_EE, size_E, coactivation_EE, tokens_E, block_tokens, halved
+    )
 
 
 def coactivation(inputs: Sequence[ExpertInputs], num_experts: int) -> torch.Tensor:

@@ -27,7 +27,8 @@ def main() -> None:
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="Folder of an artifact.")]) -> None:
     """Check an artifact and describe it."""
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.schema import ArtifactError
 
     try:
         artifact = Artifact.load(path)
@@ -46,7 +47,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of an artifact.")]
     facts.add_row("recommended", str(tuned or "nothing; see sere-dist tune"))
     recommended = ("recommended",) if tuned else ()
     layers = Table("layer", "fewest tokens of an expert", "median", "similarity mean", "min", "max", *recommended)
-    for row in artifact.layers:
+    for row in (layer.statistics for layer in artifact.layers.values()):
         layers.add_row(*row.cells(), *(str(tuned.layers[row.layer]) for _ in recommended))
     console = Console()
     console.print(facts)
@@ -59,7 +60,8 @@ def report(
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Draw an artifact: one HTML page with every layer's similarities."""
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.schema import ArtifactError
     from sere_dist.cli.report import write_report
 
     try:
@@ -79,8 +81,9 @@ def place(
     ] = MAX_LOAD,
 ) -> None:
     """Propose which rank holds which expert, so that tokens cross ranks less when they are re-routed."""
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.artifact.folder import Artifact
     from sere_dist.artifact.placement import PlacementError, propose
+    from sere_dist.artifact.schema import ArtifactError
 
     console = Console()
     try:

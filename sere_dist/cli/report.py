@@ -22,7 +22,8 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from tqdm import tqdm
 
-from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact, LayerStatistics
+from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact
+from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.artifact.recommendation import Recommendation
 
 PERCENTILES = 1, 99.5  # of the similarities between different experts, all layers: the ends of the colour scale
@@ -108,14 +109,15 @@ def write_report(artifact: Artifact, path: Path, min_tokens: int = MIN_TOKENS_PE
 
 
 def _page(artifact: Artifact, min_tokens: int) -> str:
-    scale = _colour_scale(list(artifact.similarity.values()))
+    scale = _colour_scale([layer.similarity_EE for layer in artifact.layers.values()])
+    layers = artifact.layers.values()
+    tokens = {layer.statistics.layer: layer.tokens_E.tolist() for layer in layers if layer.tokens_E is not None}
     few = {
-        layer: [expert for expert, count in enumerate(tokens) if count < min_tokens]
-        for layer, tokens in artifact.tokens_per_expert.items()
+        index: [expert for expert, count in enumerate(counts) if count < min_tokens] for index, counts in tokens.items()
     }
     sections = [
-        _section(artifact, row, min_tokens, scale)
-        for row in tqdm(artifact.layers, desc="layers", disable=None)  # None: no bar where stderr is no terminal
+        _section(layer, min_tokens, scale, directed=artifact.is_projection)
+        for layer in tqdm(layers, desc="layers", disable=None)  # None: no bar where stderr is no terminal
     ]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -129,48 +131,45 @@ def _page(artifact: Artifact, min_tokens: int) -> str:
         summary=_draw_summary(artifact, min_tokens),
         sections=sections,
         few={layer: experts for layer, experts in few.items() if experts},
-        tokens_per_expert=artifact.tokens_per_expert,
+        tokens_per_expert=tokens,
         min_tokens=min_tokens,
         scale=scale,
         percentiles=PERCENTILES,
-        directed=_directed(artifact),
+        directed=artifact.is_projection,
         has_tokens=_has_tokens(artifact),
-        has_size=bool(artifact.size),
+        has_size=artifact.is_projection,
         recommended=artifact.recommended,
         trade_off=_draw_trade_off(artifact.recommended) if artifact.recommended else None,
     )
 
 
-def _directed(artifact: Artifact) -> bool:
-    """Returns whether similarity(i, j) differs from similarity(j, i)."""
-    return artifact.config.method == "projection"
-
-
 def _has_tokens(artifact: Artifact) -> bool:
     """Returns whether the fewest and the median tokens of an expert are known: a method may look at none."""
-    return all(row.tokens_per_expert_min is not None for row in artifact.layers)
+    return all(row.tokens_per_expert_min is not None for row in _statistics(artifact))
 
 
-def _section(artifact: Artifact, row: LayerStatistics, min_tokens: int, scale: tuple[float, float]) -> dict[str, Any]:
+def _statistics(artifact: Artifact) -> list[LayerStatistics]:
+    return [layer.statistics for layer in artifact.layers.values()]
+
+
+def _section(layer: Layer, min_tokens: int, scale: tuple[float, float], directed: bool) -> dict[str, Any]:
     """Returns what the template shows of one layer."""
-    similarity_EE = artifact.similarity[row.layer]
-    tokens = artifact.tokens_per_expert.get(row.layer)
     strips = []
-    if tokens is not None:
-        tokens_E = np.array(tokens)
+    if layer.tokens_E is not None:
+        tokens_E = layer.tokens_E.numpy()
         strips.append(Strip(f"tokens,\n0 to {tokens_E.max():,}", tokens_E, tokens_E < min_tokens))
-    if row.layer in artifact.size:
-        size_E = artifact.size[row.layer].numpy()
+    if layer.size_E is not None:
+        size_E = layer.size_E.numpy()
         strips.append(Strip(f"size,\n0 to {size_E.max():.2f}", size_E, np.zeros(len(size_E), dtype=bool)))
-    order = clustered_order(similarity_EE)
+    order = clustered_order(layer.similarity_EE)
     return {
-        "row": row,
+        "row": layer.statistics,
         "order": order,
-        "picture": _draw_layer(similarity_EE, order, strips, scale, _directed(artifact)),
-        "pairs": similar_pairs(similarity_EE, ROWS, _directed(artifact)),
-        "hardest": hardest_to_replace(similarity_EE, ROWS),
-        "tokens": tokens,
-        "coefficient": artifact.coefficient.get(row.layer),
+        "picture": _draw_layer(layer.similarity_EE, order, strips, scale, directed),
+        "pairs": similar_pairs(layer.similarity_EE, ROWS, directed),
+        "hardest": hardest_to_replace(layer.similarity_EE, ROWS),
+        "tokens": None if layer.tokens_E is None else layer.tokens_E.tolist(),
+        "coefficient": layer.coefficient_EE,
     }
 
 
@@ -226,21 +225,22 @@ def _draw_layer(
 
 def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
     """Draws what the layers have in common, one below the other: similarities, and tokens if there."""
-    layers = [row.layer for row in artifact.layers]
+    rows = _statistics(artifact)
+    layers = [row.layer for row in rows]
     num_panels = 2 if _has_tokens(artifact) else 1
     figure = Figure(figsize=(8, 2.1 * num_panels + 0.3), dpi=DPI, layout="constrained")
     panels = figure.subplots(num_panels, sharex=True, squeeze=False)[:, 0]
 
-    lowest, highest = [row.similarity_min for row in artifact.layers], [row.similarity_max for row in artifact.layers]
+    lowest, highest = [row.similarity_min for row in rows], [row.similarity_max for row in rows]
     panels[0].fill_between(layers, lowest, highest, color=BLUE, alpha=0.15, linewidth=0)
     panels[0].plot(layers, highest, "^-", color=BLUE, alpha=0.6, label="max")
-    panels[0].plot(layers, [row.similarity_mean for row in artifact.layers], "o-", color=BLUE, label="mean")
+    panels[0].plot(layers, [row.similarity_mean for row in rows], "o-", color=BLUE, label="mean")
     panels[0].plot(layers, lowest, "v-", color=BLUE, alpha=0.6, label="min")
     panels[0].set_ylabel("similarity of\ndifferent experts", fontsize=TEXT)
 
     if _has_tokens(artifact):
-        medians = [row.tokens_per_expert_median for row in artifact.layers]
-        fewest = [row.tokens_per_expert_min for row in artifact.layers]
+        medians = [row.tokens_per_expert_median for row in rows]
+        fewest = [row.tokens_per_expert_min for row in rows]
         panels[1].plot(layers, medians, "o-", color=GREY, label="median")
         panels[1].plot(layers, fewest, "v-", color=BLUE, label="fewest")
         panels[1].axhline(min_tokens, color=RED, linestyle="--", linewidth=0.8, label=f"floor: {min_tokens}")

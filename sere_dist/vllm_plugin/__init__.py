@@ -1,7 +1,7 @@
 """The vLLM plugin, front-end half: reads `additional_config["sere"]`, checks it, and picks the worker that re-routes.
 
 This package is the only place that touches vLLM's internals: here `EngineArgs.create_engine_config`, in `worker` and
-`backends` the MoE layers' routers, in `rows` the model runner's batch. vLLM finds `register` by the entry point
+`backend` the MoE layers' routers, in `rows` the model runner's batch. vLLM finds `register` by the entry point
 `vllm.general_plugins`.
 """
 
@@ -83,7 +83,7 @@ def configure_engine(vllm_config: VllmConfig) -> None:
             raise ValueError(f"sere_dist does not re-route yet with {advice}, or remove 'sere' from additional_config")
     parallel = vllm_config.parallel_config
     if settings.placement is not None:
-        check_placement(settings.placement, shape, set(artifact.similarity), vllm_config)
+        check_placement(settings.placement, shape, set(artifact.layers), vllm_config)
     if settings.select_top_k == 1 < shape.num_experts_per_token:
         logger.warning(
             "sere_dist: select_top_k 1 leaves a token one expert of its own; quality falls steeply there. Compare "

@@ -4,16 +4,19 @@ import pytest
 import torch
 
 from examples.tiny_moe.data import example_texts
-from sere_dist.artifact.folder import SCHEMA_VERSION, Artifact, ArtifactConfig
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import expert_inputs, score_layer, text_blocks
 from sere_dist.evaluation.lockstep import LockstepResult, unchanged
 from sere_dist.evaluation.traffic import Layout, Traffic, recorded, traffic, uniform_domains
+from sere_dist.method.counters import COUNTERS, count_step
 from sere_dist.method.placement import linear_ranks
-from sere_dist.method.rerouting import COUNTERS, step_counts
+from sere_dist.method.records import ExpertPlaces, Step
 from sere_dist.moe import MoeShape
 from studies import traffic as benchmark
 from tests.conftest import MODEL, small_artifact
+from tests.support.artifacts import change_layers
 
 
 def uniform_ids(*shape: int, num_experts: int, top_k: int) -> torch.Tensor:
@@ -42,9 +45,9 @@ def test_counts_are_those_of_the_engine():
     counts = torch.zeros(len(COUNTERS) + 3)
     for layer, ids_DBK in ids.items():
         for step in ids_DBK:
-            where = {"rank_E": layout.rank[layer], "num_ranks": 3, "domain_E": layout.rank[layer]}
-            where["home_T"] = torch.tensor([0, 1, 2, 0, 1])
-            counts += step_counts(torch.rand(5, 4), step, step, select_top_k=4, num_experts=10, **where)
+            routed = Step(torch.rand(5, 4), step, home_T=torch.tensor([0, 1, 2, 0, 1]))
+            places = ExpertPlaces(layout.rank[layer], 3, layout.rank[layer])
+            counts += count_step(routed, step, torch.zeros(10, dtype=torch.bool), places)
     counts = dict(zip(COUNTERS, counts.tolist(), strict=False))
     found = traffic(ids, layout)
     for name in ("domains", "remote_domains", "remote_slots"):
@@ -65,10 +68,10 @@ def test_recording_changes_nothing():
 
 def test_where_experts_are():
     artifact = small_artifact(num_experts=16)
-    artifact.tokens_per_expert = {layer: [1] * 16 for layer in (0, 1)}
+    change_layers(artifact, tokens_E=dict.fromkeys((0, 1), torch.ones(16, dtype=torch.int64)))
     names = {ranks: {place.placement for place in benchmark.layouts(artifact, (ranks,))} for ranks in (4, 8)}
     assert names == {4: {"linear", "placed"}, 8: {"linear", "placed"}}
-    artifact.coactivation = {layer: torch.rand(16, 16) for layer in (0, 1)}
+    change_layers(artifact, coactivation_EE={layer: torch.rand(16, 16) for layer in (0, 1)})
     found = benchmark.layouts(artifact, (8,))
     assert {place.placement for place in found} == {"linear", "placed", "placed by similarity"}
     for layout in found.values():
@@ -114,17 +117,7 @@ def artifacts(tmp_path_factory):
             num_tokens=8 * 64,
             versions={},
         )
-        projection = {"coefficient": "coefficient_EE", "size": "size_E"} if method == "projection" else {}
-        Artifact(
-            config,
-            {layer: result.similarity_EE for layer, result in results.items()},
-            [result.statistics for result in results.values()],
-            tokens_per_expert={layer: result.tokens_E.tolist() for layer, result in results.items()},
-            **{
-                kind: {layer: getattr(result, name) for layer, result in results.items()}
-                for kind, name in projection.items()
-            },
-        ).save(folder / method)
+        change_layers(Artifact(config, results), coactivation_EE=None).save(folder / method)
     return folder
 
 
