@@ -16,7 +16,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.llm import LLMConfig, build_dp_deployment, build_llm_deployment
 
 from sere_dist.artifact.reference import load_artifact_of
-from sere_dist.config import ADMIN_TOKEN, API_KEY, PLUGIN, ReroutingConfig, plugin_is_disabled
+from sere_dist.config import ReroutingConfig
+from sere_dist.environment import ADMIN_TOKEN, API_KEY, PLUGIN, plugin_is_disabled
 from serve_apps.ingress import build_ingress
 from serve_apps.server import PlainDPServer, PlainServer, SereDPServer, SereServer
 from serve_apps.settings import KEEPER, SettingsKeeper

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from sere_dist.config import ALLOW_UNTESTED_VLLM, PLUGIN, environment_flag, plugin_is_disabled
+from sere_dist.environment import ALLOW_UNTESTED_VLLM, PLUGIN, environment_flag, plugin_is_disabled
 
 PLUGIN_GROUP = "vllm.general_plugins"
 # What the plugin replaces or extends in vLLM, besides the workers.

@@ -29,8 +29,8 @@ from lm_eval.tasks import TaskManager
 from rich.table import Table
 
 from sere_dist.admin import AdminError, request_settings
-from sere_dist.config import API_KEY, environment_secrets
 from sere_dist.console import progress, tables
+from sere_dist.environment import API_KEY, environment_secrets
 from sere_dist.evaluation.errors import with_error
 from sere_dist.provenance import keep, machine, versions
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
 from sere_dist.artifact.folder import Artifact
-from sere_dist.config import ALLOW_UNTESTED_VLLM
+from sere_dist.environment import ALLOW_UNTESTED_VLLM
 from tests.conftest import MODEL, TEXTS, small_artifact
 from tests.support import engine_spy, engines
 

@@ -15,7 +15,7 @@ from lm_eval.tasks import TaskManager
 from examples import demo
 from examples.demo import ROOT
 from sere_dist.admin import AdminError, request_settings
-from sere_dist.config import ADMIN_TOKEN
+from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.evaluation.accuracy import check, compare, evaluate_off_and_on, leaf_tasks, open_suite, restore_settings
 from sere_dist.testing.local_cluster import free_ports
 

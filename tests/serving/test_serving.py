@@ -13,7 +13,8 @@ import pytest
 from examples import demo
 from examples.tiny_moe.data import example_texts
 from sere_dist.admin import AdminError, request_settings
-from sere_dist.config import ADMIN_TOKEN, CHANGEABLE
+from sere_dist.config import CHANGEABLE
+from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import free_ports
 from tests.conftest import MODEL
 from tests.soak.survival import REPLICA, processes

@@ -32,8 +32,8 @@ import typer
 from rich.table import Table
 
 from examples.demo import MODEL_ID, ROOT, calibrate, served
-from sere_dist.config import ADMIN_TOKEN, API_KEY
 from sere_dist.console import tables
+from sere_dist.environment import ADMIN_TOKEN, API_KEY
 from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 

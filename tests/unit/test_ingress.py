@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sere_dist.config import ADMIN_TOKEN, API_KEY, CHANGEABLE
+from sere_dist.config import CHANGEABLE
+from sere_dist.environment import ADMIN_TOKEN, API_KEY
 from serve_apps.ingress import ENDPOINTS, SETTINGS_PATH, Guard, SereIngress
 from serve_apps.settings import SettingsKeeper
 
