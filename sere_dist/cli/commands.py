@@ -155,9 +155,11 @@ def show_settings(url: str, changes: dict[str, Any] | None = None) -> None:
     console = Console()
     console.print(table)
     running = len(state["replicas"]) - len(state["pending"])
-    console.print(f"{running} of {len(state['replicas'])} replicas run it")
+    console.print(f"{running} of {len(state['replicas'])} replicas run these settings")
     if state["pending"]:
-        raise SystemExit(f"pending: {', '.join(state['pending'])}; they will follow, ask again with `get`")
+        raise SystemExit(
+            f"pending: {', '.join(state['pending'])}; they will follow; ask again with `sere-dist settings get`"
+        )
 
 
 @app.command()

@@ -36,7 +36,7 @@ from sere_dist.provenance import keep, machine, versions
 
 FOLLOW_SECONDS = 120  # for replicas to follow a change
 REQUEST_SECONDS = 3600  # a long answer in a full batch
-PATHS = ("artifact", "placement")  # settings of the policy: only their names are kept
+PATHS = ("artifact", "placement")  # settings that are paths: only their names are kept
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"  # the metric's own
 
 COLUMNS = ("task", "metric", "documents", "off", "on", "difference", "other answers")
@@ -92,10 +92,10 @@ def check(tasks: dict[str, dict[str, Any]], run_model_code: bool) -> None:
 
 
 def switch(url: str, enabled: bool) -> dict[str, Any]:
-    """Switches re-routing and returns the policy's state, as soon as every replica runs it.
+    """Switches re-routing and returns the state of the settings as soon as every replica runs it.
 
     Raises:
-        AdminError: a replica does not follow, or the policy can't be changed at all.
+        AdminError: a replica does not follow, or the settings can't be changed at all.
     """
     state, deadline = request_settings(url, {"enabled": enabled}), time.monotonic() + FOLLOW_SECONDS
     while state["pending"] or not state["replicas"]:
@@ -126,10 +126,10 @@ def restore_settings(url: str) -> Iterator[None]:
 
 
 def evaluate_off_and_on(url: str, evaluate: Callable[[], dict[str, Any]]) -> tuple[dict[bool, dict], dict[str, Any]]:
-    """Returns what `evaluate` returns without and with re-routing, and the policy that was then in force.
+    """Returns what `evaluate` returns without and with re-routing, and the settings that were in force with it.
 
     Raises:
-        AdminError: the policy can't be changed, or someone else changed it meanwhile.
+        AdminError: the settings can't be changed, or someone else changed them meanwhile.
     """
     found = {}
     with restore_settings(url):
@@ -137,7 +137,7 @@ def evaluate_off_and_on(url: str, evaluate: Callable[[], dict[str, Any]]) -> tup
             state, started = switch(url, enabled), time.monotonic()
             found[enabled] = evaluate() | {"seconds": round(time.monotonic() - started, 1)}
             if request_settings(url)["revision"] != state["revision"]:
-                raise AdminError("the policy was changed by someone else while a suite ran")
+                raise AdminError("someone else changed the settings while a suite ran")
     return found, state["settings"]
 
 
@@ -207,7 +207,7 @@ def main(
     run_model_code: Annotated[bool, typer.Option("--run-model-code", help="Let tasks run the model's code.")] = False,
     results: Annotated[Path | None, typer.Option(help="JSON file to keep the results in.")] = None,
 ) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the policy is put back then too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the settings are restored then too
     name, manager = open_suite(suite)
     try:
         check(dict(leaf_tasks(manager, name)), run_model_code)
