@@ -4,7 +4,6 @@
 
 import json
 import subprocess
-import sys
 
 import lm_eval
 import pytest
@@ -16,10 +15,17 @@ from examples import demo
 from examples.demo import ROOT
 from sere_dist.admin import AdminError, request_settings
 from sere_dist.environment import ADMIN_TOKEN
-from sere_dist.evaluation.accuracy import check, compare, evaluate_off_and_on, leaf_tasks, open_suite, restore_settings
+from sere_dist.evaluation.accuracy import (
+    check,
+    compare,
+    evaluate_off_and_on,
+    find_suite,
+    leaf_tasks,
+    open_suite,
+    restore_settings,
+)
 from sere_dist.testing.local_cluster import free_ports
 
-TASKS = ROOT / "examples" / "tiny_moe" / "tasks"
 CODE = {"sere_paper": ["humaneval", "mbpp"], "sere_paper_chat": ["humaneval_instruct", "mbpp_instruct"]}
 EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
 
@@ -39,15 +45,7 @@ def enabled(cluster, url, monkeypatch):
 
 
 def accuracy(cluster, url: str, *options: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "sere_dist.evaluation.accuracy",
-        url,
-        "--suite",
-        "examples/tiny_moe/tasks/heldout.yaml",
-        *options,
-    ]
+    command = ["sere-dist", "accuracy", url, "--suite", "examples/tiny_moe/tasks/heldout.yaml", *options]
     return cluster.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -101,7 +99,7 @@ def test_other_settings_meanwhile(url, enabled):
 
 @pytest.fixture(scope="module")
 def manager() -> TaskManager:
-    name, manager = open_suite(TASKS / "paper.yaml")
+    name, manager = open_suite(find_suite("paper"))
     assert name == "sere_paper"
     return manager
 
