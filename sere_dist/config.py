@@ -20,49 +20,64 @@ class ReroutingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    artifact: Path = Field(description="Folder that a calibration wrote.")
+    artifact: Path = Field(description="Folder of the artifact that a calibration wrote.")
     select_top_k: int | None = Field(
-        default=None, ge=1, description="S: experts that every token keeps; the model's own top-k means off."
+        default=None,
+        ge=1,
+        description="S: number of experts that every token keeps. With the model's own top-k, nothing is re-routed.",
     )
     threshold: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="rho: an expert with no active substitute this similar stays; 0: none."
+        default=0.0,
+        ge=0.0,
+        le=1.0,
+        description="rho: lowest similarity of a substitute. An expert that no primary expert is as similar to stays; "
+        "with 0, every expert is replaced.",
     )
-    rows: Literal["decode", "all"] = Field(default="decode", description="Re-route decode rows only, or prefill too.")
+    rows: Literal["decode", "all"] = Field(
+        default="decode", description="Rows to re-route: those that decode, or all, which includes prompts."
+    )
     min_rows: int = Field(
-        default=1, ge=0, le=MAX_ROWS, description="Leave steps alone in which fewer rows could be re-routed."
+        default=1, ge=0, le=MAX_ROWS, description="Steps with fewer rows that could be re-routed are left alone."
     )
     max_rows: int | None = Field(
-        default=None, ge=0, le=MAX_ROWS, description="Leave steps alone in which more rows could be."
+        default=None, ge=0, le=MAX_ROWS, description="Steps with more rows that could be re-routed are left alone."
     )
-    enabled: bool = Field(default=True, description="Start with re-routing on; it can be switched while serving.")
+    enabled: bool = Field(
+        default=True, description="Whether re-routing is on. It can be switched while the engine serves."
+    )
     policy: Literal["sere", "projection", "recommended"] = Field(
         default="sere",
-        description="The paper's policy, the cheapest of all substitutes and dropping (needs method projection), or "
-        "what a tuning wrote into the artifact for each layer.",
+        description="`sere` is the paper's policy. `projection` changes each slot as cheaply as possible, and needs an "
+        "artifact of `--method projection`. `recommended` is what a tuning added to the artifact, per layer.",
     )
     expert_price: float = Field(
         default=0.0,
         ge=0.0,
         allow_inf_nan=False,
-        description="Of policy projection: the error that one expert less to run is worth; 0: S alone says what runs.",
+        description="Error that running one expert less is worth, for policy projection. With 0, S alone decides.",
     )
     traffic_price: float = Field(
         default=0.0,
         ge=0.0,
         allow_inf_nan=False,
-        description="Of policy projection under expert parallelism: the error that one domain less to visit is worth.",
+        description="Error that visiting one domain less is worth, for policy projection with expert parallelism.",
     )
-    domain: Literal["rank", "node"] = Field(default="rank", description="Between what traffic has its price.")
+    domain: Literal["rank", "node"] = Field(
+        default="rank", description="Whether `traffic_price` counts ranks or nodes."
+    )
     primary_scope: Literal["rank", "group"] = Field(
         default="rank",
-        description="Of data-parallel attention: whose tokens' top experts are primary, each rank's own or all ranks'.",
+        description="Whose tokens decide which experts are primary, with data-parallel attention: those of each rank "
+        "alone, or those of the whole group.",
     )
     cpu_dispatch: Literal["all_gather", "all_to_all"] = Field(
         default="all_gather",
-        description="Of data-parallel attention on CPUs: tokens go to every rank, or only where their experts are.",
+        description="How tokens reach their experts, with data-parallel attention on CPUs: `all_gather` sends them to "
+        "every rank, `all_to_all` only to the ranks of their experts.",
     )
     placement: Path | None = Field(
-        default=None, description="Of expert parallelism: file of `sere-dist place`, which expert lives on which rank."
+        default=None,
+        description="File of `sere-dist place`, which says which rank holds which expert under expert parallelism.",
     )
 
     @model_validator(mode="after")

@@ -337,9 +337,11 @@ def summary(result: dict[str, Any]) -> Iterator[Table]:
 
 
 def main(
-    schemathesis: Annotated[Path, typer.Option(help="Its command `st`.", exists=True, dir_okay=False)],
-    seconds: Annotated[int, typer.Option(help="Of fuzzing, and of load.", min=4)] = 300,
-    seed: Annotated[int | None, typer.Option(help="Of what is made up; default: another one each time.")] = None,
+    schemathesis: Annotated[
+        Path, typer.Option(help="Path of schemathesis' command `st`.", exists=True, dir_okay=False)
+    ],
+    seconds: Annotated[int, typer.Option(help="Seconds of fuzzing, and of load.", min=4)] = 300,
+    seed: Annotated[int | None, typer.Option(help="Seed of the requests. By default, it is drawn.")] = None,
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "tests" / "soak" / "results" / "soak.json",
 ) -> None:
     seed = secrets.randbelow(2**31) if seed is None else seed

@@ -315,8 +315,8 @@ def summary(result: dict[str, Any]) -> Iterator[Table]:
 
 
 def main(
-    seconds: Annotated[int, typer.Option(help="Of load, at least.", min=20)] = 300,
-    seed: Annotated[int | None, typer.Option(help="Of what is asked; default: another one each time.")] = None,
+    seconds: Annotated[int, typer.Option(help="Seconds of load, at least.", min=20)] = 300,
+    seed: Annotated[int | None, typer.Option(help="Seed of the requests. By default, it is drawn.")] = None,
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "tests" / "soak" / "results" / "survival.json",
 ) -> None:
     seed = secrets.randbelow(2**31) if seed is None else seed
