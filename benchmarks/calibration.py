@@ -512,11 +512,11 @@ def memory_table(result: dict[str, Any]) -> Table:
 
 def main(
     part: Annotated[Part, typer.Option(help="What to measure.")] = "all",
-    threads: Annotated[int | None, typer.Option(help="Of similarity on a CPU (default: physical cores).")] = None,
-    quick: Annotated[bool, typer.Option(help="Tiny sizes, to see that it runs.")] = False,
-    results: Annotated[
-        Path | None, typer.Option(help="JSON file (default: benchmarks/results; with --quick below build).")
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads per task. The default is the number of physical cores.")
     ] = None,
+    quick: Annotated[bool, typer.Option(help="Use tiny sizes, to see that it runs.")] = False,
+    results: Annotated[Path | None, typer.Option(help="JSON file to write, in benchmarks/results by default.")] = None,
 ) -> None:
     sizes, threads = QUICK if quick else Sizes(), threads or physical_cores()
     results = results or ROOT / ("build" if quick else "benchmarks/results") / "calibration.json"

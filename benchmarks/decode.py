@@ -288,15 +288,15 @@ def numbers(text: str) -> list[int]:
 
 
 def main(
-    preset: Annotated[str, typer.Option(help="A folder of benchmarks/shapes.")] = "cpu-small",
-    batches: Annotated[str, typer.Option(help="Requests that decode together.")] = "1,4,16,32,64",
-    keep_experts: Annotated[str, typer.Option("--keep", help="Values of S; the model's top-k means off.")] = "1,2,4,8",
-    steps: Annotated[int, typer.Option(help="Decode steps of a measurement.")] = 12,
-    rounds: Annotated[int, typer.Option(help="Measurements of each kind.")] = 5,
-    top_k: Annotated[str, typer.Option(help="Baseline: values of a smaller top-k, an engine each.")] = "",
-    compiled: Annotated[bool, typer.Option(help="vLLM's compiled mode (CUDA graphs on a GPU), not eager.")] = False,
-    results: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Picture.")] = None,
+    preset: Annotated[str, typer.Option(help="Shape of the model: a folder of benchmarks/shapes.")] = "cpu-small",
+    batches: Annotated[str, typer.Option(help="Batches to time, in requests that decode together.")] = "1,4,16,32,64",
+    keep_experts: Annotated[str, typer.Option("--keep", help="Values of S to time.")] = "1,2,4,8",
+    steps: Annotated[int, typer.Option(help="Decode steps per measurement.")] = 12,
+    rounds: Annotated[int, typer.Option(help="Measurements of each setting.")] = 5,
+    top_k: Annotated[str, typer.Option(help="Smaller values of the top-k to time as baselines.")] = "",
+    compiled: Annotated[bool, typer.Option(help="Time vLLM's compiled mode, not eager mode.")] = False,
+    results: Annotated[Path | None, typer.Option(help="JSON file to add the results to.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Picture to draw.")] = None,
 ) -> None:
     model = SHAPES / preset
     if not (model / "config.json").exists():

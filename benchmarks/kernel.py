@@ -263,10 +263,10 @@ def dry_run() -> dict[str, Any]:
 
 
 def main(
-    part: Annotated[Part, typer.Option(help="What to do.")] = "all",
-    steps: Annotated[int, typer.Option(help="Random steps to check.")] = 2000,
-    rounds: Annotated[int, typer.Option(help="Timed replays of each graph.")] = 20,
-    is_dry_run: Annotated[bool, typer.Option("--dry-run", help="Compile and list, without a GPU.")] = False,
+    part: Annotated[Part, typer.Option(help="Part of the benchmark to run.")] = "all",
+    steps: Annotated[int, typer.Option(help="Number of random steps to check.")] = 2000,
+    rounds: Annotated[int, typer.Option(help="Number of timed replays of each graph.")] = 20,
+    is_dry_run: Annotated[bool, typer.Option("--dry-run", help="Compile and list only, which needs no GPU.")] = False,
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "benchmarks" / "results" / "kernel.json",
 ) -> None:
     if is_dry_run:

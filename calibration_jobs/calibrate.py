@@ -1,4 +1,4 @@
-"""Calibrate a Mixture-of-Experts model on a Ray cluster: one Ray task a MoE layer, one artifact at the end.
+"""Calibrate a Mixture-of-Experts model on a Ray cluster: one Ray task per MoE layer, and one artifact at the end.
 
     ray job submit --runtime-env calibration_jobs/runtime_env.yaml -- \\
         python -m calibration_jobs.calibrate --model Qwen/Qwen3-30B-A3B --output /data/qwen3-sere
@@ -51,23 +51,23 @@ RETRIES = 5  # of a task whose worker or node died
 class CalibrationConfig(JobConfig):
     """Settings of a calibration. Unknown keys are refused."""
 
-    output: Path = Field(description="Folder of the artifact.")
-    overwrite: bool = Field(default=False, description="Replace an artifact at --output.")
-    restart: bool = Field(default=False, description="Throw away the finished layers of a stopped job.")
-    dry_run: bool = Field(default=False, description="Print what it would take, and stop.")
+    output: Path = Field(description="Folder to write the artifact to.")
+    overwrite: bool = Field(default=False, description="Replace the artifact that is already at --output.")
+    restart: bool = Field(default=False, description="Discard the layers that a stopped job has finished.")
+    dry_run: bool = Field(default=False, description="Print the plan and what it takes, and stop.")
 
-    method: Method = Field(default="frobenius", description="How similarity is measured.")
-    kernel: Kernel = Field(default="linear", description="Of method cka.")
+    method: Method = Field(default="frobenius", description="Measure of the similarity of experts.")
+    kernel: Kernel = Field(default="linear", description="Kernel of `--method cka`.")
 
-    num_samples: int = Field(default=400, ge=1, description="Texts to use.")
-    max_length: int = Field(default=128, ge=2, description="Tokens that a text is cut to.")
-    min_length: int | None = Field(default=None, ge=1, description="Shorter texts are left out (default: max-length).")
-    max_tokens: int | None = Field(default=None, ge=1, description="Tokens of all texts together.")
-    seed: int | None = Field(default=None, ge=0, description="Shuffle the texts; draw method random.")
+    num_samples: int = Field(default=400, ge=1, description="Number of texts to use.")
+    max_length: int = Field(default=128, ge=2, description="Tokens that each text is cut to.")
+    min_length: int | None = Field(default=None, ge=1, description="Fewest tokens of a text; --max-length by default.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Most tokens to use of all texts together.")
+    seed: int | None = Field(default=None, ge=0, description="Seed of the texts' order and of `--method random`.")
     min_tokens_per_expert: int = Field(
-        default=MIN_TOKENS_PER_EXPERT, ge=0, description="Warn of experts that got fewer."
+        default=MIN_TOKENS_PER_EXPERT, ge=0, description="Warn of experts that were routed fewer tokens."
     )
-    block_tokens: int | None = Field(default=None, ge=1, description="Tokens a scoring task takes at a time.")
+    block_tokens: int | None = Field(default=None, ge=1, description="Tokens that a scoring task takes at a time.")
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> "CalibrationConfig":
@@ -285,7 +285,7 @@ def report_layer(result: LayerResult, done: int, plan: Plan, min_tokens: int, qu
 
 
 def run(config: CalibrationConfig) -> None:
-    """Calibrate a Mixture-of-Experts model on a Ray cluster: one Ray task a MoE layer, one artifact at the end."""
+    """Calibrate a Mixture-of-Experts model on a Ray cluster, one task per MoE layer, and write the artifact."""
     if artifact := calibrate(config):
         print(f"wrote {artifact.settings['output']}: similarity of {len(artifact.layers)} layers", flush=True)
 

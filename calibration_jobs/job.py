@@ -13,6 +13,7 @@ import typer
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ray.exceptions import RayError
+from rich.markup import escape
 from transformers import AutoTokenizer
 
 from sere_dist.calibration.checkpoint import Checkpoint
@@ -28,25 +29,29 @@ class JobConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    model: str = Field(description="Checkpoint folder or Hugging Face model id.")
-    revision: str | None = Field(default=None, description="Of the model id: branch, tag or commit.")
+    model: str = Field(description="Checkpoint folder or Hugging Face id of the model.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of the Hugging Face model.")
 
     dataset: str = Field(
-        default=FINEWEB, description="Parquet, JSON-lines or text file, a folder of them, or a datasets name."
+        default=FINEWEB, description="Parquet, JSON Lines or text file, a folder of such files, or a Hub dataset."
     )
-    subset: str | None = Field(default=None, description=f"Of a datasets name ({FINEWEB_SUBSET} of the default).")
-    split: str = Field(default="train", description="Of a datasets name.")
-    column: str = Field(default="text", description="That holds the texts.")
+    subset: str | None = Field(
+        default=None, description=f"Subset of a Hub dataset; {FINEWEB_SUBSET} of the default dataset."
+    )
+    split: str = Field(default="train", description="Split of a Hub dataset.")
+    column: str = Field(default="text", description="Column that holds the texts.")
 
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: GPUs if the cluster has any.")
-    cpus_per_task: int = Field(default=1, ge=1, description="Of each task on CPUs.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where tasks run; auto takes GPUs if the cluster has any."
+    )
+    cpus_per_task: int = Field(default=1, ge=1, description="CPUs that Ray reserves per task, where tasks run on CPUs.")
     gpus_per_task: float | None = Field(
-        default=None, gt=0, description="That Ray reserves for each task; may be a part of one (default: 1 on cuda)."
+        default=None, gt=0, description="GPUs that Ray reserves per task, such as 0.5. On GPUs, the default is 1."
     )
     accelerator_type: str | None = Field(
-        default=None, min_length=1, description="Ray's name of the GPU of the nodes to run on, such as H100."
+        default=None, min_length=1, description="Ray's name of the GPU to run on, such as H100."
     )
-    memory_per_task: float | None = Field(default=None, gt=0, description="GiB that Ray reserves for each task.")
+    memory_per_task: float | None = Field(default=None, gt=0, description="Memory in GiB that Ray reserves per task.")
 
     @model_validator(mode="after")
     def _default_subset(self) -> "JobConfig":
@@ -154,15 +159,30 @@ def command(settings: type[JobConfig], run: Callable[[Any], None]) -> Callable[.
 
 def _signature(settings: type[JobConfig]) -> inspect.Signature:
     """Every setting is an option of the command: the settings are written down once."""
-    parameters = {"config": Annotated[Path | None, typer.Option(help="YAML file with any of the other options.")]}
+    config = typer.Option(help="YAML file with any of the other options, written with _ for -.")
+    parameters = {"config": Annotated[Path | None, config]}
     for name, field in settings.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        default = "" if field.default in (None, False) or field.is_required() else f" (default: {field.default})"
         kind = bool if field.annotation is bool else str  # the settings parse and check what they are given
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        option = typer.Option(flag, help=f"{field.description}{default}", metavar="|".join(choices) or None)
+        note = ""  # A required option may stand in the YAML file, so Typer does not know that it is required.
+        if field.is_required():
+            note = " [required]"
+        elif field.default is not None and field.default is not False:
+            note = f" [default: {field.default}]"
+        option = typer.Option(
+            f"--{name.replace('_', '-')}",
+            help=escape(f"{field.description}{note}"),
+            metavar=None if kind is bool else _metavar(field.annotation),
+        )
         parameters[name] = Annotated[kind | None, option]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
         [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in parameters.items()]
     )
+
+
+def _metavar(annotation: Any) -> str:
+    """Returns how Typer would write an option of this type: its choices, or the type's name."""
+    if get_origin(annotation) is Literal:
+        return f"<{'|'.join(get_args(annotation))}>"
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    return f"<{'|'.join(kind.__name__.lower() for kind in kinds)}>"

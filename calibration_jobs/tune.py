@@ -1,7 +1,7 @@
-"""Find the setting of every layer that fits a budget best, and write it into the artifact as its recommended policy.
+"""Find the setting of every layer that fits a budget best, and add it to the artifact as its recommended settings.
 
     ray job submit --runtime-env calibration_jobs/runtime_env.yaml -- \\
-        sere-dist tune --model Qwen/Qwen3-30B-A3B --artifact /data/qwen3-sere --batch 16 --max-kl 0.02
+        python -m calibration_jobs.tune --model Qwen/Qwen3-30B-A3B --artifact /data/qwen3-sere --batch 16 --max-kl 0.02
 
 Every option can also stand in a YAML file (`--config`), with `_` for `-`; options on the command line win. Outside a
 cluster the same command starts Ray on this machine. A job that was stopped goes on where it was when the same command
@@ -61,33 +61,47 @@ FAILURES = 3  # of workers to start, one after the other
 PATIENCE_SECONDS = 60.0  # without any worker, before the job says what it waits for
 COMBINATIONS = 10  # measured first, along the whole trade-off
 REFINED, ROUNDS = 6, 2  # then so many of those between the two that the budget lies between, so many times
-BATCHES = (1, 4, 16, 64)  # that the recommended policy is measured at, beside the one it is tuned for
+BATCHES = (1, 4, 16, 64)  # that the recommended settings are measured at, beside the one that they are tuned for
 
 
 class TuningConfig(JobConfig):
     """Settings of a tuning. Unknown keys are refused."""
 
-    artifact: Path = Field(description="Folder of the model's artifact; the recommended policy is written into it.")
-    batch: int = Field(ge=1, description="Requests that decode together.")
+    artifact: Path = Field(description="Folder of the model's artifact, to which the recommended settings are added.")
+    batch: int = Field(ge=1, description="Number of requests that decode together.")
     max_kl: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Budget: KL from the model as it is, nats a token."
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Budget: highest KL divergence from the baseline, in nats per token.",
     )
     max_perplexity_rise: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Budget: share by which perplexity may rise; 0.01 is 1%."
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Budget: highest relative rise of the perplexity; 0.01 is 1%.",
     )
     active_experts: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Budget: experts that a layer runs in a step."
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Budget: most experts that a layer runs per step, on average.",
     )
-    restart: bool = Field(default=False, description="Throw away what a stopped job has measured.")
+    restart: bool = Field(default=False, description="Discard what a stopped job has measured.")
 
     num_samples: int = Field(
-        default=64, ge=2, description="Texts to tune on, and as many others to report on; at least as many as --batch."
+        default=64,
+        ge=2,
+        description="Number of texts to tune on, and of held-out texts to report on; at least --batch.",
     )
-    length: int = Field(default=128, ge=3, description="Tokens that a text is cut to; shorter ones are left out.")
-    prompt_length: int = Field(default=32, ge=1, description="Of these, tokens that are not decoded.")
-    seed: int = Field(default=0, ge=0, description="Shuffle the texts.")
+    length: int = Field(default=128, ge=3, description="Tokens that each text is cut to; shorter texts are left out.")
+    prompt_length: int = Field(
+        default=32, ge=1, description="Tokens of each text that are its prompt and are not decoded."
+    )
+    seed: int = Field(default=0, ge=0, description="Seed of the texts' order.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Of the weights; auto: the checkpoint's own on GPUs, float32 on CPUs."
+        default="auto",
+        description="Data type of the weights; auto takes the checkpoint's own on GPUs, float32 on CPUs.",
     )
 
     @model_validator(mode="after")
@@ -486,7 +500,7 @@ def tables(recommended: Recommendation, budget: Budget) -> list[Table]:
 
 
 def run(config: TuningConfig) -> None:
-    """Find the settings that fit a budget best, and write them into an artifact as its recommended policy."""
+    """Find the settings that fit a budget best, and add them to an artifact as its recommended settings."""
     recommended = tune(config)
     ours = recommended.at(recommended.recommended)
     number = getattr(ours, config.budget.kind)

@@ -25,7 +25,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sere_dist.admin import SETTINGS_PATH
-from sere_dist.config import ADMIN_TOKEN, API_KEY, CHANGEABLE, ReroutingConfig, environment_secrets
+from sere_dist.config import CHANGEABLE, ReroutingConfig
+from sere_dist.environment import ADMIN_TOKEN, API_KEY, environment_secrets
 from serve_apps.server import EngineDied, EngineIsGone
 
 try:

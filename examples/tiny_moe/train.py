@@ -178,11 +178,13 @@ The texts and their licences: `../LICENSES.md`.
 
 def main(
     work: Annotated[Path, typer.Option(help="Folder that holds train.parquet.")] = Path("build/tiny_moe"),
-    output: Annotated[Path, typer.Option(help="Where checkpoint and tokenizer go.")] = HERE / "model",
-    start_from: Annotated[Path | None, typer.Option(help="Checkpoint to train further; default: a new model.")] = None,
-    minutes: Annotated[float, typer.Option(help="Training time.")] = 90,
+    output: Annotated[Path, typer.Option(help="Folder to write checkpoint and tokenizer to.")] = HERE / "model",
+    start_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint to train further, instead of a new model.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Training time in minutes.")] = 90,
     context: int = 512,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
     peak: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     seed: int = 0,
 ) -> None:

@@ -35,7 +35,7 @@ MIN_TOKENS_PER_EXPERT = 32  # an expert that got fewer in a calibration is worth
 CONFIG_FILE, TENSORS_FILE, LAYERS_FILE = "sere_config.json", "similarity.safetensors", "layers.csv"
 EXPERTS_FILE = "experts.csv"  # tokens routed to each expert; absent where no token was looked at
 CARD_FILE, SETTINGS_FILE = "README.md", "calibration.yaml"
-RECOMMENDATION_FILE = "recommended.json"  # absent until `sere-dist tune` has found one
+RECOMMENDATION_FILE = "recommended.json"  # absent until `calibration_jobs.tune` has found one
 
 _EXPERTS_HEADER = ["layer", "expert", "tokens"]
 
@@ -78,8 +78,8 @@ class Artifact:
         if settings.policy == "recommended":
             if self.recommended is None:
                 raise ArtifactError(
-                    f"policy: recommended needs an artifact that was tuned, {settings.artifact} was not: run sere-dist "
-                    "tune, or set another policy"
+                    f"policy: recommended needs an artifact that was tuned, {settings.artifact} was not: run python -m "
+                    "calibration_jobs.tune, or set another policy"
                 )
             common = {name: value for name, value in settings.model_dump().items() if name not in RECOMMENDED}
             common["policy"] = self.recommended.policy
@@ -315,7 +315,7 @@ def _check_recommended(path: Path, config: ArtifactConfig, recommended: Recommen
     if recommended.tensors_sha256 != config.tensors_sha256:
         raise ArtifactError(
             f"{path / RECOMMENDATION_FILE} was found with other matrices (tensors_sha256 {recommended.tensors_sha256}, "
-            f"in {CONFIG_FILE} {config.tensors_sha256}): delete it, or run sere-dist tune again"
+            f"in {CONFIG_FILE} {config.tensors_sha256}): delete it, or run python -m calibration_jobs.tune again"
         )
     if recommended.layers.keys() != config.layer_names.keys():
         raise ArtifactError(

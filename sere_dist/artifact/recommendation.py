@@ -1,4 +1,4 @@
-"""The policy that `sere-dist tune` recommends for an artifact: what each layer does, and what it was seen to cost."""
+"""The policy that a tuning recommends for an artifact: what each layer does, and what it was seen to cost."""
 
 from typing import Literal
 

@@ -4,9 +4,12 @@ They are named tuples of tensors and numbers, so `torch.vmap` takes them. Shape 
 experts per token, E experts of the layer.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # nothing here runs torch, and `config` is imported where seconds count
+    import torch
 
 
 class Step(NamedTuple):

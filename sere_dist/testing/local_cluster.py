@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import psutil
 
-from sere_dist.config import ADMIN_TOKEN, API_KEY
+from sere_dist.environment import ADMIN_TOKEN, API_KEY
 
 START_SECONDS = 90
 STOP_SECONDS = 5  # then it is killed: nothing in it is worth more patience

@@ -42,7 +42,7 @@ def register() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args, **kwargs) -> VllmConfig:
-        from sere_dist.config import settings_from_overrides
+        from sere_dist.artifact.reference import settings_from_overrides
 
         if translated := settings_from_overrides(self.hf_overrides, self.additional_config or {}, self.model):
             self.hf_overrides, self.additional_config = translated
@@ -63,7 +63,8 @@ def configure_engine(vllm_config: VllmConfig) -> None:
             un-re-routed in silence.
     """
     from sere_dist.artifact.reference import load_artifact
-    from sere_dist.config import ALLOW_UNTESTED_VLLM, ReroutingConfig, environment_flag
+    from sere_dist.config import ReroutingConfig
+    from sere_dist.environment import ALLOW_UNTESTED_VLLM, environment_flag
     from sere_dist.moe import MoeShape
 
     if vllm.__version__ not in TESTED_VLLM and not environment_flag(ALLOW_UNTESTED_VLLM):

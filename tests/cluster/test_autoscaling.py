@@ -14,7 +14,7 @@ import yaml
 from examples import demo
 from sere_dist.admin import request_settings
 from sere_dist.artifact.folder import TENSORS_FILE
-from sere_dist.config import ADMIN_TOKEN
+from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 from tests.conftest import MODEL, TEXTS
 from tests.support.metrics import eventually

@@ -1,4 +1,4 @@
-"""`sere-dist tune`: the arithmetic that combines layers, and the job, from its command to what a server may load."""
+"""Tuning: the arithmetic that combines layers, and the job, from its command to what a server may load."""
 
 import json
 import os
@@ -169,8 +169,13 @@ SIZES = {"--num-samples": "6", "--length": "24", "--prompt-length": "12", "--bat
 def command(artifact: Path, *options: str, **sizes: str) -> list[str]:
     given = {"--model": str(MODEL), "--artifact": str(artifact), "--dataset": str(TEXTS / "heldout.parquet")}
     given |= SIZES | {f"--{name.replace('_', '-')}": value for name, value in sizes.items()}
-    cli = [sys.executable, "-c", "from sere_dist.cli.commands import app; app()", "tune"]
-    return [*cli, *(word for option in given.items() for word in option), *options]
+    return [
+        sys.executable,
+        "-m",
+        "calibration_jobs.tune",
+        *(word for option in given.items() for word in option),
+        *options,
+    ]
 
 
 def copied(artifact: Path, folder: Path) -> Path:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
 from sere_dist.artifact.folder import Artifact
-from sere_dist.config import ALLOW_UNTESTED_VLLM
+from sere_dist.environment import ALLOW_UNTESTED_VLLM
 from tests.conftest import MODEL, TEXTS, small_artifact
 from tests.support import engine_spy, engines
 
@@ -265,7 +265,10 @@ def caplog_vllm(caplog, monkeypatch):
         ({"select_top_k": 2, "artifact": "nowhere"}, "no artifact at .*nowhere"),
         ({"select_top_k": 2, "policy": "projection"}, "artifact of method projection, .* has frobenius: calibrate"),
         ({}, "select_top_k is missing; only policy: recommended brings its own"),
-        ({"policy": "recommended"}, "recommended needs an artifact that was tuned, .* was not: run sere-dist tune"),
+        (
+            {"policy": "recommended"},
+            "needs an artifact that was tuned, .* was not: run python -m calibration_jobs.tune",
+        ),
         ({"policy": "recommended", "select_top_k": 2}, "recommended leaves no choice of select_top_k"),
         ({"select_top_k": 2, "traffic_price": 0.01}, r"traffic_price \(0.01\) needs policy: projection"),
         ({"select_top_k": 2, "expert_price": 0.1}, r"expert_price \(0.1\) needs policy: projection"),

@@ -9,7 +9,7 @@ import pytest
 from examples import demo
 from examples.tiny_moe.data import example_texts
 from sere_dist.admin import request_settings
-from sere_dist.config import ADMIN_TOKEN, API_KEY
+from sere_dist.environment import ADMIN_TOKEN, API_KEY
 from sere_dist.testing.local_cluster import free_ports
 from tests.soak.survival import processes
 from tests.support.metrics import eventually, metrics

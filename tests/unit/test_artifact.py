@@ -182,7 +182,7 @@ def test_round_trip_of_a_recommendation(tuned):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tensors_sha256": "0"}, "was found with other matrices .*run sere-dist tune again"),
+        ({"tensors_sha256": "0"}, "was found with other matrices .*run python -m calibration_jobs.tune again"),
         ({"layers": {"0": {"select_top_k": 1}}}, r"has layers \[0\], layer_names has \[0, 1\]"),
         (
             {"layers": {"0": {"select_top_k": 1}, "1": {"select_top_k": 3}}},

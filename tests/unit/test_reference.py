@@ -5,9 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from sere_dist.artifact.folder import Artifact
-from sere_dist.artifact.reference import load_artifact
+from sere_dist.artifact.reference import load_artifact, settings_from_overrides
 from sere_dist.artifact.schema import ArtifactError
-from sere_dist.config import settings_from_overrides
 from sere_dist.moe import MoeShape
 from tests.conftest import small_artifact
 
