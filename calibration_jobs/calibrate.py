@@ -268,7 +268,7 @@ def report_layer(result: LayerResult, done: int, plan: Plan, min_tokens: int, qu
             f"mean, {row.similarity_min:.3f} to {row.similarity_max:.3f}"
         )
         if result.tokens_E is not None:
-            line += f"; tokens an expert {row.tokens_per_expert_min} fewest, {row.tokens_per_expert_median:g} median"
+            line += f"; tokens per expert: {row.tokens_per_expert_min} fewest, {row.tokens_per_expert_median:g} median"
         lines.append(line)
     if result.halved:
         lines.append(f"layer {row.layer}: memory ran out; went on with {result.block_tokens} tokens at a time")

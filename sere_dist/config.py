@@ -1,4 +1,4 @@
-"""What a user may set about re-routing, checked once, here: `additional_config={"sere": {...}}` in vLLM."""
+"""What a user may set: `additional_config={"sere": {...}}` in vLLM. It is checked once, here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "thresh
 # Settings that policy `recommended` takes, for each layer, from the artifact; it was measured without a traffic_price.
 RECOMMENDED = ("policy", "select_top_k", "threshold", "expert_price", "traffic_price")
 
-MAX_ROWS = 2**31 - 1  # of a step, as the kernel counts them
+MAX_ROWS = 2**31 - 1  # Rows of a step, as the kernel counts them.
 
 
 class ReroutingConfig(BaseModel):
@@ -110,15 +110,15 @@ class ReroutingConfig(BaseModel):
         return self.model_copy(update=paths)
 
     def check_top_k(self, num_experts_per_token: int) -> None:
-        """Raises ValueError if `select_top_k` is more than the experts that the model uses a token."""
+        """Raises ValueError if `select_top_k` is more than the experts that the model uses per token."""
         if self.select_top_k is not None and self.select_top_k > num_experts_per_token:
             raise ValueError(
-                f"select_top_k ({self.select_top_k}) must be between 1 and the model's experts a token "
+                f"select_top_k ({self.select_top_k}) must be between 1 and the model's experts per token "
                 f"({num_experts_per_token})"
             )
 
     def changed(self, changes: Mapping[str, Any], num_experts_per_token: int) -> "ReroutingConfig":
-        """Returns these settings with others of `CHANGEABLE`, for a model that uses so many experts a token.
+        """Returns these settings with others of `CHANGEABLE`, for a model that uses so many experts per token.
 
         Raises:
             ValueError: a value is out of range, or can't be changed in a running engine; one line for each.

@@ -198,7 +198,13 @@ def _settings_schema() -> dict[str, Any]:
 
 
 def _errors(*statuses: int) -> dict[int, dict[str, str]]:
-    meanings = {202: "Some replicas are pending", 400: "Bad request", 401: "Bad token", 403: "Closed", 404: "None"}
+    meanings = {
+        202: "Some replicas have not confirmed the change yet.",
+        400: "A setting is unknown or out of range.",
+        401: "The admin token is missing or wrong.",
+        403: "The server has no admin token.",
+        404: "The model is served without re-routing.",
+    }
     return {status: {"description": meanings[status]} for status in statuses}
 
 

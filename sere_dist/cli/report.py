@@ -51,7 +51,7 @@ class Picture:
 
 @dataclass
 class Strip:
-    """Bars above a heat map, one an expert; `few` marks those that got too few tokens."""
+    """Bars above a heat map, one per expert; `few` marks those that got too few tokens."""
 
     label: str
     values_E: np.ndarray
@@ -247,7 +247,7 @@ def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
         panels[1].set_yscale("symlog", linthresh=1)  # logarithmic, with a place for 0
         panels[1].yaxis.set_major_formatter(ScalarFormatter())
         panels[1].set_ylim(-0.2, 2 * max(*medians, min_tokens))
-        panels[1].set_ylabel("tokens an expert", fontsize=TEXT)
+        panels[1].set_ylabel("tokens per expert", fontsize=TEXT)
 
     for panel in panels:
         for line in panel.lines:
@@ -268,16 +268,16 @@ def _draw_trade_off(recommended: Recommendation) -> Picture:
     axes = figure.subplots()
     uniform = [recommended.uniform[keep] for keep in sorted(recommended.uniform)]
     for label, outcomes, style in (
-        ("weighed, on the texts to tune on", recommended.curve, {"color": BLUE, "marker": ".", "alpha": 0.6}),
-        ("the same S in all layers, on other texts", uniform, {"color": GREY, "marker": "s"}),
-        ("recommended, on other texts", [recommended.at(recommended.recommended)], {"color": RED, "marker": "D"}),
+        ("measured on the texts to tune on", recommended.curve, {"color": BLUE, "marker": ".", "alpha": 0.6}),
+        ("the same S in all layers, held-out texts", uniform, {"color": GREY, "marker": "s"}),
+        ("recommended, held-out texts", [recommended.at(recommended.recommended)], {"color": RED, "marker": "D"}),
     ):
         active, kl, errors = zip(*((o.active_experts, o.kl, o.kl_error) for o in outcomes), strict=True)
         axes.errorbar(active, kl, yerr=errors, markersize=3, linewidth=0.9, label=label, **style)
     axes.axvline(recommended.at(recommended.off).active_experts, color=GREY, linestyle="--", linewidth=0.8)
     axes.set_yscale("log")
-    axes.set_ylabel("KL, nats a token", fontsize=TEXT)
-    axes.set_xlabel(f"experts that a layer runs in a step of {recommended.batch} (dashed: as it is)", fontsize=TEXT)
+    axes.set_ylabel("KL divergence, nats per token", fontsize=TEXT)
+    axes.set_xlabel(f"active experts per layer and step, batch {recommended.batch} (dashed: baseline)", fontsize=TEXT)
     axes.grid(alpha=0.3, linewidth=0.5)
     axes.tick_params(labelsize=TEXT)
     axes.legend(fontsize=TEXT, frameon=False)

@@ -259,7 +259,7 @@ def caplog_vllm(caplog, monkeypatch):
     ("settings", "message"),
     [
         ({"select_top_k": 0}, "select_top_k\n.*greater than or equal to 1"),
-        ({"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be between 1 and the model's experts a token \(8\)"),
+        ({"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be between 1 and the model's experts per token \(8\)"),
         ({"select_top_k": 2, "threshold": 2.0}, "threshold\n"),
         ({"select_top_k": 2, "select_topk": 3}, "select_topk\n.*Extra inputs"),
         ({"select_top_k": 2, "artifact": "nowhere"}, "no artifact at .*nowhere"),
