@@ -1,7 +1,6 @@
 """Layers that a calibration has finished, one file each, so that the same command goes on where it was stopped."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from calibration_jobs.job import changed_keys
 from sere_dist.artifact.layer import LayerStatistics
 from sere_dist.calibration.layers import LayerResult
+from sere_dist.files import written_whole
 
 JOB_FILE = "job.json"
 TENSORS = {
@@ -48,7 +48,8 @@ class FinishedLayers:
                     "with the command that began it, choose another --output, or throw its layers away with --restart"
                 )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._write(self.path / JOB_FILE, json.dumps(job, indent=2).encode())
+        with written_whole(self.path / JOB_FILE) as file:
+            file.write_text(json.dumps(job, indent=2))
 
     def add(self, result: LayerResult) -> None:
         """Writes one layer's result; it is there whole or not at all."""
@@ -62,7 +63,8 @@ class FinishedLayers:
             "block_tokens": str(result.block_tokens),
             "halved": str(result.halved),
         }
-        self._write(self._file(result.statistics.layer), save(tensors, metadata))
+        with written_whole(self.path / f"layer-{result.statistics.layer:04}.safetensors") as file:
+            file.write_bytes(save(tensors, metadata))
 
     def __iter__(self) -> Iterator[LayerResult]:
         """Yields the finished layers in order."""
@@ -79,11 +81,3 @@ class FinishedLayers:
 
     def discard(self) -> None:
         shutil.rmtree(self.path)
-
-    def _file(self, layer: int) -> Path:
-        return self.path / f"layer-{layer:04}.safetensors"
-
-    def _write(self, path: Path, content: bytes) -> None:
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_bytes(content)
-        aside.rename(path)

@@ -1,11 +1,11 @@
 """What a tuning has measured, a line each, so that the same command goes on where it was stopped."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from calibration_jobs.job import changed_keys
+from sere_dist.files import written_whole
 
 
 class Measurements:
@@ -35,9 +35,8 @@ class Measurements:
                     "that those were made with, or throw them away with --restart"
                 )
             self.values = dict(map(json.loads, whole[1:]))
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        aside.write_text("".join(f"{line}\n" for line in whole or [json.dumps(job)]))
-        aside.rename(self.path)
+        with written_whole(self.path) as file:
+            file.write_text("".join(f"{line}\n" for line in whole or [json.dumps(job)]))
 
     def add(self, key: str, value: Any) -> None:
         """Writes a value, and keeps what JSON makes of it."""

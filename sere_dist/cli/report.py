@@ -5,8 +5,6 @@ Shape suffix: E experts. The page is `report.html.jinja`; its pictures are PNG d
 
 import base64
 import io
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from tqdm import tqdm
 from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact
 from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.artifact.recommendation import Recommendation
+from sere_dist.files import written_whole
 
 PERCENTILES = 1, 99.5  # of the similarities between different experts, all layers: the ends of the colour scale
 ROWS = 5  # of each of a layer's tables
@@ -91,21 +90,18 @@ def hardest_to_replace(similarity_EE: torch.Tensor, count: int) -> list[tuple[in
 
 
 def write_report(artifact: Artifact, path: Path, min_tokens: int = MIN_TOKENS_PER_EXPERT) -> None:
-    """Writes the page aside, in the same folder, and renames it to `path` when it is whole. A file there is replaced.
+    """Writes the page to `path` when it is whole. A file there is replaced.
 
     Experts that were routed fewer than `min_tokens` of the calibration's tokens are listed and marked.
 
     Raises:
         OSError: `path` can't be written, or is a folder; what was there is unchanged.
     """
-    path = path.resolve()
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file for the report")
     # Before the drawing, which takes a while: a folder that can't be written is noticed at once.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
-        written = Path(aside) / "new"
-        written.write_text(_page(artifact, min_tokens), encoding="utf-8")
-        os.replace(written, path)
+    with written_whole(path) as file:
+        file.write_text(_page(artifact, min_tokens), encoding="utf-8")
 
 
 def _page(artifact: Artifact, min_tokens: int) -> str:
