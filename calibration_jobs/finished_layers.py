@@ -4,12 +4,11 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save
 
-from calibration_jobs.job import changed_keys
+from calibration_jobs.resume import Fingerprint, check_same_job
 from sere_dist.artifact.layer import LayerStatistics
 from sere_dist.calibration.layers import LayerResult
 from sere_dist.files import written_whole
@@ -27,29 +26,26 @@ TENSORS = {
 class FinishedLayers:
     """The folder `<output>.partial`: which calibration it belongs to, and each layer's result as it lands."""
 
-    def __init__(self, output: Path, job: dict[str, Any], restart: bool):
-        """Opens the folder, or makes it.
-
-        `job` is whatever decides the results, as JSON. With `restart` the layers that are there, of whichever
-        calibration, are thrown away.
+    def __init__(self, output: Path, fingerprint: Fingerprint, restart: bool):
+        """Opens the folder, or makes it. With `restart` the layers of whichever calibration are thrown away.
 
         Raises:
             ValueError: the folder holds the layers of another calibration; the message says what differs.
         """
         self.path = output.resolve().with_name(f"{output.name}.partial")
-        job = json.loads(json.dumps(job))
         if restart and (self.path / JOB_FILE).exists():
             self.discard()
         if (self.path / JOB_FILE).exists():
-            there = json.loads((self.path / JOB_FILE).read_text())
-            if names := changed_keys(there, job):
-                raise ValueError(
-                    f"{self.path} holds layers of another calibration (other: {', '.join(names)}): finish that one "
-                    "with the command that began it, choose another --output, or throw its layers away with --restart"
-                )
+            check_same_job(
+                self.path,
+                kept=json.loads((self.path / JOB_FILE).read_text()),
+                own=fingerprint,
+                what="layers of another calibration",
+                instead="finish that one with the command that began it, choose another --output",
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         with written_whole(self.path / JOB_FILE) as file:
-            file.write_text(json.dumps(job, indent=2))
+            file.write_text(json.dumps(fingerprint, indent=2))
 
     def add(self, result: LayerResult) -> None:
         """Writes one layer's result; it is there whole or not at all."""

@@ -20,7 +20,8 @@ from sere_dist.calibration.memory import is_out_of_memory, with_halving
 from sere_dist.method.blocks import BLOCK_BYTES
 from sere_dist.method.cka import Kernel
 from sere_dist.method.similarity import (
-    Method,
+    METHODS,
+    MethodName,
     expert_projection,
     expert_similarity,
     random_similarity,
@@ -31,7 +32,6 @@ from sere_dist.moe import Routing, decoder_layers, expert_outputs, hooked_expert
 
 TOKENS_A_FORWARD = 4096
 BLOCK_BYTES_ON = {"cpu": BLOCK_BYTES, "cuda": 8 * 2**30}
-WITHOUT_DATA = ("weights", "random")  # methods that look at no token
 
 
 class Texts(NamedTuple):
@@ -254,7 +254,7 @@ def score_layer(
     checkpoint: Checkpoint,
     layer: int,
     inputs: Sequence[ExpertInputs],
-    method: Method,
+    method: MethodName,
     kernel: Kernel = "linear",
     seed: int = 0,
     block_tokens: int | None = None,
@@ -272,7 +272,7 @@ def score_layer(
     started = time.perf_counter()
     model = checkpoint.empty_model()
     name, experts = routed_experts(model)[layer]
-    if method != "random":
+    if METHODS[method].needs_weights:
         with_halving(
             1,
             lambda _: checkpoint.load(model, lambda parameter: parameter.startswith(f"{name}."), device),

@@ -24,6 +24,7 @@ from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact
 from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.artifact.recommendation import Recommendation
 from sere_dist.files import written_whole
+from sere_dist.method.similarity import method_named
 
 PERCENTILES = 1, 99.5  # of the similarities between different experts, all layers: the ends of the colour scale
 ROWS = 5  # of each of a layer's tables
@@ -112,7 +113,7 @@ def _page(artifact: Artifact, min_tokens: int) -> str:
         index: [expert for expert, count in enumerate(counts) if count < min_tokens] for index, counts in tokens.items()
     }
     sections = [
-        _section(layer, min_tokens, scale, directed=artifact.is_projection)
+        _section(layer, min_tokens, scale, directed=method_named(artifact.config.method).directed)
         for layer in tqdm(layers, desc="layers", disable=None)  # None: no bar where stderr is no terminal
     ]
     environment = Environment(
@@ -131,7 +132,7 @@ def _page(artifact: Artifact, min_tokens: int) -> str:
         min_tokens=min_tokens,
         scale=scale,
         percentiles=PERCENTILES,
-        directed=artifact.is_projection,
+        directed=method_named(artifact.config.method).directed,
         has_tokens=_has_tokens(artifact),
         has_size=artifact.is_projection,
         recommended=artifact.recommended,

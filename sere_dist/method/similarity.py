@@ -10,14 +10,39 @@ within a few tokens are float32, except CKA's; sums over tokens are float64.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Literal, get_args
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from sere_dist.method.blocks import BLOCK_BYTES, Outputs, split_evenly
 from sere_dist.method.cka import Kernel, expert_cka, rows_per_block
 
-Method = Literal["frobenius", "cosine", "cka", "projection", "weights", "random"]
+MethodName = Literal["frobenius", "cosine", "cka", "projection", "weights", "random"]
+
+
+class Method(NamedTuple):
+    """What a similarity method needs, and what it leaves."""
+
+    name: str
+    needs_weights: bool = True  # of the experts
+    needs_data: bool = True  # the outputs that the experts give for tokens
+    has_kernel: bool = False  # it compares kernel matrices [N, N]: its sums go over pairs of tokens
+    directed: bool = False  # expert j may replace i better than i replaces j
+    tensors: tuple[str, ...] = ("similarity",)  # per layer
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("frobenius"),
+        Method("cosine"),
+        Method("cka", has_kernel=True),
+        Method("projection", directed=True, tensors=("similarity", "coefficient", "size")),
+        Method("weights", needs_data=False),
+        Method("random", needs_data=False, needs_weights=False),
+    )
+}
 
 GRAM_TOKENS = 64  # whose products are summed in float32, or whose Gram matrices exist at a time
 FLOAT32_ERROR = 1e-6  # of an inner product over GRAM_TOKENS, relative to the factors' sizes; 5e-8 is usual
@@ -26,7 +51,7 @@ TOLERANCE = 1e-5  # of a similarity
 
 def expert_similarity(
     outputs_ENH: torch.Tensor | Outputs,
-    method: Method = "frobenius",
+    method: MethodName = "frobenius",
     kernel: Kernel = "linear",
     block_tokens: int | None = None,
 ) -> torch.Tensor:
@@ -40,25 +65,26 @@ def expert_similarity(
         ValueError: the method or the kernel is not one of these, or there is no token.
     """
     num_experts, num_tokens, hidden_size = outputs_ENH.shape
-    if method not in ("frobenius", "cosine", "cka"):
-        raise ValueError(f"method {method!r} is not one of frobenius, cosine, cka")
+    functions = {"frobenius": _frobenius, "cosine": _cosine, "cka": partial(expert_cka, kernel=kernel)}
+    if method not in functions:
+        raise ValueError(f"method {method!r} is not one of {', '.join(functions)}")
     if kernel not in get_args(Kernel):
         raise ValueError(f"kernel {kernel!r} is not one of {', '.join(get_args(Kernel))}")
     if num_tokens == 0:
         raise ValueError("no tokens: similarity needs the experts' outputs on at least one")
     block = block_tokens or tokens_a_block(num_experts, hidden_size, method)
-    if method == "frobenius":
-        similarity_EE = _frobenius(outputs_ENH, block)
-    elif method == "cosine":
-        similarity_EE = _cosine(outputs_ENH, block)
-    else:
-        similarity_EE = expert_cka(outputs_ENH, kernel, block)
+    similarity_EE = functions[method](outputs_ENH, block=block)
     return ((similarity_EE + similarity_EE.T) / 2).fill_diagonal_(1).float()
 
 
-def tokens_a_block(num_experts: int, hidden_size: int, method: Method, block_bytes: int = BLOCK_BYTES) -> int:
+def method_named(name: str) -> Method:
+    """Returns the record of a method; one that is not ours has what every similarity has."""
+    return METHODS.get(name, Method(name))
+
+
+def tokens_a_block(num_experts: int, hidden_size: int, method: MethodName, block_bytes: int = BLOCK_BYTES) -> int:
     """Returns how many tokens' outputs, or for CKA rows of kernel matrices, fit into `block_bytes`, at least 1."""
-    if method == "cka":
+    if METHODS[method].has_kernel:
         return rows_per_block(num_experts, hidden_size, block_bytes)
     return max(1, block_bytes // (4 * num_experts * hidden_size))
 
