@@ -15,7 +15,7 @@ import hashlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import typer
@@ -225,7 +225,8 @@ def score_layers(
     if plan.method.needs_data:
         wanted = set(remaining)
         for layer in range(max(remaining, default=-1) + 1):
-            left = forward.remote(*where, layer, texts, workers.device, *hidden)
+            # A list, since the task has several results.
+            left = cast(list[ray.ObjectRef], forward.remote(*where, layer, texts, workers.device, *hidden))
             hidden, inputs = left[0::2], left[1::2]
             if layer in wanted:
                 inputs_of[layer] = inputs

@@ -4,10 +4,9 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from transformers import AutoTokenizer
 
 from sere_dist.calibration.checkpoint import Checkpoint
-from sere_dist.calibration.texts import read_texts, tokenise
+from sere_dist.calibration.texts import load_tokenizer, read_texts, tokenise
 
 # Ray unpacks the --working-dir of a job below such a folder, and deletes it afterwards.
 RAY_WORKING_DIR = "working_dir_files"
@@ -66,7 +65,7 @@ class JobConfig(BaseModel):
             ValueError: the dataset can't be read, or has no text that is long enough.
         """
         texts = read_texts(self.dataset, subset=self.subset, split=self.split, column=self.column, seed=seed)
-        tokenizer = AutoTokenizer.from_pretrained(self.model, revision=checkpoint.revision)
+        tokenizer = load_tokenizer(self.model, checkpoint.revision)
         return tokenise(
             texts, tokenizer, num_samples, max_length, min_length=min_length, max_tokens=max_tokens, distinct=distinct
         )

@@ -41,20 +41,22 @@ def make_command(settings: type[JobConfig], run: Callable[[Any], None]) -> Calla
             raise SystemExit(f"error: {error}") from error
 
     main.__doc__ = run.__doc__
-    main.__signature__ = _signature(settings)
+    main.__signature__ = _signature(settings)  # ty: ignore[missing-attribute]  # which `inspect` looks for
     return main
 
 
 def _signature(settings: type[JobConfig]) -> inspect.Signature:
     """Every setting is an option of the command: the settings are written down once."""
-    parameters = {"config": Annotated[Path | None, typer.Option(help="YAML file with any of the other options.")]}
+    parameters: dict[str, Any] = {
+        "config": Annotated[Path | None, typer.Option(help="YAML file with any of the other options.")]
+    }
     for name, field in settings.model_fields.items():
         flag = f"--{name.replace('_', '-')}"
         default = "" if field.default in (None, False) or field.is_required() else f" (default: {field.default})"
-        kind = bool if field.annotation is bool else str  # the settings parse and check what they are given
         choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
         option = typer.Option(flag, help=f"{field.description}{default}", metavar="|".join(choices) or None)
-        parameters[name] = Annotated[kind | None, option]
+        # The settings parse and check the texts that they are given.
+        parameters[name] = Annotated[bool | None, option] if field.annotation is bool else Annotated[str | None, option]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
         [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in parameters.items()]

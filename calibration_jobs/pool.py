@@ -5,8 +5,8 @@ Unlike `ray.util.ActorPool` it grows as nodes come, shrinks as they are lost, an
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import ray
 from ray.actor import ActorClass, ActorHandle
@@ -26,7 +26,9 @@ class ActorPool:
     def __init__(self, actor_class: ActorClass, workers: Workers, *arguments: Any):
         """Every actor is made with the same arguments, which go into the object store once."""
         self.workers = workers
-        self.make = actor_class.options(max_restarts=0, **workers.options).remote
+        # Ray's own annotation allows for a class instead of a handle.
+        make = actor_class.options(max_restarts=0, **workers.options).remote
+        self.make = cast(Callable[..., ActorHandle], make)
         self.arguments = [ray.put(argument) for argument in arguments]
         self.idle: list[ActorHandle] = []
         self.starting: dict[ray.ObjectRef, ActorHandle] = {}
@@ -108,7 +110,7 @@ class ActorPool:
         self.idle.append(actor)
 
     def _forget_the_dead(self) -> None:
-        asked = {actor.__ray_ready__.remote(): actor for actor in self.idle}
+        asked: dict[ray.ObjectRef, ActorHandle] = {actor.__ray_ready__.remote(): actor for actor in self.idle}
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_SECONDS) if asked else ([], [])
         self.idle = []
         for reference in answered:

@@ -99,6 +99,7 @@ class TuningConfig(JobConfig):
             return Budget("kl", self.max_kl)
         if self.max_perplexity_rise is not None:
             return Budget("loss_rise", float(f"{math.log1p(self.max_perplexity_rise):.4g}"))
+        assert self.active_experts is not None  # one of the three is given
         return Budget("active_experts", self.active_experts)
 
 

@@ -2,13 +2,13 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def written_whole(path: str | Path) -> Generator[Path]:
     """Yields a path to write a file or a folder at, and renames that to `path` when the block ends.
 
     It lies in a hidden folder beside `path`. If the block raises, what was written is removed, and what was at `path`

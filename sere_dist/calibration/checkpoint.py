@@ -226,7 +226,8 @@ class Checkpoint:
         conversions = get_model_conversion_mapping(model)
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        state, pieces_of = model.state_dict(), defaultdict(lambda: defaultdict(list))
+        state = model.state_dict()
+        pieces_of: dict[str, Pieces] = defaultdict(lambda: defaultdict(list))
         for tensor in sorted(self._parts, key=dot_natural_key):  # in transformers' order: experts by their numbers
             name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
             if name not in state and tensor in state:
@@ -287,6 +288,7 @@ class Checkpoint:
                 f"--model {self.name}: not in {self.files[parts[0]]}, as {INDEX_FILE} says: {error}"
             ) from error
         if scales:
+            assert self._block is not None  # only a quantised checkpoint has scales
             scale = unpack_scales(scales[0][...]).to(device)
             if len(values.get_shape()) == 4:
                 return from_mxfp4(values, scale)
@@ -309,7 +311,9 @@ def _converted(
     converter = deepcopy(converter)
     for pattern, tensors in pieces.items():
         for tensor in tensors:
-            converter.add_tensor(name, tensor, pattern, read(tensor))
+            assert pattern is not None  # there is no converter for a tensor that matches none
+            # Its signature has futures of tensors; it takes tensors, too.
+            converter.add_tensor(name, tensor, pattern, read(tensor))  # ty: ignore[invalid-argument-type]
     values = converter.convert(name, model=model, config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
 

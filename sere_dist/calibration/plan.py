@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def block_tokens(self) -> int:
-        fitting = tokens_a_block(self.shape.num_experts, self.shape.hidden_size, self.method.name, self.block_bytes)
+        fitting = tokens_a_block(self.shape.num_experts, self.shape.hidden_size, self.method, self.block_bytes)
         return min(self.wanted_block or fitting, self.num_tokens)
 
     @property
