@@ -10,6 +10,7 @@ import typer
 import yaml
 from pydantic import ValidationError
 from ray.exceptions import RayError
+from rich.markup import escape
 
 from calibration_jobs.job import JobConfig
 
@@ -47,17 +48,31 @@ def make_command(settings: type[JobConfig], run: Callable[[Any], None]) -> Calla
 
 def _signature(settings: type[JobConfig]) -> inspect.Signature:
     """Every setting is an option of the command: the settings are written down once."""
-    parameters: dict[str, Any] = {
-        "config": Annotated[Path | None, typer.Option(help="YAML file with any of the other options.")]
-    }
+    config = typer.Option(help="YAML file with any of the other options, written with _ for -.")
+    parameters: dict[str, Any] = {"config": Annotated[Path | None, config]}
     for name, field in settings.model_fields.items():
-        flag = f"--{name.replace('_', '-')}"
-        default = "" if field.default in (None, False) or field.is_required() else f" (default: {field.default})"
-        choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-        option = typer.Option(flag, help=f"{field.description}{default}", metavar="|".join(choices) or None)
+        is_flag = field.annotation is bool
+        note = ""  # A required option may stand in the YAML file, so Typer does not know that it is required.
+        if field.is_required():
+            note = " [required]"
+        elif field.default is not None and field.default is not False:
+            note = f" [default: {field.default}]"
+        option = typer.Option(
+            f"--{name.replace('_', '-')}",
+            help=escape(f"{field.description}{note}"),
+            metavar=None if is_flag else _metavar(field.annotation),
+        )
         # The settings parse and check the texts that they are given.
-        parameters[name] = Annotated[bool | None, option] if field.annotation is bool else Annotated[str | None, option]
+        parameters[name] = Annotated[bool | None, option] if is_flag else Annotated[str | None, option]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Signature(
         [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in parameters.items()]
     )
+
+
+def _metavar(annotation: Any) -> str:
+    """Returns how Typer would write an option of this type: its choices, or the type's name."""
+    if get_origin(annotation) is Literal:
+        return f"<{'|'.join(get_args(annotation))}>"
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    return f"<{'|'.join(kind.__name__.lower() for kind in kinds)}>"
