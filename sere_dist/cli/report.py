@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact
 from sere_dist.artifact.layer import Layer, LayerStatistics
-from sere_dist.artifact.recommendation import Recommendation
+from sere_dist.artifact.recommendation import Outcome, Recommendation
 from sere_dist.files import written_whole
 from sere_dist.method.similarity import method_named
 
@@ -194,8 +194,9 @@ def _draw_layer(
     axes = place(LEFT, BOTTOM, side, side)
     image = axes.imshow(ordered_EE, COLOURS, aspect="auto", interpolation="nearest", vmin=scale[0], vmax=scale[1])
     every = -(-LABEL // cell)
-    axes.set_xticks(range(0, num_experts, every), order[::every], rotation=90)
-    axes.set_yticks(range(0, num_experts, every), order[::every])
+    names = [str(expert) for expert in order[::every]]
+    axes.set_xticks(range(0, num_experts, every), names, rotation=90)
+    axes.set_yticks(range(0, num_experts, every), names)
     axes.tick_params(labelsize=min(TEXT, 0.95 * every * cell * 72 / DPI), length=2, pad=1.5, width=0.5)
     axes.set_xlabel("substitute" if directed else "expert", fontsize=TEXT)
     axes.set_ylabel("expert that is replaced" if directed else "expert", fontsize=TEXT)
@@ -236,7 +237,7 @@ def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
     panels[0].set_ylabel("similarity of\ndifferent experts", fontsize=TEXT)
 
     if _has_tokens(artifact):
-        medians = [row.tokens_per_expert_median for row in rows]
+        medians = [row.tokens_per_expert_median or 0.0 for row in rows]
         fewest = [row.tokens_per_expert_min for row in rows]
         panels[1].plot(layers, medians, "o-", color=GREY, label="median")
         panels[1].plot(layers, fewest, "v-", color=BLUE, label="fewest")
@@ -264,11 +265,12 @@ def _draw_trade_off(recommended: Recommendation) -> Picture:
     figure = Figure(figsize=(8, 3.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     uniform = [recommended.uniform[keep] for keep in sorted(recommended.uniform)]
-    for label, outcomes, style in (
+    lines: list[tuple[str, list[Outcome], dict[str, Any]]] = [
         ("weighed, on the texts to tune on", recommended.curve, {"color": BLUE, "marker": ".", "alpha": 0.6}),
         ("the same S in all layers, on other texts", uniform, {"color": GREY, "marker": "s"}),
         ("recommended, on other texts", [recommended.at(recommended.recommended)], {"color": RED, "marker": "D"}),
-    ):
+    ]
+    for label, outcomes, style in lines:
         active, kl, errors = zip(*((o.active_experts, o.kl, o.kl_error) for o in outcomes), strict=True)
         axes.errorbar(active, kl, yerr=errors, markersize=3, linewidth=0.9, label=label, **style)
     axes.axvline(recommended.at(recommended.off).active_experts, color=GREY, linestyle="--", linewidth=0.8)
