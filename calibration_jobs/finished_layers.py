@@ -14,13 +14,7 @@ from sere_dist.calibration.layers import LayerResult
 from sere_dist.files import written_whole
 
 JOB_FILE = "job.json"
-TENSORS = {
-    "similarity": "similarity_EE",
-    "coefficient": "coefficient_EE",
-    "size": "size_E",
-    "tokens": "tokens_E",
-    "coactivation": "coactivation_EE",
-}
+TOKENS = "tokens"  # beside the tensors of an artifact
 
 
 class FinishedLayers:
@@ -49,11 +43,9 @@ class FinishedLayers:
 
     def add(self, result: LayerResult) -> None:
         """Writes one layer's result; it is there whole or not at all."""
-        tensors = {
-            name: tensor.contiguous()
-            for name, field in TENSORS.items()
-            if (tensor := getattr(result, field)) is not None
-        }
+        tensors = result.tensors()
+        if result.tokens_E is not None:
+            tensors[TOKENS] = result.tokens_E
         metadata = {
             "statistics": result.statistics.model_dump_json(),
             "block_tokens": str(result.block_tokens),
@@ -66,11 +58,15 @@ class FinishedLayers:
         """Yields the finished layers in order."""
         for path in sorted(self.path.glob("layer-*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                found, metadata = set(file.keys()), file.metadata()
-                tensors = {field: file.get_tensor(name) if name in found else None for name, field in TENSORS.items()}
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
             yield LayerResult(
-                **tensors,
+                similarity_EE=tensors["similarity"],
                 statistics=LayerStatistics.model_validate_json(metadata["statistics"]),
+                coefficient_EE=tensors.get("coefficient"),
+                size_E=tensors.get("size"),
+                coactivation_EE=tensors.get("coactivation"),
+                tokens_E=tensors.get(TOKENS),
                 block_tokens=int(metadata["block_tokens"]),
                 halved=int(metadata["halved"]),
             )

@@ -22,7 +22,6 @@ from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult
 from sere_dist.evaluation.tuning import candidates, losses_of_steps, rerouter_of
-from sere_dist.method.records import LayerTables
 from sere_dist.moe import load_model
 
 
@@ -61,10 +60,7 @@ class Evaluator:
         dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
         model = load_model(source.name, source.device, dtype, source.revision)
         self.held_out = {name: HeldOut(model, ids_NL, prompt_length) for name, ids_NL in texts.items()}
-        self.tables = {
-            layer: LayerTables(*(None if table is None else table.to(source.device) for table in tables))
-            for layer, tables in artifact.tables.items()
-        }
+        self.tables = {layer: tables.to(source.device) for layer, tables in artifact.tables.items()}
         self.top_k = artifact.config.num_experts_per_token
         self.policy = policy_for(artifact)
 

@@ -157,8 +157,10 @@ def propose(
         raise PlacementError("the artifact has no coactivation: calibrate again, or place by similarity")
 
     def placed(layer: Layer) -> LayerPlacement:
+        assert layer.tokens_E is not None  # as in the first layer
         load_E = layer.tokens_E.double()
         if affinity == "coactivation":
+            assert layer.coactivation_EE is not None  # as in the first layer
             affinity_EE = layer.coactivation_EE
         else:
             affinity_EE = layer.similarity_EE.clamp(min=0) * load_E[:, None] * load_E
