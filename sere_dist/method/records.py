@@ -28,7 +28,7 @@ class LayerTables(NamedTuple):
     coefficient_EE: torch.Tensor | None = None  # float32, the substitute's multiple nearest to e; method projection
     size_E: torch.Tensor | None = None  # float32, mean squared output relative to the layer's mean; method projection
 
-    def to(self, device: torch.device | str) -> "LayerTables":
+    def to(self, device: torch.device | str) -> LayerTables:
         """Returns the tables on a device."""
         coefficient_EE = None if self.coefficient_EE is None else self.coefficient_EE.to(device)
         size_E = None if self.size_E is None else self.size_E.to(device)
