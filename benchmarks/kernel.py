@@ -14,7 +14,7 @@ each part.
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,18 +62,37 @@ def check_replays() -> int:
     random = torch.Generator().manual_seed(0)
     # One launch and two; without other ranks and with them.
     for projection, rows, elsewhere_share in itertools.product((False, True), (64, 2048), (None, 0.1)):
-        drawn = {"ties": False, "valid_share": 0.9, "empty_share": 0, "elsewhere_share": elsewhere_share}
-        step = RandomStep(1, rows, 8, 128, 2, projection, traffic_price=0.02, domains=8, ranks=8, **drawn)
+        step = RandomStep(
+            seed=1,
+            rows=rows,
+            top_k=8,
+            experts=128,
+            select_top_k=2,
+            projection=projection,
+            traffic_price=0.02,
+            domains=8,
+            ranks=8,
+            elsewhere_share=elsewhere_share,
+            valid_share=0.9,
+            ties=False,
+            empty_share=0,
+        )
         layer = step.layer("cuda")
         weights_TK, ids_TK = step.weights_TK.cuda(), step.ids_TK.cuda()
-        valid_T, all_reduce = step.valid_T.cuda(), None
+        assert step.valid_T is not None  # there is a share of valid rows
+        valid_T = step.valid_T.cuda()
+        assert layer.rank_E is not None and step.rank_E is not None  # there are ranks
+        assert layer.domain_E is not None and step.domain_E is not None  # there are domains
         places = [(layer.rank_E, step.rank_E), (layer.domain_E, step.domain_E)]
-        if elsewhere_share is not None:
+        all_reduce: Callable[[torch.Tensor], None] | None = None
+        if step.elsewhere_E is not None:
             elsewhere_E = step.elsewhere_E.cuda()
             places.append((elsewhere_E, step.elsewhere_E))
 
-            def all_reduce(losses_E: torch.Tensor, elsewhere_E: torch.Tensor = elsewhere_E) -> None:
+            def add_elsewhere(losses_E: torch.Tensor, elsewhere_E: torch.Tensor = elsewhere_E) -> None:
                 losses_E += elsewhere_E
+
+            all_reduce = add_elsewhere
 
         on_device = Step(weights_TK, ids_TK, valid_T)
         layer.reroute(on_device, all_reduce)  # compiles and loads
@@ -86,7 +105,7 @@ def check_replays() -> int:
             step.expert_price = (0.0, 1.0, 10.0, 100.0)[turn % 11 % 4]
             step.set(layer.settings)
             layer.set_threshold(step.threshold)
-            step.valid_T = torch.rand(len(step.valid_T), generator=random) < 0.9
+            step.valid_T = torch.rand(len(valid_T), generator=random) < 0.9
             for _, here in places:
                 here.copy_(here.roll(1))
             tokens = [(weights_TK, step.weights_TK), (ids_TK, step.ids_TK), (valid_T, step.valid_T)]
@@ -105,24 +124,24 @@ def check_two_streams() -> int:
     """Layers re-routed on two streams at once do not meet."""
     steps = [RandomStep(i, 256, 8, 128, 2, False, valid_share=None, ties=False) for i in range(64)]
     layers = [step.layer("cuda") for step in steps]
-    tensors = [(step.weights_TK.cuda(), step.ids_TK.cuda()) for step in steps]
-    layers[0].reroute(*(tensor.clone() for tensor in tensors[0]))
+    on_device = [Step(step.weights_TK.cuda(), step.ids_TK.cuda()) for step in steps]
+    layers[0].reroute(Step(on_device[0].weights_TK.clone(), on_device[0].ids_TK.clone()))
     layers[0].counters.zero_()
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     for stream in streams:  # both wait until all is queued
         with torch.cuda.stream(stream):
             torch.cuda._sleep(200_000_000)
-    for i, (layer, (weights_TK, ids_TK)) in enumerate(zip(layers, tensors, strict=True)):
+    for i, (layer, own) in enumerate(zip(layers, on_device, strict=True)):
         with torch.cuda.stream(streams[i % 2]):
-            layer.reroute(weights_TK, ids_TK)
+            layer.reroute(own)
     torch.cuda.synchronize()
-    for step, layer, (weights_TK, ids_TK) in zip(steps, layers, tensors, strict=True):
-        assert_equal((weights_TK.cpu(), ids_TK.cpu(), layer.counters.cpu()), step.by_torch(), step)
+    for step, layer, own in zip(steps, layers, on_device, strict=True):
+        assert_equal((own.weights_TK.cpu(), own.ids_TK.cpu(), layer.counters.cpu()), step.by_torch(), step)
     return len(steps) // 2
 
 
-def capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:

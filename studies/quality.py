@@ -51,7 +51,7 @@ from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Rerouter, unc
 from sere_dist.evaluation.rerouters import paper_rerouter, projection_rerouter
 from sere_dist.evaluation.rivals import dropping_rerouter, oea_rerouter, top_k_rerouter, xshare_rerouter
 from sere_dist.method.records import LayerTables, Settings
-from sere_dist.method.similarity import Method, random_similarity
+from sere_dist.method.similarity import MethodName, random_similarity
 from sere_dist.moe import MoeShape, load_model, routed_experts
 from sere_dist.provenance import line_by_line, machine, rounded, versions
 from studies.common import ROOT
@@ -149,7 +149,7 @@ class Calibration:
         return projection_rerouter(self.tables, Settings(select_top_k, expert_price=expert_price))
 
 
-def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[Method]) -> list[Calibration]:
+def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[MethodName]) -> list[Calibration]:
     """Returns what each method finds on the texts, in this process."""
     inputs = dict(expert_inputs(checkpoint, text_blocks([text.ids for text in texts])))
     return [

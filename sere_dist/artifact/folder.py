@@ -8,7 +8,6 @@ card), `calibration.yaml` (the job's resolved settings) and, once tuned, `recomm
 import csv
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from sere_dist.artifact.layer import Layer, LayerStatistics, layer_of
 from sere_dist.artifact.recommendation import Recommendation
 from sere_dist.artifact.schema import ArtifactConfig, ArtifactError
 from sere_dist.config import RECOMMENDED, ReroutingConfig
+from sere_dist.files import written_whole
 from sere_dist.method.records import LayerTables
 from sere_dist.moe import MoeShape
 
@@ -236,10 +236,8 @@ def write_recommendation(path: Path, recommended: Recommendation) -> None:
         CARD_FILE: card(artifact.config, rows, recommended),
     }
     for name, text in texts.items():
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=path) as aside:
-            written = Path(aside) / name
-            written.write_text(text)
-            os.replace(written, path / name)
+        with written_whole(path / name) as file:
+            file.write_text(text)
 
 
 def _replace(path: Path, written: Path, overwrite: bool) -> None:

@@ -1,7 +1,7 @@
 """What a calibration found out about one MoE layer. Shape suffix: E experts of the layer."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from pydantic import BaseModel
@@ -106,6 +106,15 @@ TENSORS = {
 }
 
 
-def layer_of(tensors: dict[str, torch.Tensor], **others: Any) -> Layer:
-    """Returns a layer of the tensors that `Layer.tensors` returned; `others` are its other fields."""
-    return Layer(**{TENSORS[name]: tensor for name, tensor in tensors.items()}, **others)
+def layer_of(
+    tensors: dict[str, torch.Tensor], statistics: LayerStatistics, tokens_E: torch.Tensor | None = None
+) -> Layer:
+    """Returns a layer of the tensors that `Layer.tensors` returned, and of what is kept beside them."""
+    return Layer(
+        similarity_EE=tensors["similarity"],
+        statistics=statistics,
+        coefficient_EE=tensors.get("coefficient"),
+        size_E=tensors.get("size"),
+        coactivation_EE=tensors.get("coactivation"),
+        tokens_E=tokens_E,
+    )

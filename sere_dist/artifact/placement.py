@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.layer import Layer
+from sere_dist.files import written_whole
 from sere_dist.method.placement import MAX_LOAD, expected_remote_domains, linear_ranks, place, rank_loads
 from sere_dist.moe import MoeShape
 
@@ -101,7 +102,13 @@ class Placement(BaseModel):
             )
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.model_dump_json(indent=1) + "\n")
+        """Writes the placement; a file that is there is replaced once the new one is whole.
+
+        Raises:
+            OSError: `path` can't be written; what was there is unchanged.
+        """
+        with written_whole(path) as file:
+            file.write_text(self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Placement":
@@ -150,8 +157,10 @@ def propose(
         raise PlacementError("the artifact has no coactivation: calibrate again, or place by similarity")
 
     def placed(layer: Layer) -> LayerPlacement:
+        assert layer.tokens_E is not None  # as in the first layer
         load_E = layer.tokens_E.double()
         if affinity == "coactivation":
+            assert layer.coactivation_EE is not None  # as in the first layer
             affinity_EE = layer.coactivation_EE
         else:
             affinity_EE = layer.similarity_EE.clamp(min=0) * load_E[:, None] * load_E

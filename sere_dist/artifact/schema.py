@@ -2,6 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from sere_dist.method.similarity import method_named
 from sere_dist.moe import MoeShape
 
 SCHEMA_VERSION = 1
@@ -47,8 +48,7 @@ class ArtifactConfig(BaseModel):
     @property
     def tensor_kinds(self) -> tuple[str, ...]:
         """What `similarity.safetensors` holds for each layer."""
-        projection = ("coefficient", "size") if self.method == "projection" else ()
-        return ("similarity", *projection, *(("coactivation",) if self.coactivation else ()))
+        return (*method_named(self.method).tensors, *(("coactivation",) if self.coactivation else ()))
 
     @property
     def shape(self) -> MoeShape:

@@ -46,7 +46,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of the artifact.")
     recommended = ("recommended",) if tuned else ()
     layers = Table("layer", "fewest tokens of an expert", "median", "similarity mean", "min", "max", *recommended)
     for row in (layer.statistics for layer in artifact.layers.values()):
-        layers.add_row(*row.cells(), *(str(tuned.layers[row.layer]) for _ in recommended))
+        layers.add_row(*row.cells(), *([str(tuned.layers[row.layer])] if tuned else []))
     console = Console()
     console.print(facts)
     console.print(layers)

@@ -101,7 +101,7 @@ def check_torch(gpus: Gpus) -> Finding:
     found = f"{version}, built for CUDA {cuda}" if cuda else f"{version}, built without CUDA"
     if gpus.devices and not cuda:
         return Finding("torch", "warning", found, "the GPUs stay idle: install its build for CUDA")
-    if gpus.devices and int(cuda.split(".")[0]) > gpus.cuda[0]:
+    if gpus.devices and cuda and int(cuda.split(".")[0]) > gpus.cuda[0]:
         newest = "{}.{}".format(*gpus.cuda)
         advice = f"the driver runs CUDA {newest} at most: install a newer driver, or a torch built for CUDA {newest}"
         return Finding("torch", "fail", found, advice)

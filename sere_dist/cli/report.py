@@ -5,8 +5,6 @@ Shape suffix: E experts. The page is `report.html.jinja`; its pictures are PNG d
 
 import base64
 import io
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,9 @@ from tqdm import tqdm
 
 from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact
 from sere_dist.artifact.layer import Layer, LayerStatistics
-from sere_dist.artifact.recommendation import Recommendation
+from sere_dist.artifact.recommendation import Outcome, Recommendation
+from sere_dist.files import written_whole
+from sere_dist.method.similarity import method_named
 
 PERCENTILES = 1, 99.5  # of the similarities between different experts, all layers: the ends of the colour scale
 ROWS = 5  # of each of a layer's tables
@@ -91,21 +91,18 @@ def hardest_to_replace(similarity_EE: torch.Tensor, count: int) -> list[tuple[in
 
 
 def write_report(artifact: Artifact, path: Path, min_tokens: int = MIN_TOKENS_PER_EXPERT) -> None:
-    """Writes the page aside, in the same folder, and renames it to `path` when it is whole. A file there is replaced.
+    """Writes the page to `path` when it is whole. A file there is replaced.
 
     Experts that were routed fewer than `min_tokens` of the calibration's tokens are listed and marked.
 
     Raises:
         OSError: `path` can't be written, or is a folder; what was there is unchanged.
     """
-    path = path.resolve()
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file for the report")
     # Before the drawing, which takes a while: a folder that can't be written is noticed at once.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
-        written = Path(aside) / "new"
-        written.write_text(_page(artifact, min_tokens), encoding="utf-8")
-        os.replace(written, path)
+    with written_whole(path) as file:
+        file.write_text(_page(artifact, min_tokens), encoding="utf-8")
 
 
 def _page(artifact: Artifact, min_tokens: int) -> str:
@@ -116,7 +113,7 @@ def _page(artifact: Artifact, min_tokens: int) -> str:
         index: [expert for expert, count in enumerate(counts) if count < min_tokens] for index, counts in tokens.items()
     }
     sections = [
-        _section(layer, min_tokens, scale, directed=artifact.is_projection)
+        _section(layer, min_tokens, scale, directed=method_named(artifact.config.method).directed)
         for layer in tqdm(layers, desc="layers", disable=None)  # None: no bar where stderr is no terminal
     ]
     environment = Environment(
@@ -135,7 +132,7 @@ def _page(artifact: Artifact, min_tokens: int) -> str:
         min_tokens=min_tokens,
         scale=scale,
         percentiles=PERCENTILES,
-        directed=artifact.is_projection,
+        directed=method_named(artifact.config.method).directed,
         has_tokens=_has_tokens(artifact),
         has_size=artifact.is_projection,
         recommended=artifact.recommended,
@@ -197,8 +194,9 @@ def _draw_layer(
     axes = place(LEFT, BOTTOM, side, side)
     image = axes.imshow(ordered_EE, COLOURS, aspect="auto", interpolation="nearest", vmin=scale[0], vmax=scale[1])
     every = -(-LABEL // cell)
-    axes.set_xticks(range(0, num_experts, every), order[::every], rotation=90)
-    axes.set_yticks(range(0, num_experts, every), order[::every])
+    names = [str(expert) for expert in order[::every]]
+    axes.set_xticks(range(0, num_experts, every), names, rotation=90)
+    axes.set_yticks(range(0, num_experts, every), names)
     axes.tick_params(labelsize=min(TEXT, 0.95 * every * cell * 72 / DPI), length=2, pad=1.5, width=0.5)
     axes.set_xlabel("substitute" if directed else "expert", fontsize=TEXT)
     axes.set_ylabel("expert that is replaced" if directed else "expert", fontsize=TEXT)
@@ -239,7 +237,7 @@ def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
     panels[0].set_ylabel("similarity of\ndifferent experts", fontsize=TEXT)
 
     if _has_tokens(artifact):
-        medians = [row.tokens_per_expert_median for row in rows]
+        medians = [row.tokens_per_expert_median or 0.0 for row in rows]
         fewest = [row.tokens_per_expert_min for row in rows]
         panels[1].plot(layers, medians, "o-", color=GREY, label="median")
         panels[1].plot(layers, fewest, "v-", color=BLUE, label="fewest")
@@ -267,11 +265,12 @@ def _draw_trade_off(recommended: Recommendation) -> Picture:
     figure = Figure(figsize=(8, 3.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     uniform = [recommended.uniform[keep] for keep in sorted(recommended.uniform)]
-    for label, outcomes, style in (
+    lines: list[tuple[str, list[Outcome], dict[str, Any]]] = [
         ("measured on the texts to tune on", recommended.curve, {"color": BLUE, "marker": ".", "alpha": 0.6}),
         ("the same S in all layers, held-out texts", uniform, {"color": GREY, "marker": "s"}),
         ("recommended, held-out texts", [recommended.at(recommended.recommended)], {"color": RED, "marker": "D"}),
-    ):
+    ]
+    for label, outcomes, style in lines:
         active, kl, errors = zip(*((o.active_experts, o.kl, o.kl_error) for o in outcomes), strict=True)
         axes.errorbar(active, kl, yerr=errors, markersize=3, linewidth=0.9, label=label, **style)
     axes.axvline(recommended.at(recommended.off).active_experts, color=GREY, linestyle="--", linewidth=0.8)

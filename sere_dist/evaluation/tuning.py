@@ -47,7 +47,9 @@ def losses_of_steps(held_out: HeldOut, batch: int, tables: Mapping[int, LayerTab
     found: dict[int, list[torch.Tensor]] = {layer: [] for layer in tables}
 
     def look(layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, _scores: torch.Tensor | None) -> Routed:
-        size_E = tables[layer].size_E.to(weights_DBK.device)
+        size_E = tables[layer].size_E
+        assert size_E is not None  # tables of method projection
+        size_E = size_E.to(weights_DBK.device)
         losses_DN = (weights_DBK.float() ** 2 * size_E[ids_DBK.long()]).flatten(1)
         losses_DE = torch.zeros(len(ids_DBK), len(size_E), device=ids_DBK.device)
         losses_DE.scatter_add_(1, ids_DBK.flatten(1).long(), losses_DN)
@@ -72,6 +74,7 @@ def candidates(
         different = similarity_EE[~torch.eye(len(similarity_EE), dtype=torch.bool)]
         thresholds = [0.0, *_distinct(different.quantile(torch.tensor(RHO_QUANTILES)).tolist())]
         return [LayerSetting(select_top_k=s, threshold=rho) for s in range(1, top_k) for rho in thresholds]
+    assert losses_N is not None  # policy projection is given them
     losses = losses_N.sort().values
     prices = _distinct(float(losses[int(share * len(losses))]) for share in PRICE_QUANTILES) if len(losses) else []
     return [LayerSetting(select_top_k=1, expert_price=price) for price in (0.0, *prices)]
@@ -114,6 +117,7 @@ def combinations(alone: Mapping[int, Mapping[LayerSetting, Cost]], off: Cost) ->
     for layer, costs in alone.items():
         along = hull(costs, off)
         for place, ((_, before), (setting, after)) in enumerate(pairwise(along)):
+            assert setting is not None  # only the first on a hull is off
             steps.append((slope(before, after), layer, place, setting))
     found: list[Combination] = []
     for _slope, layer, _place, setting in sorted(steps, key=lambda step: step[:3]):

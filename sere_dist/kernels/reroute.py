@@ -292,7 +292,9 @@ def _kernel_argument(value: Argument) -> Any:
     """cuda.core takes a Python int for a pointer, and a Python float for a double."""
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
-    return {int: ctypes.c_int, float: ctypes.c_float, type(None): lambda _: 0}[type(value)](value)
+    if value is None:
+        return 0
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
 @functools.cache

@@ -20,6 +20,8 @@ Shape suffixes: T tokens of the step, K experts per token, E experts of the laye
 order that is written here, so that `kernels/reroute.cu` agrees to the bit.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
@@ -33,6 +35,14 @@ from sere_dist.method.rerouting import (
 
 FIXED_POINT_ONE = 2**24  # a squared error of 1, in the unit of w² n
 ALWAYS_PRIMARY = 2**40  # an expert in one of the heaviest slots; the most that a loss or a price can be
+
+
+class ProjectionTables(NamedTuple):
+    """A layer's tables of method projection, in float32, the diagonals 1."""
+
+    similarity_EE: torch.Tensor
+    coefficient_EE: torch.Tensor
+    size_E: torch.Tensor
 
 
 def reroute_projection(
@@ -54,35 +64,39 @@ def reroute_projection(
         places: the domain of each expert. A token visits its home, the domains of the slots that stay, and each domain
             that a slot was sent to. None, or no domains: `traffic_price` has no effect.
         primary_E: bool [E], where other ranks have a say in it. None: the `primary_by_price` of this step.
+
+    Raises:
+        ValueError: the tables are of another method.
     """
     if not 0 < settings.select_top_k < step.ids_TK.shape[1]:
         return step.weights_TK.clone(), step.ids_TK.clone()
     if primary_E is None:
         primary_E = primary_by_price(step, tables, settings)
-    tables = _with_diagonal_of_one(tables)
+    own = _projection_tables(tables)
     order_TK = slots_by_weight(step.weights_TK)
-    settles_TK = _slots_to_settle(step, tables, settings, primary_E)
-    visited_TE = _visited(step, settles_TK, places)
+    settles_TK = _slots_to_settle(step, own, settings, primary_E)
+    domain_E = None if places is None else places.domain_E
+    visited_TE = _visited(step, settles_TK, domain_E)
 
     weights_TK, ids_TK = step.weights_TK.float(), step.ids_TK
-    candidates_EE = tables.similarity_EE.masked_fill(~primary_E, -torch.inf)
+    candidates_EE = own.similarity_EE.masked_fill(~primary_E, -torch.inf)
     for slot_T1 in order_TK[:, settings.select_top_k :].split(1, dim=1):
         id_T, weight_T, settles_T = (each.gather(1, slot_T1).squeeze(1) for each in (ids_TK, weights_TK, settles_TK))
         expert_T = id_T.clamp(min=0).long()
-        drop_cost_T = (weight_T * weight_T) * tables.size_E[expert_T]
-        cost_TE = _substitution_costs(drop_cost_T, tables.similarity_EE[expert_T], visited_TE, settings.traffic_price)
+        drop_cost_T = (weight_T * weight_T) * own.size_E[expert_T]
+        cost_TE = _substitution_costs(drop_cost_T, own.similarity_EE[expert_T], visited_TE, settings.traffic_price)
         least_T = cost_TE.masked_fill(~primary_E, torch.inf).amin(dim=1)
         cheapest_TE = candidates_EE[expert_T].masked_fill(cost_TE > least_T[:, None], -torch.inf)
         substitute_T = cheapest_TE.max(dim=1).indices  # of equal values the first: the lowest id
 
         drops_T = settles_T & (drop_cost_T < least_T)
         moves_T = settles_T & ~drops_T
-        new_weight_T = torch.where(moves_T, weight_T * tables.coefficient_EE[expert_T, substitute_T], weight_T)
+        new_weight_T = torch.where(moves_T, weight_T * own.coefficient_EE[expert_T, substitute_T], weight_T)
         new_id_T = torch.where(moves_T, substitute_T.to(ids_TK.dtype), id_T)
         weights_TK = weights_TK.scatter(1, slot_T1, new_weight_T.masked_fill(drops_T, 0)[:, None])
         ids_TK = ids_TK.scatter(1, slot_T1, new_id_T.masked_fill(drops_T, -1)[:, None])
-        if visited_TE is not None:
-            same_domain_EE = places.domain_E[:, None] == places.domain_E[None]
+        if visited_TE is not None and domain_E is not None:
+            same_domain_EE = domain_E[:, None] == domain_E[None]
             visited_TE = visited_TE | (same_domain_EE[substitute_T] & moves_T[:, None])
     changed_TK = weights_TK != step.weights_TK.float()
     return torch.where(changed_TK, weights_TK.to(step.weights_TK.dtype), step.weights_TK), ids_TK
@@ -106,6 +120,8 @@ def primary_losses(step: Step, tables: LayerTables, settings: Settings) -> torch
     filled_TK = filled_slots(step.ids_TK, step.valid_T)
     keeps_TK = heaviest_slots(step.weights_TK, settings.select_top_k) & filled_TK
     if to_fixed_point(settings.expert_price) < ALWAYS_PRIMARY:
+        if tables.size_E is None:
+            raise ValueError("an expert_price needs the experts' size_E: calibrate with method projection")
         losses_E = losses_without_each_expert(step, tables.size_E)
     else:
         losses_E = torch.zeros(num_experts, dtype=torch.int64, device=step.ids_TK.device)
@@ -143,16 +159,18 @@ def repeat_dropped(step: Step, new_ids_TK: torch.Tensor) -> torch.Tensor:
     return torch.where((new_ids_TK < 0) & (step.ids_TK >= 0), heaviest_T1, new_ids_TK)
 
 
-def _with_diagonal_of_one(tables: LayerTables) -> LayerTables:
+def _projection_tables(tables: LayerTables) -> ProjectionTables:
     """Returns the tables in float32. An expert stands in for itself whatever rounding left on the diagonal."""
+    if tables.coefficient_EE is None or tables.size_E is None:
+        raise ValueError("policy projection needs coefficient_EE and size_E: calibrate with method projection")
     itself_EE = torch.eye(len(tables.similarity_EE), dtype=torch.bool, device=tables.similarity_EE.device)
     similarity_EE, coefficient_EE = (
         table.float().masked_fill(itself_EE, 1) for table in (tables.similarity_EE, tables.coefficient_EE)
     )
-    return LayerTables(similarity_EE, coefficient_EE, tables.size_E.float())
+    return ProjectionTables(similarity_EE, coefficient_EE, tables.size_E.float())
 
 
-def _slots_to_settle(step: Step, tables: LayerTables, settings: Settings, primary_E: torch.Tensor) -> torch.Tensor:
+def _slots_to_settle(step: Step, tables: ProjectionTables, settings: Settings, primary_E: torch.Tensor) -> torch.Tensor:
     """Returns bool [T, K]: the filled slots of valid tokens that are neither among the heaviest nor critical."""
     itself_E = torch.arange(len(primary_E), device=primary_E.device)
     critical_E = ~primary_E & (substitutes(tables.similarity_EE, primary_E, settings.threshold) == itself_E)
@@ -160,14 +178,14 @@ def _slots_to_settle(step: Step, tables: LayerTables, settings: Settings, primar
     return filled_slots(step.ids_TK, step.valid_T) & ~stays_TK
 
 
-def _visited(step: Step, settles_TK: torch.Tensor, places: ExpertPlaces | None) -> torch.Tensor | None:
+def _visited(step: Step, settles_TK: torch.Tensor, domain_E: torch.Tensor | None) -> torch.Tensor | None:
     """Returns bool [T, E]: whether a token visits the domain of expert e anyway. None where there are no domains."""
-    if places is None or places.domain_E is None:
+    if domain_E is None:
         return None
-    same_domain_EE = places.domain_E[:, None] == places.domain_E[None]
+    same_domain_EE = domain_E[:, None] == domain_E[None]
     stays_TK = filled_slots(step.ids_TK, step.valid_T) & ~settles_TK
     visited_TE = (same_domain_EE[step.ids_TK.clamp(min=0).long()] & stays_TK[:, :, None]).any(dim=1)
-    return visited_TE if step.home_T is None else visited_TE | (step.home_T[:, None] == places.domain_E[None])
+    return visited_TE if step.home_T is None else visited_TE | (step.home_T[:, None] == domain_E[None])
 
 
 def _substitution_costs(

@@ -25,10 +25,14 @@ class LayerTables(NamedTuple):
     """What a calibration found out about one layer's experts. Row e of a table is about replacing expert e."""
 
     similarity_EE: torch.Tensor  # float32, of e to each possible substitute; diagonal 1
-    coefficient_EE: torch.Tensor | None = (
-        None  # float32, the multiple of the substitute nearest to e; method projection
-    )
+    coefficient_EE: torch.Tensor | None = None  # float32, the substitute's multiple nearest to e; method projection
     size_E: torch.Tensor | None = None  # float32, mean squared output relative to the layer's mean; method projection
+
+    def to(self, device: torch.device | str) -> LayerTables:
+        """Returns the tables on a device."""
+        coefficient_EE = None if self.coefficient_EE is None else self.coefficient_EE.to(device)
+        size_E = None if self.size_E is None else self.size_E.to(device)
+        return LayerTables(self.similarity_EE.to(device), coefficient_EE, size_E)
 
 
 class Settings(NamedTuple):

@@ -3,9 +3,10 @@
 Used by the tests, on a CPU (tests/support/cuda_on_host.h), and by `python -m benchmarks.kernel`, on a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 
@@ -167,6 +168,7 @@ class RandomStep:
         offered = []
 
         def all_reduce(losses_E: torch.Tensor) -> None:
+            assert self.elsewhere_E is not None  # else nobody is asked
             offered.append(losses_E.clone().cpu())
             losses_E += self.elsewhere_E.to(losses_E)
 
@@ -197,7 +199,7 @@ def assert_equal(kernels: tuple[torch.Tensor, ...], torchs: tuple[torch.Tensor, 
 
 
 # What a random step is drawn from: all kinds, the common ones more often.
-CHOICES = {
+CHOICES: dict[str, Sequence[Any]] = {
     "rows": [0, 1, 2, 5, 16, 33, 80],
     "top_k": [1, 2, 3, 4, 6, 8, 10, 32],
     "experts": [1, 2, 8, 31, 33, 60, 64, 128, 256, 300],

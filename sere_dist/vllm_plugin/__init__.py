@@ -43,5 +43,5 @@ def register() -> None:
             configure_engine(vllm_config)
         return vllm_config
 
-    create_engine_config.checks_sere = True
-    EngineArgs.create_engine_config = create_engine_config
+    create_engine_config.checks_sere = True  # ty: ignore[missing-attribute]  # the mark that is looked for above
+    EngineArgs.create_engine_config = create_engine_config  # ty: ignore[invalid-assignment]  # it takes the same

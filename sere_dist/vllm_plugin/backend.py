@@ -59,7 +59,8 @@ def all_reduce_losses(losses_E: torch.Tensor) -> None:
     """Adds up, in place, the losses of all ranks of the expert-parallel group: int64 [E]. All of them must call it."""
     group = get_ep_group()
     if losses_E.is_cuda:  # on the current stream, so that it can be captured
-        group.device_communicator.pynccl_comm.all_reduce(losses_E, losses_E, op=dist.ReduceOp.SUM)
+        communicator = group.device_communicator.pynccl_comm  # ty: ignore[missing-attribute]  # as CUDA's has
+        communicator.all_reduce(losses_E, losses_E, op=dist.ReduceOp.SUM)
     else:
         dist.all_reduce(losses_E, op=dist.ReduceOp.SUM, group=group.cpu_group)
 

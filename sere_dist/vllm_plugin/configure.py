@@ -29,7 +29,9 @@ def configure_engine(vllm_config: VllmConfig) -> None:
             f"sere_dist was tested with vLLM {', '.join(TESTED_VLLM)}, this is {vllm.__version__}. Install a tested "
             f"release, or set {ALLOW_UNTESTED_VLLM}=1 and check the counters."
         )
-    settings = ReroutingConfig.model_validate(vllm_config.additional_config["sere"]).resolved()
+    additional = vllm_config.additional_config
+    assert isinstance(additional, dict)  # it has a `sere` entry
+    settings = ReroutingConfig.model_validate(additional["sere"]).resolved()
     model = vllm_config.model_config
     shape = MoeShape.from_config(model.hf_config)
     settings.check_top_k(shape.num_experts_per_token)
@@ -50,7 +52,7 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     if advice := saves_no_traffic(settings, parallel):
         logger.warning("sere_dist: no bytes between ranks are saved: %s", advice)
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
-    vllm_config.additional_config["sere"] = settings.model_dump(mode="json")
+    additional["sere"] = settings.model_dump(mode="json")
 
 
 def check_placement(path: Path, shape: MoeShape, layers: set[int], vllm_config: VllmConfig) -> None:

@@ -6,6 +6,7 @@ tensors that the op reads.
 """
 
 import functools
+from typing import cast
 
 import torch
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
@@ -136,6 +137,27 @@ direct_register_custom_op(
 )
 
 
+class ReroutedRouter(BaseRouter):
+    """What vLLM's routers are once they have been attached: with what their op reads, and counts in.
+
+    Plain tensor attributes: torch.compile takes them as inputs of the graph, whichever layer it compiles.
+    """
+
+    sere_settings: torch.Tensor
+    sere_valid_rows: torch.Tensor
+    sere_num_rows: torch.Tensor
+    sere_counters: torch.Tensor
+    sere_similarity: torch.Tensor
+    # Of the op `reroute_fast`:
+    sere_neighbors: torch.Tensor
+    # Of the op `reroute_any`:
+    sere_coefficient: torch.Tensor | None
+    sere_size: torch.Tensor | None
+    sere_rank: torch.Tensor | None
+    sere_domain: torch.Tensor | None
+    sere_home: torch.Tensor | None
+
+
 class CpuBackend:
     """The op `reroute_fast` for the paper's policy on one rank, otherwise the op `reroute_any`.
 
@@ -154,16 +176,16 @@ class CpuBackend:
             self.settings[layer].copy_(settings_tensor(own))
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
-        # Plain tensor attributes: torch.compile takes them as inputs of the graph, whichever layer it compiles.
-        router.sere_settings = self.settings[layer]
-        router.sere_valid_rows, router.sere_num_rows = self.rows.valid, self.rows.count
+        rerouted = cast(ReroutedRouter, router)
+        rerouted.sere_settings = self.settings[layer]
+        rerouted.sere_valid_rows, rerouted.sere_num_rows = self.rows.valid, self.rows.count
         if self.expert_map is None and not self.is_projection:
-            self._attach_fast(router, layer)
+            self._attach_fast(rerouted, layer)
         else:
-            self._attach_any(router, layer)
-        return router.sere_counters
+            self._attach_any(rerouted, layer)
+        return rerouted.sere_counters
 
-    def _attach_fast(self, router: BaseRouter, layer: int) -> None:
+    def _attach_fast(self, router: ReroutedRouter, layer: int) -> None:
         router.sere_neighbors, router.sere_similarity = ranked_neighbors(self.artifact.layers[layer].similarity_EE)
         router.sere_counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
 
@@ -184,7 +206,7 @@ class CpuBackend:
 
         replace_choice(router, rerouted)
 
-    def _attach_any(self, router: BaseRouter, layer: int) -> None:
+    def _attach_any(self, router: ReroutedRouter, layer: int) -> None:
         tables, places = self.artifact.layers[layer].tables, places_of(self.expert_map, layer)
         router.sere_similarity = tables.similarity_EE
         router.sere_coefficient = tables.coefficient_EE if self.is_projection else None

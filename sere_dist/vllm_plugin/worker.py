@@ -7,7 +7,7 @@ This module imports neither of vLLM's workers. Importing vLLM's CPU worker repla
 process, so `cpu_worker` and `gpu_worker` are modules of their own, and a GPU process never imports the first.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.distributed.parallel_state import get_ep_group
@@ -25,6 +25,11 @@ from sere_dist.vllm_plugin.backend import Backend
 from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.rows import Rows
 from sere_dist.vllm_plugin.weights import checkpoint_weights
+
+if TYPE_CHECKING:  # vLLM's CPU worker is one, too
+    from vllm.v1.worker.gpu_worker import Worker
+else:
+    Worker = object
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
@@ -71,18 +76,21 @@ def scaled(settings: ReroutingConfig, scale: float) -> ReroutingConfig:
     return settings.model_copy(update=prices)
 
 
-class Rerouting:
+class Rerouting(Worker):
     """Goes before a worker class of vLLM. Its `sere_` methods answer `LLM.collective_rpc`."""
 
     sere_backend_class: type[Backend]
 
     def load_model(self, **kwargs) -> None:
-        settings = ReroutingConfig.model_validate(self.vllm_config.additional_config["sere"])
+        additional = self.vllm_config.additional_config
+        assert isinstance(additional, dict)  # the front end has put the settings there
+        settings = ReroutingConfig.model_validate(additional["sere"])
         served = self.vllm_config.model_config
         artifact = load_artifact(settings.artifact, MoeShape.from_config(served.hf_config), served.model)
         placement = None if settings.placement is None else Placement.load(settings.placement)
         with checkpoint_weights(placement):
             super().load_model(**kwargs)
+        assert self.device is not None  # vLLM's worker has set it
         if placement is not None:
             artifact = artifact.in_order(placement.orders())
         model = self.model_runner.get_model()
@@ -96,7 +104,8 @@ class Rerouting:
             self.sere_expert_map = ExpertMap(runners, num_experts, settings.domain, self.parallel_config, self.device)
         self.sere_artifact = artifact
         self.sere_backend = self.sere_backend_class(artifact, self.sere_rows, settings, self.sere_expert_map)
-        self.sere_layers = {layer: self.sere_backend.attach(runner.router, layer) for layer, runner in runners.items()}
+        routers = {layer: cast(BaseRouter, runner.router) for layer, runner in runners.items()}  # as was checked
+        self.sere_layers = {layer: self.sere_backend.attach(router, layer) for layer, router in routers.items()}
         self.sere_top_k = artifact.config.num_experts_per_token
         self.sere_seen_rerouting = False
         self._apply_settings(settings)
@@ -140,7 +149,8 @@ class Rerouting:
         with data-parallel attention `bytes_by_dispatch`, of re-routed rows; see `counters.dispatch_bytes`.
         """
         expert_map, model = self.sere_expert_map, self.vllm_config.model_config
-        layers = {}
+        assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved its name
+        layers: dict[int, dict[str, Any]] = {}
         # One copy from the device for all layers: steps wait for it.
         all_counters = torch.stack(list(self.sere_layers.values())).tolist()
         for layer, counters in zip(self.sere_layers, all_counters, strict=True):

@@ -142,7 +142,7 @@ def test_out_of_memory(cluster, tmp_path):
 COUNTS = """
 import sys
 from calibration_jobs.calibrate import CalibrationConfig
-from calibration_jobs.job import Workers
+from calibration_jobs.workers import Workers
 workers = Workers.of_cluster(CalibrationConfig(model="m", output="o", cpus_per_task=1))
 for _line in sys.stdin:
     print(workers.count, flush=True)

@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 import torch
 
@@ -207,6 +209,12 @@ def test_shape(outputs, method):
     matrix = expert_similarity(outputs.bfloat16(), method)
     assert matrix.dtype == torch.float32 and matrix.shape == (E, E)
     assert torch.equal(matrix, matrix.T) and torch.equal(matrix.diagonal(), torch.ones(E))
+
+
+def test_every_method_has_a_record():
+    assert get_args(similarity.MethodName) == tuple(similarity.METHODS)
+    assert similarity.method_named("cka") is similarity.METHODS["cka"]
+    assert similarity.method_named("reference") == similarity.Method("reference", tensors=("similarity",))
 
 
 def test_unknown_names(outputs):
