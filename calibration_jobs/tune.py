@@ -42,6 +42,7 @@ from sere_dist.artifact.folder import Artifact, check_output, write_recommendati
 from sere_dist.artifact.recommendation import LayerSetting, Outcome, Recommendation
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult
+from sere_dist.evaluation.outcome import outcome_of
 from sere_dist.evaluation.tuning import (
     Budget,
     Combination,
@@ -416,7 +417,7 @@ def measure_combinations(
         places = [place for place in evenly_spaced(*ends, count) if place not in outcomes]
         runs = [Run(texts="tuning", batch=config.batch, layers=path[place]) for place in places]
         for place, result in zip(places, bench.results("combinations", runs), strict=True):
-            outcomes[place] = Outcome.of(result, off, config.batch)
+            outcomes[place] = outcome_of(result, off, config.batch)
         within, outside = bracket(outcomes, config.budget)
         if within is None:
             raise ValueError(over_budget_message(config.budget, outcomes))
@@ -437,10 +438,10 @@ def measure_on_held_out(
     results = iter(bench.results("on other texts", [*off_runs, *our_runs, *uniform_runs]))
     off, ours = ({each: next(results) for each in batches} for _ in range(2))
     return {
-        "off": [Outcome.of(off[each], off[each], each) for each in batches],
-        "recommended": [Outcome.of(ours[each], off[each], each) for each in batches],
+        "off": [outcome_of(off[each], off[each], each) for each in batches],
+        "recommended": [outcome_of(ours[each], off[each], each) for each in batches],
         "uniform": {
-            keep: Outcome.of(result, off[config.batch], config.batch)
+            keep: outcome_of(result, off[config.batch], config.batch)
             for keep, result in zip(same_in_all, results, strict=True)
         },
     }
