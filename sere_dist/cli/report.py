@@ -25,6 +25,7 @@ from tqdm import tqdm
 from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact
 from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.artifact.recommendation import Recommendation
+from sere_dist.evaluation.figures import ACTIVE_EXPERTS, BLUE, GREY, KL_DIVERGENCE, PALE_RED, RED, draw_recommendation
 
 PERCENTILES = 1, 99.5  # of the similarities between different experts, all layers: the ends of the colour scale
 ROWS = 5  # of each of a layer's tables
@@ -36,7 +37,6 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 128, 12, 64
 COLOUR_BAR, LABEL = 18, 10
 
 COLOURS = matplotlib.colormaps["YlGnBu"].with_extremes(bad="0.62")  # prints well; bad: the diagonal
-BLUE, GREY, RED, PALE_RED = "#2b6a9e", "#777777", "#c0392b", "#f6c9c3"
 TEXT = 7  # points
 
 
@@ -263,25 +263,14 @@ def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
 
 
 def _draw_trade_off(recommended: Recommendation) -> Picture:
-    """Draws KL against active experts, at the batch that was tuned for."""
+    """Draws KL divergence against active experts, at the batch that was tuned for."""
     figure = Figure(figsize=(8, 3.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    uniform = [recommended.uniform[keep] for keep in sorted(recommended.uniform)]
-    for label, outcomes, style in (
-        ("weighed, on the texts to tune on", recommended.curve, {"color": BLUE, "marker": ".", "alpha": 0.6}),
-        ("the same S in all layers, on other texts", uniform, {"color": GREY, "marker": "s"}),
-        ("recommended, on other texts", [recommended.at(recommended.recommended)], {"color": RED, "marker": "D"}),
-    ):
-        active, kl, errors = zip(*((o.active_experts, o.kl, o.kl_error) for o in outcomes), strict=True)
-        axes.errorbar(active, kl, yerr=errors, markersize=3, linewidth=0.9, label=label, **style)
-    axes.axvline(recommended.at(recommended.off).active_experts, color=GREY, linestyle="--", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.set_ylabel("KL, nats a token", fontsize=TEXT)
-    axes.set_xlabel(f"experts that a layer runs in a step of {recommended.batch} (dashed: as it is)", fontsize=TEXT)
-    axes.grid(alpha=0.3, linewidth=0.5)
+    draw_recommendation(axes, recommended)
+    axes.set_ylabel(KL_DIVERGENCE, fontsize=TEXT)
+    axes.set_xlabel(f"{ACTIVE_EXPERTS}, batch {recommended.batch} (dashed: the baseline)", fontsize=TEXT)
     axes.tick_params(labelsize=TEXT)
     axes.legend(fontsize=TEXT, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     return _picture(figure)
 
 
