@@ -1,5 +1,6 @@
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -53,27 +54,37 @@ def test_compared():
     assert found["difference"] == pytest.approx(0.15)
 
 
-def test_study(tmp_path, capsys, monkeypatch):
-    small = {
-        "BATCHES": (1, 4),
-        "BATCH": 4,
-        "KEEPS": (1, 4, 8),
-        "KEEPS_OF_PARTS": (1, 2),
-        "RANDOM_DRAWS": 2,
-        "PRICES": (0.01, 0.1),
-    }
-    small |= {"SAMPLES": (2, 4, 999), "SAMPLES_OF_CKA": 2, "SAMPLES_OF_KIND": 2}
+@pytest.fixture
+def first_layers(tmp_path) -> Path:
+    """The example model's first two layers: trained experts, in a third of the time."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in MODEL.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "config.json").unlink()
+    config = json.loads((MODEL / "config.json").read_text())
+    layer_types = config.get("layer_types") and config["layer_types"][:2]
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "layer_types": layer_types}))
+    return folder
+
+
+def test_study(first_layers, tmp_path, capsys, monkeypatch):
+    small = {"BATCHES": (1, 4), "BATCH": 4, "KEEPS": (1, 4, 8), "KEEPS_OF_PARTS": (2,), "RANDOM_DRAWS": 2}
+    small |= {"PRICES": (0.01, 0.1), "SAMPLES": (2, 4, 999), "SAMPLES_OF_CKA": 2, "SAMPLES_OF_KIND": 2}
     for name, value in small.items():
         monkeypatch.setattr(study, name, value)
     results = tmp_path / "results" / "quality.json"
-    sizes = {"texts": 8, "texts_of_kind": 2, "length": 36, "prompt": 20, "calibration_length": 16}
+    sizes = {"texts": 8, "texts_of_kind": 4, "length": 36, "prompt": 24, "calibration_length": 16}
     files = {"heldout": TEXTS / "heldout.parquet", "calibration": TEXTS / "calibration.parquet"}
-    study.main(MODEL, **files, half="choice", **sizes, results=results, pictures=tmp_path)
+    study.main(first_layers, **files, half="choice", **sizes, results=results, pictures=tmp_path)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(results.read_text()) == report
     for picture in ("quality-by-batch.png", "quality-batch-4.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
-    assert report["model"] == "examples/tiny_moe/model"
+    assert report["model"] == str(first_layers)
+    drawn = (tmp_path / "quality-batch-4.png").read_bytes()
+    study.main(results=results, pictures=tmp_path, only_draw=True)
+    assert (tmp_path / "quality-batch-4.png").read_bytes() == drawn
 
     rows = {(row["batch"], row["policy"], row["knob"]): row for row in report["field"]}
     assert len(rows) == len(report["field"]) == 2 * (1 + 16 * 2 + 2)
