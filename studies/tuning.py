@@ -56,7 +56,7 @@ def measured(recommended: Recommendation, artifact: Artifact, texts: HeldOut) ->
     off = {batch: texts.run(unchanged, batch) for batch in BATCHES}
 
     def outcome(layers: dict[int, LayerSetting], batch: int) -> Outcome:
-        result = texts.run(rerouter_of(artifact, recommended.policy, layers), batch)
+        result = texts.run(rerouter_of(artifact.tables, recommended.policy, layers), batch)
         return outcome_of(result, off[batch], batch)
 
     same = {keep: dict.fromkeys(recommended.layers, LayerSetting(select_top_k=keep)) for keep in recommended.uniform}
