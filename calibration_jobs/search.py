@@ -11,6 +11,7 @@ from typing import NamedTuple
 from calibration_jobs.trials import Trial, TrialRunner
 from sere_dist.artifact.recommendation import LayerSetting, Outcome
 from sere_dist.evaluation.lockstep import LockstepResult
+from sere_dist.evaluation.outcome import outcome_of
 from sere_dist.evaluation.tuning import Budget, Combination, Cost, bracket, combinations, evenly_spaced
 
 COMBINATIONS = 10  # measured first, along the whole trade-off
@@ -76,7 +77,7 @@ def measure_combinations(
         places = [place for place in evenly_spaced(*ends, count) if place not in outcomes]
         trials = [Trial(texts="tuning", batch=batch, layers=path[place]) for place in places]
         for place, result in zip(places, runner.run("combinations", trials), strict=True):
-            outcomes[place] = Outcome.of(result, off, batch)
+            outcomes[place] = outcome_of(result, off, batch)
         within, outside = bracket(outcomes, budget)
         if within is None:
             raise ValueError(over_budget_message(budget, outcomes))
@@ -98,10 +99,10 @@ def measure_on_held_out(
     results = iter(runner.run("on other texts", [*off_trials, *our_trials, *uniform_trials]))
     off, ours = ({each: next(results) for each in batches} for _ in range(2))
     return HeldOutOutcomes(
-        off=[Outcome.of(off[each], off[each], each) for each in batches],
-        recommended=[Outcome.of(ours[each], off[each], each) for each in batches],
+        off=[outcome_of(off[each], off[each], each) for each in batches],
+        recommended=[outcome_of(ours[each], off[each], each) for each in batches],
         uniform={
-            keep: Outcome.of(result, off[batch], batch) for keep, result in zip(same_in_all, results, strict=True)
+            keep: outcome_of(result, off[batch], batch) for keep, result in zip(same_in_all, results, strict=True)
         },
     )
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact
 from sere_dist.artifact.layer import Layer, LayerStatistics
-from sere_dist.artifact.recommendation import Outcome, Recommendation
+from sere_dist.artifact.recommendation import Recommendation
+from sere_dist.evaluation.figures import ACTIVE_EXPERTS, BLUE, GREY, KL_DIVERGENCE, PALE_RED, RED, draw_recommendation
 from sere_dist.files import written_whole
 from sere_dist.method.similarity import method_named
 
@@ -36,7 +37,6 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 128, 12, 64
 COLOUR_BAR, LABEL = 18, 10
 
 COLOURS = matplotlib.colormaps["YlGnBu"].with_extremes(bad="0.62")  # prints well; bad: the diagonal
-BLUE, GREY, RED, PALE_RED = "#2b6a9e", "#777777", "#c0392b", "#f6c9c3"
 TEXT = 7  # points
 
 
@@ -261,26 +261,14 @@ def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
 
 
 def _draw_trade_off(recommended: Recommendation) -> Picture:
-    """Draws KL against active experts, at the batch that was tuned for."""
+    """Draws KL divergence against active experts, at the batch that was tuned for."""
     figure = Figure(figsize=(8, 3.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    uniform = [recommended.uniform[keep] for keep in sorted(recommended.uniform)]
-    lines: list[tuple[str, list[Outcome], dict[str, Any]]] = [
-        ("measured on the texts to tune on", recommended.curve, {"color": BLUE, "marker": ".", "alpha": 0.6}),
-        ("the same S in all layers, held-out texts", uniform, {"color": GREY, "marker": "s"}),
-        ("recommended, held-out texts", [recommended.at(recommended.recommended)], {"color": RED, "marker": "D"}),
-    ]
-    for label, outcomes, style in lines:
-        active, kl, errors = zip(*((o.active_experts, o.kl, o.kl_error) for o in outcomes), strict=True)
-        axes.errorbar(active, kl, yerr=errors, markersize=3, linewidth=0.9, label=label, **style)
-    axes.axvline(recommended.at(recommended.off).active_experts, color=GREY, linestyle="--", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.set_ylabel("KL divergence, nats per token", fontsize=TEXT)
-    axes.set_xlabel(f"active experts per layer and step, batch {recommended.batch} (dashed: baseline)", fontsize=TEXT)
-    axes.grid(alpha=0.3, linewidth=0.5)
+    draw_recommendation(axes, recommended)
+    axes.set_ylabel(KL_DIVERGENCE, fontsize=TEXT)
+    axes.set_xlabel(f"{ACTIVE_EXPERTS}, batch {recommended.batch} (dashed: the baseline)", fontsize=TEXT)
     axes.tick_params(labelsize=TEXT)
     axes.legend(fontsize=TEXT, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     return _picture(figure)
 
 

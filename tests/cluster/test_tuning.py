@@ -19,6 +19,7 @@ from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting, Outcome
 from sere_dist.calibration.texts import read_texts, tokenise
 from sere_dist.evaluation.lockstep import HeldOut, unchanged
+from sere_dist.evaluation.outcome import outcome_of
 from sere_dist.evaluation.rerouters import projection_rerouter
 from sere_dist.evaluation.tuning import (
     Budget,
@@ -216,7 +217,7 @@ def test_what_is_recommended_costs_what_it_says_on_texts_that_had_no_say(model, 
     for off, ours in zip(found.off, found.recommended, strict=True):
         as_it_is = report.run(unchanged, off.batch)
         assert off.active_experts == pytest.approx(as_it_is.active_experts, rel=1e-3)
-        again = Outcome.of(report.run(rerouter, ours.batch), as_it_is, ours.batch)
+        again = outcome_of(report.run(rerouter, ours.batch), as_it_is, ours.batch)
         assert ours.model_dump() == pytest.approx(again.model_dump(), rel=1e-2, abs=1e-6)
     assert [outcome.batch for outcome in found.off] == [1, 3, 4]
     assert found.at(found.off).batch == 3
