@@ -16,4 +16,5 @@ if __name__ == "__main__":  # vLLM starts processes that import this file
         print(answer.prompt + answer.outputs[0].text)
     (worker,) = llm.collective_rpc("sere_counters")
     layer = worker["layers"][0]
-    print(f"layer 0: {layer['active_experts_before']} active experts before, {layer['active_experts_after']} after")
+    before, after = (layer[f"active_experts_{when}"] / layer["steps"] for when in ("before", "after"))
+    print(f"layer 0: {before:.1f} active experts per step before re-routing, {after:.1f} after")

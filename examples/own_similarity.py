@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
-from sere_dist.artifact.layer import Layer, LayerStatistics
-from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 
 from examples.tiny_moe.data import MODEL, example_texts
 from sere_dist import Artifact
+from sere_dist.artifact.layer import Layer, LayerStatistics
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.moe import MoeShape, expert_outputs, hooked_experts, load_model, routed_experts
 
 
