@@ -13,13 +13,13 @@ from typing import Any
 
 import typer
 from pydantic import BaseModel
-from sere_dist.environment import VARIABLES
-from sere_dist.method.counters import COUNTERS
 
 from calibration_jobs.calibrate import CalibrationConfig
 from calibration_jobs.tune import TuningConfig
 from sere_dist.cli.commands import app
 from sere_dist.config import CHANGEABLE, ReroutingConfig
+from sere_dist.environment import VARIABLES
+from sere_dist.method.counters import COUNTERS
 from serve_apps.metrics import DESCRIPTIONS, SETTINGS
 from serve_apps.sere import AppConfig
 
@@ -118,7 +118,7 @@ def metrics() -> str:
         (code(f"ray_sere_{name}_total"), "rank, when" if f"{name}_before" in COUNTERS else "rank", description)
         for name, description in DESCRIPTIONS.items()
     ]
-    rows += [(code(f"ray_sere_{name}"), "", description) for name, description in SETTINGS.items()]
+    rows += [(code(f"ray_sere_{name}"), "", ReroutingConfig.model_fields[name].description) for name in SETTINGS]
     return table(("metric", "labels", "meaning"), rows)
 
 
@@ -138,9 +138,9 @@ def environment() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "rerouting": rerouting,
     "application": application,
+    "commands": commands,
     "calibration": lambda: options(CalibrationConfig),
     "tuning": lambda: options(TuningConfig),
-    "commands": commands,
     "metrics": metrics,
     "counters": counters,
     "environment": environment,
