@@ -1,4 +1,4 @@
-"""Families other than the example's, as small random checkpoints: calibrated by our functions, re-routed in vLLM."""
+"""Families other than the example's, calibrated by our functions as small random checkpoints."""
 
 import copy
 import json
@@ -13,82 +13,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
-    DeepseekV2Config,
-    DeepseekV3Config,
-    Glm4MoeConfig,
-    GptOssConfig,
-    MixtralConfig,
-    OlmoeConfig,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
 )
-from vllm import LLM, SamplingParams
 
 from sere_dist.artifact.folder import Artifact
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import ExpertInputs, expert_inputs, run_layer, score_layer, text_blocks
 from sere_dist.moe import MoeShape, expert_outputs, routed_experts
-from tests.conftest import small_artifact
+from tests.support.artifacts import small_artifact
+from tests.support.families import EXPERTS, FAMILIES
 
-EXPERTS = 8
-COMMON = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 48,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
-DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "n_routed_experts": EXPERTS,
-    "n_shared_experts": 1,
-    "n_group": 4,
-    "topk_group": 2,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 2.5,
-    "kv_lora_rank": 32,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-}
-GPT_OSS = {
-    "max_position_embeddings": 131072,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-    "sliding_window": 8,
-}
-
-
-class Family(NamedTuple):
-    config: PretrainedConfig
-    moe_layers: tuple[int, ...] = (0, 1, 2)
-
-
-FAMILIES = {
-    "qwen2_moe": Family(
-        Qwen2MoeConfig(**COMMON, num_experts=EXPERTS, shared_expert_intermediate_size=32, mlp_only_layers=[1]), (0, 2)
-    ),
-    "qwen3_moe": Family(Qwen3MoeConfig(**COMMON, num_experts=EXPERTS, head_dim=24, norm_topk_prob=True)),
-    "deepseek_v2": Family(
-        DeepseekV2Config(**COMMON | DEEPSEEK, topk_method="group_limited_greedy", q_lora_rank=None), (1, 2)
-    ),
-    "deepseek_v3": Family(DeepseekV3Config(**COMMON | DEEPSEEK, q_lora_rank=24), (1, 2)),
-    "glm4_moe": Family(
-        Glm4MoeConfig(**COMMON, n_routed_experts=EXPERTS, n_group=2, topk_group=1, head_dim=16, use_qk_norm=True),
-        (1, 2),
-    ),
-    "gpt_oss": Family(GptOssConfig(**COMMON | GPT_OSS, num_local_experts=EXPERTS, head_dim=16)),
-    "mixtral": Family(MixtralConfig(**COMMON, num_local_experts=EXPERTS)),
-    "olmoe": Family(OlmoeConfig(**COMMON, num_experts=EXPERTS)),
-}
 TEXT_LENGTHS = (23, 40, 9, 31, 16, 38)
 TOLERANCE = 1e-5
 
@@ -274,57 +209,6 @@ def with_only(tensors: Path, pattern: str, folder: Path) -> Checkpoint:
         if file.suffix == ".json" or re.match(pattern, file.name):
             (folder / file.name).symlink_to(file)
     return Checkpoint(str(folder))
-
-
-SERVED_COMMON = {**COMMON, "vocab_size": 512, "hidden_size": 128}
-SERVED_DEEPSEEK = DEEPSEEK | {
-    "topk_group": 1,
-    "routed_scaling_factor": 1.0,
-    # vLLM's attention is made for the real models' head sizes.
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-}
-SERVED = {
-    "mixtral": Family(MixtralConfig(**SERVED_COMMON, num_local_experts=EXPERTS)),
-    "qwen2_moe": Family(Qwen2MoeConfig(**SERVED_COMMON, num_experts=EXPERTS, shared_expert_intermediate_size=64)),
-    "deepseek_v2": Family(
-        DeepseekV2Config(**SERVED_COMMON | SERVED_DEEPSEEK, topk_method="group_limited_greedy", q_lora_rank=None),
-        (1, 2),
-    ),
-}
-
-
-@pytest.mark.parametrize("family", SERVED)
-def test_calibrated_and_rerouted(family, tmp_path):
-    config, layers = SERVED[family]
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
-
-    checkpoint = Checkpoint(str(tmp_path / "model"))
-    inputs = dict(expert_inputs(checkpoint, text_blocks(torch.randint(2, 512, (4, 32)).tolist())))
-    assert tuple(inputs) == layers
-    artifact = small_artifact(layers=layers, **vars(MoeShape.from_config(checkpoint.config)))
-    for layer in layers:
-        artifact.similarity[layer] = score_layer(checkpoint, layer, inputs[layer], "frobenius").similarity_EE
-    artifact.save(tmp_path / "artifact")
-
-    llm = LLM(
-        str(tmp_path / "model"),
-        enforce_eager=True,
-        max_model_len=128,
-        skip_tokenizer_init=True,
-        additional_config={"sere": {"artifact": str(tmp_path / "artifact"), "select_top_k": 1}},
-    )
-    prompts = [{"prompt_token_ids": list(range(start, start + 10))} for start in range(100, 180, 10)]
-    llm.generate(prompts, SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False), use_tqdm=False)
-    (worker,) = llm.collective_rpc("sere_counters")
-    llm.llm_engine.engine_core.shutdown()
-    assert tuple(worker["layers"]) == layers
-    for layer in worker["layers"].values():
-        assert layer["rerouted_slots"] > 0
-        assert layer["active_experts_after"] < layer["active_experts_before"]
 
 
 def test_two_sets_of_experts_in_one_layer_are_refused():

@@ -17,7 +17,7 @@ from sere_dist.method.placement import (
 )
 from sere_dist.method.rerouting import remote_domains
 from sere_dist.moe import MoeShape
-from tests.conftest import small_artifact
+from tests.support.artifacts import small_artifact
 
 SIZES = [(64, 8), (10, 4), (7, 3), (5, 5)]
 

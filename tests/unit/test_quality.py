@@ -3,9 +3,9 @@ from collections import Counter
 
 import pytest
 
+from examples.tiny_moe.data import CALIBRATION, HELDOUT, MODEL
 from sere_dist.evaluation.lockstep import LockstepResult
 from studies import quality as benchmark
-from tests.conftest import MODEL, TEXTS
 
 
 def texts(**counts: int) -> list[benchmark.Text]:
@@ -66,7 +66,7 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(benchmark, name, value)
     results, picture = tmp_path / "results" / "quality.json", tmp_path / "quality.png"
     sizes = {"texts": 8, "texts_of_kind": 2, "length": 36, "prompt": 20, "calibration_length": 16}
-    files = {"heldout": TEXTS / "heldout.parquet", "calibration": TEXTS / "calibration.parquet"}
+    files = {"heldout": HELDOUT, "calibration": CALIBRATION}
     benchmark.main(MODEL, **files, half="choice", **sizes, results=results, picture=picture)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(results.read_text()) == report

@@ -16,7 +16,7 @@ from sere_dist.evaluation.rerouters import (
     xshare_rerouter,
 )
 from sere_dist.moe import hooked_routing, router_scores
-from tests.engine.test_families import FAMILIES
+from tests.support.families import FAMILIES
 
 STEPS, BATCH, TOP_K, EXPERTS = 20, 5, 4, 12
 

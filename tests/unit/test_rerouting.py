@@ -2,7 +2,7 @@ from math import comb
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sere_dist.method.rerouting import (
@@ -65,7 +65,6 @@ def steps(draw):
     }
 
 
-@settings(max_examples=600, deadline=None)
 @given(steps())
 def test_equals_the_definition(step):
     before = {name: value.clone() for name, value in step.items() if isinstance(value, torch.Tensor)}
@@ -221,7 +220,6 @@ def projection_oracle(step, size, coefficient, domain, home, price, expert_price
     return new_weights, new_ids
 
 
-@settings(max_examples=1000, deadline=None)
 @given(
     steps(),
     st.integers(0, 2**32),
@@ -264,7 +262,6 @@ def test_projection_equals_the_definition(step, seed, price, expert_price, domai
     assert all(torch.equal(step[name], value) for name, value in before.items()), "inputs were changed"
 
 
-@settings(max_examples=400, deadline=None)
 @given(steps(), st.integers(0, 6), st.sampled_from([0.0, 1e-9, 0.1, 0.5, 2.0]), st.integers(0, 2**32))
 def test_ranks_that_unite_act_as_one(step, rows_of_first, expert_price, seed):
     """Two ranks with a share of the tokens each do to these what one rank does to all."""
@@ -343,7 +340,6 @@ def test_steps_of_a_batch_by_vmap():
     assert all(map(torch.equal, together, map(torch.stack, zip(*alone, strict=True))))
 
 
-@settings(max_examples=200, deadline=None)
 @given(steps(), st.sampled_from([1, 2, 3]))
 def test_what_the_cheapest_experts_change(step, select_top_k):
     """Nothing, as every expert is worth running; and one too dear for any changes nothing of the policy's."""

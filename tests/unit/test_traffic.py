@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from examples.tiny_moe.data import example_texts
+from examples.tiny_moe.data import MODEL, example_texts
 from sere_dist.artifact.folder import SCHEMA_VERSION, Artifact, ArtifactConfig
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import expert_inputs, score_layer, text_blocks
@@ -13,7 +13,7 @@ from sere_dist.method.placement import linear_ranks
 from sere_dist.method.rerouting import COUNTERS, step_counts
 from sere_dist.moe import MoeShape
 from studies import traffic as benchmark
-from tests.conftest import MODEL, small_artifact
+from tests.support.artifacts import small_artifact
 
 
 def uniform_ids(*shape: int, num_experts: int, top_k: int) -> torch.Tensor:
