@@ -1,13 +1,4 @@
-# make demo   calibrate, serve, ask, measure, stop (PORT=8000)
-# make serve  calibrate, serve, stay up until Ctrl-C (PORT=8000)
-# make types  check the types
-# make test   lint and tests
-# make tradeoff  redraw the figure of the README
-# make bench-calibration  what the README says of calibration's speed and memory (25 minutes, idle machine)
-# make soak   kill, replace and fuzz what serves the example, under load (25 minutes; installs schemathesis in .venv-soak)
-# make check-deploy CRDS=FOLDER  deploy/kubernetes against the operator's custom resource definitions in FOLDER
-# make lock   rewrite the lock from pyproject.toml
-# Each makes .venv first if it is missing.
+# `make help` lists what can be made. Each target makes .venv first if it is missing.
 
 PYTHON ?= python3.11
 PORT ?= 8000
@@ -17,33 +8,55 @@ TORCH := $(shell grep '^torch==' $(LOCK))
 BIN := .venv/bin
 SCHEMATHESIS := 4.32.5
 
-.PHONY: demo serve types test tradeoff bench-calibration soak check-deploy lock clean
+.PHONY: help demo serve format lint types unit check test test-all bench-calibration soak check-deploy lock clean
 
-demo: .venv/.ready
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: .venv/.ready ## calibrate, serve, ask, measure, stop (PORT=8000)
 	$(BIN)/python -m examples.demo --port $(PORT)
 
-serve: .venv/.ready
+serve: .venv/.ready ## calibrate, serve, stay up until Ctrl-C (PORT=8000)
 	$(BIN)/python -m examples.demo --port $(PORT) --keep-serving
+
+format: .venv/.ready ## rewrite the code as the linter wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: .venv/.ready
 	$(BIN)/ty check
 
-test: .venv/.ready
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+# The rooms of the tests: tests/unit needs neither a Ray cluster nor an engine; tests/engine starts vLLM's engine,
+# tests/serving the Ray Serve application, tests/cluster Ray jobs. A test that is marked `slow` is for test-all alone, as
+# are the many examples of hypothesis's profile `thorough` (tests/conftest.py). Two processes share the tests: those that
+# need Ray stay in one, with one cluster, and every other file of the rooms is one process's too.
+UNIT := $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal
+REAL := $(BIN)/python -m pytest tests/engine tests/serving tests/cluster -n 2 --dist loadgroup
 
-tradeoff: .venv/.ready
-	$(BIN)/python -m benchmarks.tradeoff
+unit: .venv/.ready
+	$(UNIT) -m "not slow"
 
-bench-calibration: .venv/.ready
+check: lint types unit ## lint, types, and the tests that need neither a cluster nor an engine (2 minutes on 2 cores)
+
+test: check ## and each promise that needs the real thing: engines, Ray, Serve, HTTP (15 minutes)
+	$(REAL) -m "not slow"
+
+test-all: lint types ## everything, at length: run it before an issue is called resolved (45 minutes)
+	$(UNIT) --hypothesis-profile thorough
+	$(REAL) --hypothesis-profile thorough
+
+bench-calibration: .venv/.ready ## calibration's speed and memory (25 minutes, on an idle machine)
 	$(BIN)/python -m benchmarks.calibration
 
-soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS)
+soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS) ## kill, replace and fuzz what serves the example, under load (25 minutes)
 	$(BIN)/python -m tests.soak.survival
 	$(BIN)/python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st
 
-check-deploy: .venv/.ready
+check-deploy: .venv/.ready ## deploy/kubernetes against the custom resource definitions in CRDS=FOLDER
 	$(BIN)/python -m deploy.check $(CRDS)
 
 .venv-soak/.ready-%:
@@ -61,9 +74,9 @@ check-deploy: .venv/.ready
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-lock:
+lock: ## rewrite the lock from pyproject.toml
 	uv pip compile -q pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-annotate --no-header \
 	  --excludes requirements/cpu.exclude $(TORCH_FROM) -o $(LOCK)
 
-clean:
+clean: ## remove what the targets here made
 	rm -rf .venv .venv-soak build

@@ -17,7 +17,7 @@ import psutil
 
 from sere_dist.environment import ADMIN_TOKEN, API_KEY
 
-START_SECONDS = 90
+START_SECONDS = 300
 STOP_SECONDS = 5  # then it is killed: nothing in it is worth more patience
 
 

@@ -12,18 +12,18 @@ import pytest
 import yaml
 
 from examples import demo
+from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.admin import request_settings
 from sere_dist.artifact.folder import TENSORS_FILE
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
-from tests.conftest import MODEL, TEXTS
-from tests.support.metrics import eventually
+from tests.soak.load import ENVIRONMENT
+from tests.support.polling import eventually
 
 # Of each node: more would start more processes than this machine bears.
 SMALL = {"CPU": 2, "GPU": 1}
 
-# Two engines that spin on the same cores slow each other down.
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +76,11 @@ def nodes_over_time(cluster: LocalCluster) -> Iterator[list[str]]:
             watcher.kill()
 
 
-def test_a_calibration_brings_nodes_up_and_lets_them_go(autoscaled, artifact_path, tmp_path):
+def test_a_calibration_brings_nodes_up_and_lets_them_go(autoscaled, job_artifact, tmp_path):
     # Without a working directory: nodes that share a machine delete each other's.
     command = [
         *("ray", "job", "submit", "--log-style=record", "--log-color=false", "--", sys.executable, "-m"),
-        *("calibration_jobs.calibrate", "--model", str(MODEL), "--dataset", str(TEXTS / "calibration.parquet")),
+        *("calibration_jobs.calibrate", "--model", str(MODEL), "--dataset", str(CALIBRATION)),
         *("--num-samples", "64", "--output", str(tmp_path / "out"), "--cpus-per-task", "2"),
         *("--device", "cpu", "--gpus-per-task", "1", "--accelerator-type", "H100"),
     ]
@@ -88,7 +88,7 @@ def test_a_calibration_brings_nodes_up_and_lets_them_go(autoscaled, artifact_pat
         done = autoscaled.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert seen[:2] == ["", "H100"] and seen[-1] == "" and "H100,H100" in seen
-    assert (tmp_path / "out" / TENSORS_FILE).read_bytes() == (artifact_path / TENSORS_FILE).read_bytes()
+    assert (tmp_path / "out" / TENSORS_FILE).read_bytes() == (job_artifact / TENSORS_FILE).read_bytes()
 
 
 def test_replicas_come_under_load_and_go_when_idle(autoscaled, artifact_path, monkeypatch):
@@ -114,9 +114,9 @@ def test_replicas_come_under_load_and_go_when_idle(autoscaled, artifact_path, mo
                 assert all(pool.map(ask, range(16)))
             return len(request_settings(url)["replicas"]) == 2
 
-        eventually(loaded, seconds=180)
+        eventually(loaded)
         state = request_settings(url)
         assert first in state["replicas"] and state["settings"]["select_top_k"] == 3 and state["pending"] == []
-        eventually(lambda: len(request_settings(url)["replicas"]) == 1, seconds=120)
+        eventually(lambda: len(request_settings(url)["replicas"]) == 1)
         assert ask(0)
     assert "cpu,cpu" in seen and seen[-1] == ""

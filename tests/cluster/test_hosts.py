@@ -7,7 +7,10 @@ from sere_dist.artifact.folder import TENSORS_FILE
 from tests.cluster.test_survival import Job
 from tests.support import hosts
 
-pytestmark = pytest.mark.skipif(not hosts.can_be_made(), reason="network namespaces need root and iproute2")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hosts.can_be_made(), reason="network namespaces need root and iproute2"),
+]
 
 
 @pytest.fixture(scope="module")

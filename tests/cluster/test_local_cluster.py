@@ -1,8 +1,10 @@
 import psutil
+import pytest
 
 from sere_dist.testing.local_cluster import LocalCluster
 
 
+@pytest.mark.slow
 def test_stops_every_process_that_it_started():
     with LocalCluster(num_cpus=1) as cluster:
         task = "import ray; ray.init(log_to_driver=False); print(ray.get(ray.remote(lambda: 6 * 7).remote()))"

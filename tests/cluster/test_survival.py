@@ -15,11 +15,12 @@ from ray._private.node import Node
 from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from ray.cluster_utils import Cluster
 
+from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.artifact.folder import TENSORS_FILE, Artifact
-from tests.conftest import MODEL, TEXTS
 from tests.support.hosts import Hosts
+from tests.support.polling import PATIENCE, eventually
 
-SECONDS = 120
+pytestmark = pytest.mark.slow
 
 
 class Job:
@@ -27,7 +28,7 @@ class Job:
 
     def __init__(self, address: str, output: Path, *options: str, on: Hosts | None = None):
         command = [sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(MODEL), "--output", str(output)]
-        command += ["--dataset", str(TEXTS / "calibration.parquet"), "--num-samples", "120", *options]
+        command += ["--dataset", str(CALIBRATION), "--num-samples", "120", *options]
         environment = {**os.environ, "RAY_ADDRESS": address}
         if on is not None:
             command, environment = on.command(0, command), on.environment
@@ -46,7 +47,7 @@ class Job:
     def end(self) -> str:
         """Waits for the job; returns all that it printed."""
         self.lines += self.process.stdout
-        assert self.process.wait(SECONDS) == 0, "".join(self.lines)
+        assert self.process.wait(PATIENCE) == 0, "".join(self.lines)
         return "".join(self.lines)
 
 
@@ -69,7 +70,7 @@ def undisturbed(nodes, tmp_path_factory) -> bytes:
 def scoring_worker(workers: list[Node]) -> psutil.Process:
     """Waits for a worker of these nodes that is in the middle of a layer: Ray names its process after the task."""
     raylets = [psutil.Process(node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid) for node in workers]
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         for process in (child for raylet in raylets for child in raylet.children()):
             with suppress(psutil.NoSuchProcess):
@@ -97,7 +98,7 @@ def test_a_killed_driver(nodes, undisturbed, tmp_path):
     assert len(finished) >= 2 and not output.exists()
 
     other = Job(nodes[0].address, output, "--method", "cosine")
-    assert other.process.wait(SECONDS) == 1
+    assert other.process.wait(PATIENCE) == 1
     refusal = other.process.stdout.read()
     assert "holds layers of another calibration (other: method)" in refusal and "--restart" in refusal
     assert sorted(path.name for path in partial.glob("layer-*.safetensors")) == finished
@@ -129,7 +130,7 @@ def test_out_of_memory(cluster, tmp_path):
             '{"worker_process_setup_hook": "tests.support.memory_limit.limit", "excludes": [".git"]}',
         ),
         *("--", "python", "-m", "calibration_jobs.calibrate", "--model", str(MODEL), "--num-samples", "16"),
-        *("--dataset", str(TEXTS / "calibration.parquet"), "--output", str(tmp_path / "out")),
+        *("--dataset", str(CALIBRATION), "--output", str(tmp_path / "out")),
         *("--block-tokens", "2048"),
     ]
     done = cluster.run(command, capture_output=True, text=True)
@@ -165,10 +166,7 @@ def test_nodes_count_while_they_are_there(nodes):
         more = cluster.add_node(num_cpus=3)
         assert count() == len(workers) + 3
         cluster.remove_node(more)
-        deadline = time.monotonic() + SECONDS
-        while count() != len(workers) and time.monotonic() < deadline:
-            time.sleep(0.5)
-        assert count() == len(workers)
+        eventually(lambda: count() == len(workers))
         driver.stdin.close()
 
 

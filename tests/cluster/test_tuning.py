@@ -1,182 +1,33 @@
-"""Tuning: the arithmetic that combines layers, and the job, from its command to what a server may load."""
+"""Tuning on the cluster, from its command to what a server may load."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-import time
-from itertools import product
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from calibration_jobs.measurements import Measurements
+from examples.tiny_moe.data import HELDOUT, MODEL
 from sere_dist.artifact.folder import Artifact
-from sere_dist.artifact.recommendation import LayerSetting, Outcome
 from sere_dist.calibration.texts import read_texts, tokenise
 from sere_dist.evaluation.lockstep import HeldOut, unchanged
 from sere_dist.evaluation.outcome import outcome_of
 from sere_dist.evaluation.rerouters import projection_rerouter
-from sere_dist.evaluation.tuning import (
-    Budget,
-    Cost,
-    bracket,
-    candidates,
-    combinations,
-    evenly_spaced,
-    hull,
-    losses_of_steps,
-    rerouter_of,
-)
-from sere_dist.method.projection import FIXED_POINT_ONE, primary_losses
-from sere_dist.method.records import Settings, Step
-from tests.conftest import MODEL, TEXTS, small_artifact
+from sere_dist.evaluation.tuning import rerouter_of
+from sere_dist.method.records import Settings
+from tests.soak.load import processes
+from tests.support.polling import eventually
+from tests.support.tuning import options
 
-OFF = Cost(10, 0.0)
+pytestmark = pytest.mark.slow
 
 
-def setting(price: float) -> LayerSetting:
-    return LayerSetting(select_top_k=1, expert_price=price)
-
-
-def test_a_hull_leaves_out_what_a_mixture_beats():
-    costs = {setting(1): Cost(8, 0.1), setting(2): Cost(6, 0.5), setting(3): Cost(4, 0.6), setting(4): Cost(11, 0.0)}
-    assert [kept for kept, _ in hull(costs, OFF)] == [None, setting(1), setting(3)]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_combinations_are_the_best_of_all(seed):
-    """Those that arithmetic finds, against all there are of three layers with five settings."""
-    torch.manual_seed(seed)
-    alone = {
-        layer: {
-            setting(price): Cost(float(active), float(kl))
-            for price, active, kl in zip(range(1, 6), 1 + 9 * torch.rand(5), torch.rand(5) ** 2, strict=True)
-        }
-        for layer in range(3)
-    }
-
-    def total(combination: dict[int, LayerSetting]) -> tuple[float, float]:
-        costs = [alone[layer][combination[layer]] if layer in combination else OFF for layer in alone]
-        return sum(cost.active_experts for cost in costs), sum(cost.kl for cost in costs)
-
-    found = [total(combination) for combination in combinations(alone, OFF)]
-    assert found == sorted(found, key=lambda cost: (-cost[0], cost[1])) and len(found) >= 3
-    every = [
-        total({layer: own for layer, own in enumerate(each) if own is not None})
-        for each in product(*([None, *alone[layer]] for layer in alone))
-    ]
-    for active, kl in found:
-        assert kl == pytest.approx(min(cost for fewer, cost in every if fewer <= active + 1e-9))
-
-
-def outcome(active: float, kl: float, error: float = 0.0) -> Outcome:
-    numbers = {"loss_rise": 2 * kl, "loss_rise_error": error, "perplexity": 20, "top1": 0.9, "top1_error": 0.01}
-    return Outcome(batch=16, active_experts=active, kl=kl, kl_error=error, **numbers)
-
-
-def test_what_a_budget_lies_between():
-    measured = {0: outcome(40, 0.01), 5: outcome(30, 0.02, 0.001), 9: outcome(20, 0.05)}
-    assert bracket(measured, Budget("kl", 0.022)) == (5, 9)
-    assert bracket(measured, Budget("kl", 0.0219)) == (0, 5)  # two standard errors are spent
-    assert bracket(measured, Budget("kl", 0.005)) == (None, 0)
-    assert bracket(measured, Budget("kl", 1)) == (9, None)
-    assert bracket(measured, Budget("loss_rise", 0.03)) == (0, 5)
-    assert bracket(measured, Budget("active_experts", 35)) == (5, 0)
-    assert bracket(measured, Budget("active_experts", 10)) == (None, 9)
-    # By the luck of few texts a harder setting may cost less: nothing beyond the first that is outside is trusted.
-    assert bracket({**measured, 7: outcome(25, 0.011)}, Budget("kl", 0.015)) == (0, 5)
-
-
-def test_evenly():
-    assert evenly_spaced(3, 5, 10) == [3, 4, 5]
-    assert (
-        evenly_spaced(0, 53, 10)[0] == 0 and evenly_spaced(0, 53, 10)[-1] == 53 and len(evenly_spaced(0, 53, 10)) == 10
-    )
-
-
-def test_what_a_step_loses_is_what_the_policy_weighs(model, heldout_ids, projection_path):
-    """Against `projection.primary_losses`, and prices let through as many experts as they were chosen for."""
-    artifact = Artifact.load(projection_path)
-    held_out = HeldOut(model, heldout_ids[:4, :40], 20)
-    losses = losses_of_steps(held_out, 4, artifact.tables)
-    expected = {layer: [] for layer in losses}
-
-    def look(layer, weights_DBK, ids_DBK, _scores):
-        for weights_BK, ids_BK in zip(weights_DBK, ids_DBK, strict=True):
-            all_E = primary_losses(Step(weights_BK, ids_BK), artifact.tables[layer], Settings(1, expert_price=1e-6))
-            few = all_E[(all_E > 0) & (all_E < FIXED_POINT_ONE * 1000)]
-            expected[layer].append(few.double() / FIXED_POINT_ONE)
-        return weights_DBK, ids_DBK
-
-    held_out.run(look, 4)
-    for layer, of_steps in expected.items():
-        assert losses[layer].double().sort().values == pytest.approx(torch.cat(of_steps).sort().values, abs=1e-6)
-
-    tried = candidates("projection", 8, artifact.layers[2].similarity_EE, losses[2])
-    active = {}
-    for each in tried:
-        ran = []
-
-        def run(layer, *routing, own=each, ran=ran):
-            routed = projection_rerouter(artifact.tables, own.numbers)(layer, *routing)
-            if layer == 2:
-                ran.append([len(set(ids.flatten().tolist()) - {-1}) for ids in routed[1]])
-            return routing[:2]
-
-        held_out.run(run, 4)
-        active[each.expert_price] = sum(map(sum, ran))
-    steps = 19
-    most, none = active[0.0] + len(losses[2]), active.pop(0.0)
-    shares = [(count - none) / (most - none) for _price, count in sorted(active.items())]
-    assert len(losses[2]) > 3 * steps
-    assert shares == pytest.approx([0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02], abs=0.02)
-
-
-def test_candidates_of_the_papers_policy():
-    similarity = small_artifact(num_experts=8).layers[0].similarity_EE
-    found = candidates("sere", 3, similarity)
-    assert [each.select_top_k for each in found] == [1, 1, 1, 2, 2, 2]
-    assert len(set(found)) == 6 and all(each.expert_price == 0 for each in found)
-
-
-def test_measurements_that_are_damaged(tmp_path):
-    def opened() -> dict:
-        return Measurements(tmp_path / "artifact", {"model": "m"}, restart=False).values
-
-    measurements = Measurements(tmp_path / "artifact", {"model": "m"}, restart=False)
-    for key, value in (("a", {"losses": (1.0,)}), ("b", 2)):
-        measurements.add(key, value)
-    whole = measurements.path.read_text()
-    assert opened() == measurements.values == {"a": {"losses": [1.0]}, "b": 2}
-    measurements.path.write_text(whole + '["c", [3]')
-    assert opened() == measurements.values and measurements.path.read_text() == whole
-    measurements.path.write_text(whole.replace("[1.0]}]", "[1.0]"))
-    with pytest.raises(ValueError, match=r"tuning.jsonl, line 2: .*delete the line, or the file"):
-        opened()
-    measurements.path.write_text(whole)
-    with pytest.raises(ValueError, match=r"another tuning \(other: model, seed\).*--restart"):
-        Measurements(tmp_path / "artifact", {"model": "n", "seed": 1}, restart=False)
-    assert Measurements(tmp_path / "artifact", {"model": "n"}, restart=True).values == {}
-
-
-SIZES = {"--num-samples": "6", "--length": "24", "--prompt-length": "12", "--batch": "3"}
-
-
-def command(artifact: Path, *options: str, **sizes: str) -> list[str]:
-    given = {"--model": str(MODEL), "--artifact": str(artifact), "--dataset": str(TEXTS / "heldout.parquet")}
-    given |= SIZES | {f"--{name.replace('_', '-')}": value for name, value in sizes.items()}
-    return [
-        sys.executable,
-        "-m",
-        "calibration_jobs.tune",
-        *(word for option in given.items() for word in option),
-        *options,
-    ]
+def command(artifact: Path, **sizes: str) -> list[str]:
+    return [sys.executable, "-m", "calibration_jobs.tune", *options(artifact, **sizes)]
 
 
 def copied(artifact: Path, folder: Path) -> Path:
@@ -191,13 +42,10 @@ def tuned(cluster, projection_path, tmp_path_factory) -> tuple[Path, str]:
     process = subprocess.Popen(
         command(path, max_kl="0.05"), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    measured, deadline = path.with_name("artifact.tuning.jsonl"), time.monotonic() + 120
-    while not measured.exists() or len(measured.read_text().splitlines()) < 6:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
-    workers = [each for each in psutil.process_iter(["cmdline"]) if "ray::Evaluator" in " ".join(each.info["cmdline"])]
-    workers[0].kill()
-    printed, _ = process.communicate(timeout=240)
+    measured = path.with_name("artifact.tuning.jsonl")
+    eventually(lambda: process.poll() is not None or len(measured.read_text().splitlines()) >= 6)
+    processes(cluster, "ray::Evaluator")[0].kill()
+    printed, _ = process.communicate()
     assert process.returncode == 0, printed
     return path, printed
 
@@ -205,7 +53,7 @@ def tuned(cluster, projection_path, tmp_path_factory) -> tuple[Path, str]:
 def texts() -> list[list[int]]:
     """The texts of the job, in the order in which it reads them."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    return tokenise(read_texts(str(TEXTS / "heldout.parquet"), seed=0), tokenizer, 12, 24, distinct=True)
+    return tokenise(read_texts(str(HELDOUT), seed=0), tokenizer, 12, 24, distinct=True)
 
 
 def test_what_is_recommended_costs_what_it_says_on_texts_that_had_no_say(model, tuned):
@@ -258,28 +106,3 @@ def test_another_budget_measures_little_again(cluster, tuned, tmp_path):
     done = cluster.run(command(path, max_perplexity_rise="0.00001"), capture_output=True, text=True)
     assert done.returncode == 1 and "nothing fits the budget, a loss rise of at most 1e-05" in done.stderr
     assert Artifact.load(path).recommended == artifact.recommended
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({}, "give one budget: --max-kl, --max-perplexity-rise or --active-experts"),
-        ({"max_kl": "1", "active_experts": "9"}, "give one budget"),
-        ({"max_kl": "0"}, "--max-kl: Input should be greater than 0"),
-        ({"max_kl": "1", "prompt_length": "23"}, "--prompt-length 23 leaves no decode step of --length 24"),
-        ({"max_kl": "1", "num_samples": "4000"}, "8000 different texts of 24 tokens are needed"),
-        ({"max_kl": "1", "batch": "7"}, "--num-samples 6 do not fill a --batch of 7"),
-        ({"max_kl": "1", "model": "nowhere"}, "nowhere"),
-    ],
-)
-def test_wrong_options(projection_path, tmp_path, options, message):
-    path = copied(projection_path, tmp_path)
-    done = subprocess.run(command(path, **options), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr
-    assert sorted(os.listdir(tmp_path)) == ["artifact"]
-
-
-def test_an_artifact_of_another_model(tmp_path):
-    small_artifact().save(tmp_path / "artifact")
-    done = subprocess.run(command(tmp_path / "artifact", max_kl="1"), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "calibrated for nobody/small-moe, another model" in done.stderr

@@ -7,6 +7,7 @@ import pytest
 import torch
 from vllm import LLM, SamplingParams
 
+from examples.tiny_moe.data import MODEL
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting
 from sere_dist.evaluation.lockstep import Rerouter, decode_logits, unchanged
@@ -15,8 +16,7 @@ from sere_dist.evaluation.tuning import rerouter_of
 from sere_dist.method.records import Settings
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import MoeShape
-from tests.conftest import MODEL, recommend, small_artifact
-from tests.support.artifacts import change_layers
+from tests.support.artifacts import change_layers, recommend, small_artifact
 
 BATCH, PROMPT, NEW, KEEP, LIKELIEST = 8, 24, 24, 2, 5
 TOLERANCE = 1e-3  # nats; float32 sums in another order cost about 1e-5

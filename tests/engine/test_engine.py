@@ -1,6 +1,5 @@
 """Re-routing inside vLLM, compiled (vLLM's default on CPU) and eager, in its real worker processes."""
 
-import logging
 import os
 
 import pyarrow.parquet as pq
@@ -9,15 +8,14 @@ import torch
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 
+from examples.tiny_moe.data import HELDOUT, MODEL
 from sere_dist.artifact.folder import Artifact
-from sere_dist.environment import ALLOW_UNTESTED_VLLM
-from tests.conftest import MODEL, TEXTS, small_artifact
 from tests.support import engine_spy, engines
 
 LAYERS, TOP_K, BATCH, PROMPT, NEW = 6, 8, 8, 24, 16
 
 
-@pytest.fixture(scope="module", params=["eager", "compiled"])
+@pytest.fixture(scope="module", params=["compiled", pytest.param("eager", marks=pytest.mark.slow)])
 def eager(request) -> bool:
     return request.param == "eager"
 
@@ -25,7 +23,7 @@ def eager(request) -> bool:
 @pytest.fixture(scope="module")
 def prompts() -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    rows = pq.read_table(TEXTS / "heldout.parquet").to_pylist()[:BATCH]
+    rows = pq.read_table(HELDOUT).to_pylist()[:BATCH]
     return [{"prompt_token_ids": tokenizer(row["text"])["input_ids"][:PROMPT]} for row in rows]
 
 
@@ -215,10 +213,9 @@ def test_a_restart_follows_the_policy(llm, eager, artifact_path, prompts, stock_
     assert kept_tokens == stock_tokens != rerouted_tokens
 
 
-def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, prompts, host_kernels, monkeypatch):
+def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, prompts, host_kernels):
     """And so does the backend of GPUs, with the kernel's build for this CPU and prompts from the prefix cache. A layer
     that slips away stops the engine."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     sere = {"artifact": str(artifact_path), "select_top_k": 2}
     cached = {"enable_prefix_caching": True, "block_size": 32}
     llm = LLM(**options(eager=True) | cached, tensor_parallel_size=2, additional_config={"sere": sere})
@@ -243,112 +240,6 @@ def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, pro
     assert all(layer["rerouted_slots"] > 0 for layer in first["layers"].values())
     assert set(of_cache) == {0}
     assert by_kernel == (tokens, [first, second], [32] * len(longer))
-
-
-@pytest.fixture
-def caplog_vllm(caplog, monkeypatch):
-    """What vLLM's loggers say: they hand nothing up to the root."""
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    return caplog
-
-
-# Start-up errors: each stops LLM(...) in this process, before a worker starts.
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"select_top_k": 0}, "select_top_k\n.*greater than or equal to 1"),
-        ({"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be between 1 and the model's experts per token \(8\)"),
-        ({"select_top_k": 2, "threshold": 2.0}, "threshold\n"),
-        ({"select_top_k": 2, "select_topk": 3}, "select_topk\n.*Extra inputs"),
-        ({"select_top_k": 2, "artifact": "nowhere"}, "no artifact at .*nowhere"),
-        ({"select_top_k": 2, "policy": "projection"}, "artifact of method projection, .* has frobenius: calibrate"),
-        ({}, "select_top_k is missing; only policy: recommended brings its own"),
-        (
-            {"policy": "recommended"},
-            "needs an artifact that was tuned, .* was not: run python -m calibration_jobs.tune",
-        ),
-        ({"policy": "recommended", "select_top_k": 2}, "recommended leaves no choice of select_top_k"),
-        ({"select_top_k": 2, "traffic_price": 0.01}, r"traffic_price \(0.01\) needs policy: projection"),
-        ({"select_top_k": 2, "expert_price": 0.1}, r"expert_price \(0.1\) needs policy: projection"),
-    ],
-)
-def test_bad_settings_stop_the_start(artifact_path, settings, message):
-    with pytest.raises(ValueError, match=message):
-        start(True, **{"artifact": str(artifact_path), **settings})
-
-
-def test_an_artifact_of_another_model_stops_the_start(tmp_path):
-    small_artifact().save(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"calibrated for nobody/small-moe.*num_experts: artifact 4, model 64"):
-        start(True, artifact=str(tmp_path / "other"), select_top_k=2)
-
-
-@pytest.mark.parametrize(
-    ("parallel", "message"),
-    [
-        ({"data_parallel_size": 2}, "enable_expert_parallel=True"),
-        ({"data_parallel_size": 2, "enable_expert_parallel": True}, "enforce_eager=True"),
-        (
-            {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True},
-            "tensor_parallel_size=1",
-        ),
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
-    ],
-)
-def test_what_is_not_rerouted_yet_is_refused(artifact_path, parallel, message):
-    from vllm.engine.arg_utils import EngineArgs
-
-    sere = {"artifact": str(artifact_path), "select_top_k": 2}
-    with pytest.raises(ValueError, match=message):
-        EngineArgs(str(MODEL), additional_config={"sere": sere}, **parallel).create_engine_config()
-
-
-@pytest.mark.parametrize(
-    ("sere", "parallel", "message"),
-    [
-        ({"traffic_price": 0.01}, {}, "set enable_expert_parallel"),
-        ({"traffic_price": 0.01}, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, "set it to 0"),
-        ({}, {"data_parallel_size": 2, "enable_expert_parallel": True}, "cpu_dispatch: all_to_all"),
-        ({"cpu_dispatch": "all_to_all"}, {"data_parallel_size": 2, "enable_expert_parallel": True}, None),
-        ({}, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, None),
-    ],
-)
-def test_the_start_warns_where_no_traffic_can_be_saved(projection_path, caplog_vllm, sere, parallel, message):
-    from vllm.engine.arg_utils import EngineArgs
-
-    sere = {"artifact": str(projection_path), "select_top_k": 2, "policy": "projection", **sere}
-    EngineArgs(str(MODEL), enforce_eager=True, additional_config={"sere": sere}, **parallel).create_engine_config()
-    warnings = [record.getMessage() for record in caplog_vllm.records if "no bytes" in record.getMessage()]
-    assert len(warnings) == (message is not None)
-    assert message is None or message in warnings[0]
-
-
-@pytest.mark.parametrize(("select_top_k", "warns"), [(1, True), (2, False), (TOP_K, False)])
-def test_the_start_warns_of_lost_quality(artifact_path, caplog_vllm, select_top_k, warns):
-    from vllm.engine.arg_utils import EngineArgs
-
-    sere = {"artifact": str(artifact_path), "select_top_k": select_top_k}
-    EngineArgs(str(MODEL), additional_config={"sere": sere}).create_engine_config()
-    warnings = [record for record in caplog_vllm.records if "raise select_top_k" in record.getMessage()]
-    assert len(warnings) == warns
-
-
-def test_an_untested_vllm_is_refused(artifact_path, monkeypatch):
-    from vllm.engine.arg_utils import EngineArgs
-
-    from sere_dist import vllm_plugin
-
-    arguments = EngineArgs(str(MODEL), additional_config={"sere": {"artifact": str(artifact_path), "select_top_k": 2}})
-    monkeypatch.setattr(vllm_plugin, "TESTED_VLLM", ("0.0.1",))
-    with pytest.raises(ValueError, match=f"tested with vLLM 0.0.1.*{ALLOW_UNTESTED_VLLM}=1"):
-        arguments.create_engine_config()
-    monkeypatch.setenv(ALLOW_UNTESTED_VLLM, "1")
-    arguments.create_engine_config()
-    monkeypatch.setenv(ALLOW_UNTESTED_VLLM, "yes")
-    with pytest.raises(ValueError, match="must be 0 or 1, not 'yes'"):
-        arguments.create_engine_config()
 
 
 def test_a_layer_that_is_not_rerouted_stops_the_start(artifact_path, tmp_path, capfd):

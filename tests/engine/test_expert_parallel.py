@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from examples.tiny_moe.data import example_texts
+from examples.tiny_moe.data import MODEL, example_texts
 from sere_dist.artifact.placement import LayerPlacement, Placement
-from tests.conftest import MODEL
 from tests.support import engines
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, BATCH, PROMPT, NEW = 6, 64, 8, 256, 8, 24, 16

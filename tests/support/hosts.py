@@ -15,7 +15,7 @@ import psutil
 
 NETWORK = "10.93.17"
 GCS_PORT = 6379  # nobody else is on that network
-START_SECONDS = 60
+START_SECONDS = 300
 # A node that does not answer for so long is lost, and a connection that is silent for so long is dead. Ray's defaults
 # make that half a minute, and five.
 PATIENCE = {

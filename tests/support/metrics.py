@@ -1,8 +1,5 @@
 """What Prometheus would read of a cluster."""
 
-import time
-from collections.abc import Callable
-
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -21,17 +18,3 @@ def metrics(cluster: LocalCluster, **labels: str) -> dict[str, float]:
                 own = [sample.labels[label] for label in reversed(OWN) if sample.labels.get(label, "0") != "0"]
                 found[" ".join([sample.name, *own])] = sample.value
     return found
-
-
-def eventually(holds: Callable[[], bool], seconds: float = 60) -> None:
-    """Returns once `holds` does; an error meanwhile counts as not yet."""
-    deadline, error = time.monotonic() + seconds, None
-    while time.monotonic() < deadline:
-        try:
-            if holds():
-                return
-            error = None
-        except Exception as caught:
-            error = caught
-        time.sleep(1)
-    raise AssertionError(f"not within {seconds} s") from error

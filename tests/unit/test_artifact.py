@@ -30,8 +30,7 @@ from sere_dist.artifact.schema import ArtifactConfig, ArtifactError
 from sere_dist.cli.commands import app
 from sere_dist.config import ReroutingConfig
 from sere_dist.moe import MoeShape
-from tests.conftest import recommend, small_artifact
-from tests.support.artifacts import change_layers
+from tests.support.artifacts import change_layers, recommend, small_artifact
 
 
 @pytest.fixture
@@ -294,7 +293,7 @@ a_file = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.dictionaries(fields, json_values, max_size=3),
     file=st.none() | a_file,
@@ -358,7 +357,7 @@ def test_a_save_that_is_killed_leaves_nothing_half(saved, overwrite):
     path, _ = saved
     target = path if overwrite else path.with_name("new")
     program = (
-        "import os, signal; from sere_dist.artifact import folder; from tests.conftest import small_artifact; "
+        "import os, signal; from sere_dist.artifact import folder; from tests.support.artifacts import small_artifact; "
         "folder.card = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
         f"small_artifact().save({str(target)!r}, overwrite={overwrite})"
     )

@@ -7,7 +7,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sere_dist.config import CHANGEABLE
@@ -151,7 +151,6 @@ settings_near_valid = st.dictionaries(
 bodies = st.binary(max_size=40) | (json_values | settings_near_valid).map(lambda value: json.dumps(value).encode())
 
 
-@settings(deadline=None)
 @given(body=bodies | st.just(b"[" * 100_000))
 def test_whatever_is_sent_is_refused_or_valid(body):
     """Every body is answered 200 or 400, and what is in force stays within the settings' range."""
@@ -172,7 +171,6 @@ def test_whatever_is_sent_is_refused_or_valid(body):
         assert changed["max_rows"] is None or changed["max_rows"] >= changed["min_rows"]
 
 
-@settings(deadline=None)
 @given(header=st.binary(max_size=30).filter(lambda header: b"let-me-in" not in header))
 def test_no_other_header_opens_the_admin_route(header):
     with pytest.MonkeyPatch.context() as patch:

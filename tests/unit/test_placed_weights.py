@@ -6,7 +6,7 @@ import torch
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.placement import LayerPlacement, Placement
 from sere_dist.vllm_plugin.weights import PlacedWeights
-from tests.conftest import small_artifact
+from tests.support.artifacts import small_artifact
 
 RANKS = [1, 0, 0, 1]  # so the order of the experts is 1, 2, 0, 3
 

@@ -17,8 +17,7 @@ from sere_dist.method.placement import (
     spread_by_load,
 )
 from sere_dist.moe import MoeShape
-from tests.conftest import small_artifact
-from tests.support.artifacts import change_layers
+from tests.support.artifacts import change_layers, small_artifact
 
 SIZES = [(64, 8), (10, 4), (7, 3), (5, 5)]
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from examples.tiny_moe.data import MODEL
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import BLOCK_BYTES_ON
 from sere_dist.calibration.plan import H200, Plan
-from tests.conftest import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ROOT / "benchmarks" / "shapes"

@@ -1,6 +1,6 @@
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sere_dist.method.counters import COUNTERS, count_step
@@ -70,7 +70,6 @@ def oracle(drawn, tables, prices, domain, home):
     return new_weights, new_ids
 
 
-@settings(max_examples=1000, deadline=None)
 @given(
     drawn_steps(),
     st.integers(0, 2**32),
@@ -101,7 +100,6 @@ def test_equals_the_definition(drawn, seed, traffic_price, expert_price, domains
     assert drawn.equals(before), "inputs were changed"
 
 
-@settings(max_examples=400, deadline=None)
 @given(drawn_steps(), st.integers(0, 6), st.sampled_from([0.0, 1e-9, 0.1, 0.5, 2.0]), st.integers(0, 2**32))
 def test_ranks_that_share_primary_experts_act_as_one(drawn, rows_of_first, expert_price, seed):
     """Two ranks with a share of the tokens each do to these what one rank does to all."""
@@ -182,7 +180,6 @@ def test_steps_of_a_batch_by_vmap():
     assert all(map(torch.equal, together, map(torch.stack, zip(*alone, strict=True))))
 
 
-@settings(max_examples=200, deadline=None)
 @given(drawn_steps(), st.sampled_from([1, 2, 3]))
 def test_what_the_cheapest_experts_change(drawn, select_top_k):
     """Nothing, as every expert is worth running; and one too dear for any changes nothing of the policy's."""

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from examples.tiny_moe.data import CALIBRATION, HELDOUT, MODEL
 from sere_dist.evaluation import protocol
 from sere_dist.evaluation.lockstep import LockstepResult
 from studies import quality as study
-from tests.conftest import MODEL, TEXTS
 
 
 def texts(**counts: int) -> list[protocol.Text]:
@@ -75,7 +75,7 @@ def test_study(first_layers, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(study, name, value)
     results = tmp_path / "results" / "quality.json"
     sizes = {"texts": 8, "texts_of_kind": 4, "length": 36, "prompt": 24, "calibration_length": 16}
-    files = {"heldout": TEXTS / "heldout.parquet", "calibration": TEXTS / "calibration.parquet"}
+    files = {"heldout": HELDOUT, "calibration": CALIBRATION}
     study.main(first_layers, **files, half="choice", **sizes, results=results, pictures=tmp_path)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(results.read_text()) == report

@@ -8,7 +8,7 @@ from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.reference import load_artifact, settings_from_overrides
 from sere_dist.artifact.schema import ArtifactError
 from sere_dist.moe import MoeShape
-from tests.conftest import small_artifact
+from tests.support.artifacts import small_artifact
 
 SHAPE = MoeShape("Qwen3MoeForCausalLM", num_layers=3, hidden_size=8, num_experts=4, num_experts_per_token=2)
 

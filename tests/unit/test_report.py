@@ -11,8 +11,7 @@ from PIL import Image
 from sere_dist.artifact.recommendation import LayerSetting
 from sere_dist.cli import report
 from sere_dist.cli.report import clustered_order, hardest_to_replace, similar_pairs, write_report
-from tests.conftest import recommend, small_artifact
-from tests.support.artifacts import change_layers
+from tests.support.artifacts import change_layers, recommend, small_artifact
 
 # Tags that HTML never closes.
 VOID = {"meta", "img"}

@@ -2,7 +2,7 @@
 
 import hypothesis.strategies as st
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from sere_dist.testing.random_steps import CHOICES, RandomStep, assert_equal
 
@@ -14,7 +14,6 @@ steps = st.builds(
 )
 
 
-@settings(max_examples=1500, deadline=None)
 @given(step=steps)
 def test_equals_torch(step):
     before = [tensor.clone() for tensor in (step.weights_TK, step.ids_TK)]

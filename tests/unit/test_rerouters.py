@@ -10,7 +10,7 @@ from sere_dist.evaluation.lockstep import Rerouter, Routed, decode_logits
 from sere_dist.evaluation.rerouters import of_each_rank, of_layers
 from sere_dist.evaluation.rivals import oea_rerouter, top_k_rerouter, xshare_rerouter
 from sere_dist.moe import hooked_routing, router_scores
-from tests.engine.test_families import FAMILIES
+from tests.support.families import FAMILIES
 
 STEPS, BATCH, TOP_K, EXPERTS = 20, 5, 4, 12
 

@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 
 from sere_dist.method.counters import COUNTERS, count_step
 from sere_dist.method.records import Step
@@ -25,7 +25,6 @@ def oracle(weights, ids, similarity, select_top_k, threshold, valid):
     return new
 
 
-@settings(max_examples=600, deadline=None)
 @given(drawn_steps())
 def test_equals_the_definition(drawn):
     before, (step, similarity, select_top_k, threshold) = drawn.copy(), drawn

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from examples.tiny_moe.data import MODEL
 from sere_dist.calibration.texts import read_texts, tokenise
-from tests.conftest import MODEL
 
 SUFFIXES = [".parquet", ".jsonl", ".json", ".jsonl.gz", ".txt"]
 BEGINNING = "In the beginning God created the heaven and the earth."

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from examples.tiny_moe.data import example_texts
+from examples.tiny_moe.data import MODEL, example_texts
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.calibration.checkpoint import Checkpoint
@@ -15,8 +15,7 @@ from sere_dist.method.placement import linear_ranks
 from sere_dist.method.records import ExpertPlaces, Step
 from sere_dist.moe import MoeShape
 from studies import traffic as study
-from tests.conftest import MODEL, small_artifact
-from tests.support.artifacts import change_layers
+from tests.support.artifacts import change_layers, small_artifact
 
 
 def uniform_ids(*shape: int, num_experts: int, top_k: int) -> torch.Tensor:

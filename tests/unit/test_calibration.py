@@ -1,0 +1,185 @@
+"""The functions of a calibration against direct computation, and its command as far as that needs no cluster."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import LlamaConfig
+from typer.testing import Result
+
+from calibration_jobs import calibrate as job
+from calibration_jobs.calibrate import CalibrationConfig, calibrate
+from calibration_jobs.job import RAY_WORKING_DIR, refuse_lost_output
+from examples.tiny_moe.data import CALIBRATION, MODEL
+from sere_dist.artifact.folder import Artifact
+from sere_dist.calibration.checkpoint import Checkpoint
+from sere_dist.calibration.layers import expert_inputs, run_layer, score_layer, text_blocks
+from sere_dist.calibration.memory import with_halving
+from sere_dist.method.similarity import expert_projection, expert_similarity, random_similarity, weight_similarity
+from tests.support.commands import invoke
+from tests.support.direct import calibration_texts, direct
+
+
+def run(*options: str) -> Result:
+    """Runs the job's command; everything tested this way stops before Ray starts."""
+    return invoke(job.main, *options)
+
+
+def ragged(count: int, lengths: tuple[int, ...]) -> list[list[int]]:
+    """Calibration texts of differing lengths, as token ids."""
+    ids = calibration_texts(count, max(lengths))
+    return [text[: lengths[i % len(lengths)]] for i, text in enumerate(ids)]
+
+
+@pytest.mark.parametrize("method", ["frobenius", "cosine", "cka", "projection"])
+def test_streamed_layers_and_padded_blocks_are_exact(model, method):
+    """Texts of five lengths, in blocks that pad them; the other side never pads."""
+    texts = ragged(20, (32, 9, 25, 32, 2))
+    blocks = text_blocks(texts, tokens_a_block=100)
+    assert len(blocks) > 3 and any(len(set(block.lengths_B)) > 1 for block in blocks)
+    expected = direct(model, sorted(texts, key=len, reverse=True))
+    checkpoint = Checkpoint(str(MODEL))
+    for layer, inputs in expert_inputs(checkpoint, blocks):
+        outputs_ENH, weights_NE = expected[layer]
+        assert sum(len(block.hidden_states_NH) for block in inputs) == sum(map(len, texts))
+        if layer not in (0, 5):
+            continue
+        result = score_layer(checkpoint, layer, inputs, method, "polynomial", block_tokens=64)
+        assert result.tokens_E.tolist() == (weights_NE > 0).sum(dim=0).tolist()
+        if method == "projection":
+            found = (result.similarity_EE, result.coefficient_EE, result.size_E)
+            for ours, theirs in zip(found, expert_projection(outputs_ENH, weights_NE), strict=True):
+                assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+        else:
+            assert result.coefficient_EE is None and result.size_E is None
+            theirs = expert_similarity(outputs_ENH, method, "polynomial")
+            assert (result.similarity_EE - theirs).abs().max() < 1e-4
+
+
+def test_blocks_hold_each_text_once():
+    texts = ragged(7, (12, 3, 30))
+    blocks = text_blocks(texts, tokens_a_block=64)
+    unpadded = [ids[:n].tolist() for block in blocks for ids, n in zip(block.ids_BL, block.lengths_B, strict=True)]
+    assert sorted(unpadded) == sorted(texts)
+    assert all(block.ids_BL.size <= 64 for block in blocks)
+    assert text_blocks([]) == []
+
+
+def test_methods_without_data(model):
+    checkpoint, experts = Checkpoint(str(MODEL)), model.model.layers[2].mlp.experts
+    weights = score_layer(checkpoint, 2, [], "weights")
+    assert torch.allclose(weights.similarity_EE, weight_similarity(experts.parameters()), atol=1e-6)
+    assert weights.tokens_E is None and weights.statistics.tokens_per_expert_min is None
+    random = [score_layer(checkpoint, layer, [], "random", seed=3).similarity_EE for layer in (1, 2)]
+    assert torch.equal(random[1], random_similarity(64, 3 + 2)) and not torch.equal(*random)
+
+
+def test_memory_that_runs_out_halves_the_block():
+    tried = []
+
+    def compute(size: int) -> str:
+        tried.append(size)
+        if size > 3:
+            torch.empty(2**60)  # the allocator itself refuses
+        return "done"
+
+    assert with_halving(100, compute, "a test") == ("done", 3)
+    assert tried == [100, 50, 25, 12, 6, 3]
+    with pytest.raises(MemoryError, match=r"a test does not fit .* --memory-per-task .*--device cpu"):
+        with_halving(4, lambda _size: torch.empty(2**60), "a test")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):  # another error is not taken for it
+        with_halving(4, lambda _size: torch.ones(2, 3) @ torch.ones(2, 3), "a test")
+
+
+def test_a_forward_pass_takes_fewer_texts_when_memory_runs_out(model):
+    """The first two times that a layer is called, its memory runs out: the states are the same."""
+    checkpoint, blocks = Checkpoint(str(MODEL)), text_blocks(ragged(6, (16,)))
+    ((whole, inputs),) = run_layer(checkpoint, 0, blocks, None)
+    failures = iter([True, True])
+
+    def fail(*_arguments) -> None:
+        if next(failures, False):
+            torch.empty(2**60)  # the allocator itself refuses
+
+    class Cramped(Checkpoint):
+        def empty_model(self):
+            model = super().empty_model()
+            model.model.layers[0].register_forward_pre_hook(fail)
+            return model
+
+    ((pieces, pieces_inputs),) = run_layer(Cramped(str(MODEL)), 0, blocks, None)
+    assert next(failures, None) is None
+    assert np.allclose(whole, pieces, atol=1e-5)
+    assert np.array_equal(inputs.top_k_index_NK, pieces_inputs.top_k_index_NK)
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
+    done = run("--model", str(MODEL), "--output", str(tmp_path / "out"), "--dry-run", "--num-samples", "100")
+    assert done.exit_code == 0, done.output
+    assert "6, of which 6 MoE: 64 experts, 8 a token" in done.output and "12,800" in done.output
+    assert "(no cluster)" in done.output
+    assert os.listdir(tmp_path) == []
+
+
+def write_parquet(path: Path, **columns) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_a_model_without_experts(tmp_path):
+    LlamaConfig().save_pretrained(tmp_path)
+    done = run("--model", str(tmp_path), "--dataset", str(CALIBRATION), "--output", str(tmp_path / "out"))
+    assert done.exit_code == 1
+    assert "error: llama has no routed experts" in done.output
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    nowhere = tmp_path / "nowhere"
+    done = run("--model", str(nowhere), "--dataset", str(CALIBRATION), "--output", str(tmp_path / "out"))
+    assert done.exit_code == 1
+    assert "error: " in done.output and str(nowhere) in done.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--output", "o", "--dataset", "d"], "--model: Field required"),
+        (["--model", "m", "--output", "o", "--dataset", "d", "--method", "frob"], "--method: Input should be"),
+        (["--model", "m", "--output", "o", "--dataset", "d", "--num-samples", "0"], "--num-samples: Input should be"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    done = run(*options)
+    assert done.exit_code == 1 and message in done.output
+
+
+def test_an_output_that_is_there_stops_the_job_before_any_work(artifact_path, tmp_path):
+    done = run("--model", str(MODEL), "--dataset", str(CALIBRATION), "--output", str(artifact_path))
+    assert done.exit_code == 1 and "--overwrite" in done.output
+    Artifact.load(artifact_path)
+
+
+def test_an_unknown_key_in_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("modle: typo\n")
+    done = run("--config", str(tmp_path / "c.yaml"), "--model", "m", "--output", "o", "--dataset", "d")
+    assert done.exit_code == 1 and "--modle: Extra inputs are not permitted" in done.output
+
+
+def test_a_failing_calibration_writes_nothing(tmp_path):
+    short = write_parquet(tmp_path / "short.parquet", text=["a few words"])
+    with pytest.raises(ValueError, match="no usable text"):
+        calibrate(CalibrationConfig(model=str(MODEL), output=tmp_path / "out", dataset=str(short)))
+    assert os.listdir(tmp_path) == ["short.parquet"]
+
+
+def test_a_relative_output_inside_a_jobs_working_directory(tmp_path, monkeypatch):
+    working = tmp_path / RAY_WORKING_DIR / "package"
+    working.mkdir(parents=True)
+    monkeypatch.chdir(working)
+    with pytest.raises(ValueError, match="absolute path"):
+        refuse_lost_output(Path("out"))
+    refuse_lost_output(tmp_path / "out")

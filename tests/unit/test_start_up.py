@@ -1,0 +1,111 @@
+"""What the plugin checks in vLLM's front end, before an engine or a worker starts."""
+
+import logging
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from examples.tiny_moe.data import MODEL
+from sere_dist.environment import ALLOW_UNTESTED_VLLM
+from sere_dist.vllm_plugin import configure as plugin
+from tests.support.artifacts import small_artifact
+
+TOP_K = 8
+
+
+def configure(sere: dict, **arguments) -> None:
+    """Has vLLM make up the engine's configuration, as every engine does first."""
+    EngineArgs(str(MODEL), additional_config={"sere": sere}, **arguments).create_engine_config()
+
+
+@pytest.fixture
+def caplog_vllm(caplog, monkeypatch):
+    """What vLLM's loggers say: they hand nothing up to the root."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"select_top_k": 0}, "select_top_k\n.*greater than or equal to 1"),
+        ({"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be between 1 and the model's experts per token \(8\)"),
+        ({"select_top_k": 2, "threshold": 2.0}, "threshold\n"),
+        ({"select_top_k": 2, "select_topk": 3}, "select_topk\n.*Extra inputs"),
+        ({"select_top_k": 2, "artifact": "nowhere"}, "no artifact at .*nowhere"),
+        ({"select_top_k": 2, "policy": "projection"}, "artifact of method projection, .* has frobenius: calibrate"),
+        ({}, "select_top_k is missing; only policy: recommended brings its own"),
+        (
+            {"policy": "recommended"},
+            "recommended needs an artifact that was tuned, .* was not: run python -m calibration_jobs.tune",
+        ),
+        ({"policy": "recommended", "select_top_k": 2}, "recommended leaves no choice of select_top_k"),
+        ({"select_top_k": 2, "traffic_price": 0.01}, r"traffic_price \(0.01\) needs policy: projection"),
+        ({"select_top_k": 2, "expert_price": 0.1}, r"expert_price \(0.1\) needs policy: projection"),
+    ],
+)
+def test_bad_settings_stop_the_start(artifact_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        configure({"artifact": str(artifact_path), **settings})
+
+
+def test_an_artifact_of_another_model_stops_the_start(tmp_path):
+    small_artifact().save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"calibrated for nobody/small-moe.*num_experts: artifact 4, model 64"):
+        configure({"artifact": str(tmp_path / "other"), "select_top_k": 2})
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"data_parallel_size": 2}, "enable_expert_parallel=True"),
+        ({"data_parallel_size": 2, "enable_expert_parallel": True}, "enforce_eager=True"),
+        (
+            {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True},
+            "tensor_parallel_size=1",
+        ),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
+    ],
+)
+def test_what_is_not_rerouted_yet_is_refused(artifact_path, parallel, message):
+    sere = {"artifact": str(artifact_path), "select_top_k": 2}
+    with pytest.raises(ValueError, match=message):
+        configure(sere, **parallel)
+
+
+@pytest.mark.parametrize(
+    ("sere", "parallel", "message"),
+    [
+        ({"traffic_price": 0.01}, {}, "set enable_expert_parallel"),
+        ({"traffic_price": 0.01}, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, "set it to 0"),
+        ({}, {"data_parallel_size": 2, "enable_expert_parallel": True}, "cpu_dispatch: all_to_all"),
+        ({"cpu_dispatch": "all_to_all"}, {"data_parallel_size": 2, "enable_expert_parallel": True}, None),
+        ({}, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, None),
+    ],
+)
+def test_the_start_warns_where_no_traffic_can_be_saved(projection_path, caplog_vllm, sere, parallel, message):
+    sere = {"artifact": str(projection_path), "select_top_k": 2, "policy": "projection", **sere}
+    configure(sere, enforce_eager=True, **parallel)
+    warnings = [record.getMessage() for record in caplog_vllm.records if "no bytes" in record.getMessage()]
+    assert len(warnings) == (message is not None)
+    assert message is None or message in warnings[0]
+
+
+@pytest.mark.parametrize(("select_top_k", "warns"), [(1, True), (2, False), (TOP_K, False)])
+def test_the_start_warns_of_lost_quality(artifact_path, caplog_vllm, select_top_k, warns):
+    sere = {"artifact": str(artifact_path), "select_top_k": select_top_k}
+    configure(sere)
+    warnings = [record for record in caplog_vllm.records if "raise select_top_k" in record.getMessage()]
+    assert len(warnings) == warns
+
+
+def test_an_untested_vllm_is_refused(artifact_path, monkeypatch):
+    arguments = EngineArgs(str(MODEL), additional_config={"sere": {"artifact": str(artifact_path), "select_top_k": 2}})
+    monkeypatch.setattr(plugin, "TESTED_VLLM", ("0.0.1",))
+    with pytest.raises(ValueError, match=f"tested with vLLM 0.0.1.*{ALLOW_UNTESTED_VLLM}=1"):
+        arguments.create_engine_config()
+    monkeypatch.setenv(ALLOW_UNTESTED_VLLM, "1")
+    arguments.create_engine_config()
+    monkeypatch.setenv(ALLOW_UNTESTED_VLLM, "yes")
+    with pytest.raises(ValueError, match="must be 0 or 1, not 'yes'"):
+        arguments.create_engine_config()
