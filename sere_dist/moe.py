@@ -2,7 +2,7 @@
 
 transformers gives the routed experts of every family one interface: a module with `num_experts` that is called with
 `(hidden_states [N, H], top_k_index [N, K], top_k_weights [N, K])`. Everything here goes through it, so no model file is
-copied and no family is special. Shape suffixes: N tokens, H hidden size, K experts a token, E experts.
+copied and no family is special. Shape suffixes: N tokens, H hidden size, K experts per token, E experts.
 """
 
 import re

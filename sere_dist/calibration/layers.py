@@ -2,7 +2,7 @@
 
 Each step loads the part of the checkpoint that it needs and takes its tokens block by block, so that neither the model
 nor the tokens' states are ever in memory whole. Nothing here knows Ray. Shape suffixes: B texts of a block, L tokens of
-the longest text, N tokens (padding left out), H hidden size, K experts a token, E experts.
+the longest text, N tokens (padding left out), H hidden size, K experts per token, E experts.
 """
 
 import time

@@ -45,7 +45,7 @@ def draw_trade_off(axes: Axes, curves: Sequence[Curve], baseline: Outcome) -> No
 
 
 def draw_recommendation(axes: Axes, recommended: Recommendation) -> None:
-    """Draws what `sere-dist tune` weighed and recommends, at the batch that it tuned for."""
+    """Draws what a tuning weighed and recommends, at the batch that it tuned for."""
     uniform = list(recommended.uniform.values())
     curves = [
         Curve("weighed, on the texts to tune on", recommended.curve, {"color": BLUE, "marker": ".", "alpha": 0.6}),

@@ -5,7 +5,7 @@ causal, so one forward pass over the whole sequences gives what stepwise decodin
 re-routed experts made of the earlier ones. The prompt part is not re-routed, as in serving. (vLLM's own prompt
 log-probabilities would show no difference: prefill is not re-routed.)
 
-Shape suffixes: B sequences, L positions, D decode steps, K experts a token, E experts, V tokens of the vocabulary.
+Shape suffixes: B sequences, L positions, D decode steps, K experts per token, E experts, V tokens of the vocabulary.
 """
 
 import math

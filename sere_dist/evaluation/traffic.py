@@ -1,6 +1,6 @@
 """What decode steps cost under expert parallelism: where tokens go, what they carry there, and how even the ranks are.
 
-A domain is a rank here. Shape suffixes: D decode steps, B sequences, K experts a token, E experts.
+A domain is a rank here. Shape suffixes: D decode steps, B sequences, K experts per token, E experts.
 """
 
 import math

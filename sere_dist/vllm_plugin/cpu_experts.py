@@ -4,7 +4,7 @@ Loaded by workers on a CPU alone. Each part steps aside when vLLM has its own. W
 one on CPUs) works under data-parallel attention; `SparseAll2AllManager` is one that sends a token only where its
 experts are, as DeepEP does on GPUs, so that what re-routing saves can be seen on the wire.
 
-Shape suffixes: T tokens of this rank, K experts a token, E experts, R ranks, H hidden size.
+Shape suffixes: T tokens of this rank, K experts per token, E experts, R ranks, H hidden size.
 """
 
 import dis

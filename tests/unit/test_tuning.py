@@ -1,4 +1,4 @@
-"""`sere-dist tune` as far as it needs no cluster: the arithmetic that combines layers, and what its command refuses."""
+"""Tuning as far as it needs no cluster: the arithmetic that combines layers, and what its command refuses."""
 
 import os
 import shutil
