@@ -1,5 +1,6 @@
 # make demo   calibrate, serve, ask, measure, stop (PORT=8000)
 # make serve  calibrate, serve, stay up until Ctrl-C (PORT=8000)
+# make types  check the types
 # make test   lint and tests
 # make tradeoff  redraw the figure of the README
 # make bench-calibration  what the README says of calibration's speed and memory (25 minutes, idle machine)
@@ -16,13 +17,16 @@ TORCH := $(shell grep '^torch==' $(LOCK))
 BIN := .venv/bin
 SCHEMATHESIS := 4.32.5
 
-.PHONY: demo serve test tradeoff bench-calibration soak check-deploy lock clean
+.PHONY: demo serve types test tradeoff bench-calibration soak check-deploy lock clean
 
 demo: .venv/.ready
 	$(BIN)/python -m examples.demo --port $(PORT)
 
 serve: .venv/.ready
 	$(BIN)/python -m examples.demo --port $(PORT) --keep-serving
+
+types: .venv/.ready
+	$(BIN)/ty check
 
 test: .venv/.ready
 	$(BIN)/ruff check .

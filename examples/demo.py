@@ -21,10 +21,10 @@ import typer
 import yaml
 from rich.console import Console
 
+from examples.tiny_moe.data import MODEL
 from sere_dist.testing.local_cluster import LocalCluster, port_is_free
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "examples" / "tiny_moe" / "model"
 ARTIFACT = ROOT / "build" / "tiny-moe-sere"
 APP = ROOT / "serve_apps" / "tiny_moe.yaml"
 MODEL_ID = "tiny-moe"

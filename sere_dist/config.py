@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sere_dist.method.records import Settings
+
 # Settings that may change in a running engine.
 CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold", "expert_price", "traffic_price")
 
@@ -96,6 +98,11 @@ class ReroutingConfig(BaseModel):
             if getattr(self, name) and self.policy != "projection":
                 raise ValueError(f"{name} ({getattr(self, name)}) needs policy: projection, not {self.policy}")
         return self
+
+    @property
+    def numbers(self) -> Settings:
+        """The same as re-routing takes it; S = 0 (off) where policy `recommended` brings its own."""
+        return Settings(self.select_top_k or 0, self.threshold, self.expert_price, self.traffic_price)
 
     def resolved(self) -> "ReroutingConfig":
         """Returns the same with absolute paths: other processes may run elsewhere."""

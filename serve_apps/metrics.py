@@ -5,7 +5,7 @@ from typing import Any
 from ray.serve.metrics import Counter, Gauge
 
 from sere_dist.config import RECOMMENDED, ReroutingConfig
-from sere_dist.method.rerouting import COUNTERS
+from sere_dist.method.counters import COUNTERS
 
 DESCRIPTIONS = {
     "steps": "Steps in which a row could be re-routed, summed over layers.",
@@ -37,15 +37,16 @@ class ReroutingMetrics:
         for name, description in DESCRIPTIONS.items():
             is_pair = f"{name}_before" in COUNTERS
             labels = ("model", "rank", "when") if is_pair else ("model", "rank")
-            counter = Counter(f"sere_{name}", description, labels)
+            # Ray Serve's annotation of labels is a tuple of one.
+            counter = Counter(f"sere_{name}", description, labels)  # ty: ignore[invalid-argument-type]
             self.counters |= {f"{name}_{when}": (counter, {"when": when}) for when in ("before", "after") if is_pair}
             self.counters |= {} if is_pair else {name: (counter, {})}
         fields = ReroutingConfig.model_fields
-        self.settings = {name: Gauge(f"sere_{name}", fields[name].description, ("model",)) for name in SETTINGS}
+        self.settings = {name: Gauge(f"sere_{name}", fields[name].description or "", ("model",)) for name in SETTINGS}
         self.info = Gauge(
             "sere_info",
             "Always 1. Its labels name the artifact and the policy.",
-            ("model", "artifact", "method", "policy"),
+            ("model", "artifact", "method", "policy"),  # ty: ignore[invalid-argument-type]  # as above
         )
 
     def update(self, workers: list[dict[str, Any]], settings: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ def llm_config(config: AppConfig) -> LLMConfig:
         deployment["autoscaling_config"] = config.autoscaling.model_dump(exclude_unset=True)
     else:
         deployment["num_replicas"] = config.num_replicas or 1
-    placement = {}
+    placement: dict[str, Any] = {}
     if config.accelerator_type is None:
         workers = config.tensor_parallel_size * engine.get("pipeline_parallel_size", 1)
         placement = {"placement_group_config": {"bundles": [{"CPU": 1}] * workers}}
@@ -152,11 +152,12 @@ def build_app(args: dict[str, Any]) -> Application:
         ValueError: an argument is unknown or out of range, or the artifact is not for the model.
     """
     config = AppConfig.model_validate(args)
-    is_alone = config.data_parallel_size == 1
-    build = build_llm_deployment if is_alone else build_dp_deployment
     if config.rerouting is None:
         translated = llm_config(config)
-        servers = build(translated, name_prefix=NAME_PREFIX, deployment_cls=PlainServer if is_alone else PlainDPServer)
+        if config.data_parallel_size == 1:
+            servers = build_llm_deployment(translated, name_prefix=NAME_PREFIX, deployment_cls=PlainServer)
+        else:
+            servers = build_dp_deployment(translated, name_prefix=NAME_PREFIX, deployment_cls=PlainDPServer)
         return build_ingress(translated, servers, config.ingress, require_api_key=config.require_api_key)
 
     check_plugin_loads(config)
@@ -165,16 +166,20 @@ def build_app(args: dict[str, Any]) -> Application:
     artifact.settings_by_layer(config.rerouting)
     translated = llm_config(config)
     settings = translated.engine_kwargs["additional_config"]["sere"]
-    keeper = serve.deployment(
-        SettingsKeeper, name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
-    ).bind(settings, artifact.config.num_experts_per_token)
-    servers = build(
-        translated,
-        name_prefix=NAME_PREFIX,
-        deployment_cls=SereServer if is_alone else SereDPServer,
-        bind_kwargs={
-            "keeper": keeper,
-            "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
-        },
+    deployed = serve.deployment(
+        name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
     )
+    keeper = deployed(SettingsKeeper).bind(settings, artifact.config.num_experts_per_token)
+    arguments = {
+        "keeper": keeper,
+        "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
+    }
+    if config.data_parallel_size == 1:
+        servers = build_llm_deployment(
+            translated, name_prefix=NAME_PREFIX, deployment_cls=SereServer, bind_kwargs=arguments
+        )
+    else:
+        servers = build_dp_deployment(
+            translated, name_prefix=NAME_PREFIX, deployment_cls=SereDPServer, bind_kwargs=arguments
+        )
     return build_ingress(translated, servers, config.ingress, keeper, config.require_api_key)

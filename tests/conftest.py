@@ -18,8 +18,10 @@ import torch
 
 from examples import demo
 from examples.tiny_moe.data import example_texts
-from sere_dist.artifact.folder import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.artifact.recommendation import LayerSetting, Outcome, Recommendation
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.kernels import reroute as kernel
 from sere_dist.moe import load_model
 from sere_dist.testing.local_cluster import LocalCluster
@@ -123,7 +125,12 @@ def small_artifact(num_experts: int = 4, layers: tuple[int, ...] = (0, 1), **cha
     row |= {"similarity_mean": 0.5, "similarity_min": 0.1, "similarity_max": 0.9}
     return Artifact(
         config,
-        {layer: torch.rand(num_experts, num_experts).fill_diagonal_(1) for layer in layers},
-        [LayerStatistics(layer=layer, name=config.layer_names[layer], **row) for layer in layers],
+        {
+            layer: Layer(
+                torch.rand(num_experts, num_experts).fill_diagonal_(1),
+                LayerStatistics(layer=layer, name=config.layer_names[layer], **row),
+            )
+            for layer in layers
+        },
         settings={"model": "nobody/small-moe", "num_samples": 2},
     )

@@ -13,14 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from sere_dist.artifact.folder import (
-    CONFIG_FILE,
-    SCHEMA_VERSION,
-    Artifact,
-    ArtifactConfig,
-    ArtifactError,
-    LayerStatistics,
-)
+from sere_dist.artifact.folder import CONFIG_FILE, Artifact
+from sere_dist.artifact.layer import Layer, LayerStatistics
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig, ArtifactError
 from sere_dist.moe import MoeShape
 
 MATRICES_FILE = "similarity_matrices.pt"
@@ -58,7 +53,11 @@ def load_artifact(path: Path, shape: MoeShape, model: str) -> Artifact:
         num_tokens=0,
         versions={},
     )
-    return Artifact(about, similarity, [LayerStatistics.of(layer, names[layer], similarity[layer]) for layer in names])
+    layers = {
+        layer: Layer(similarity_EE, LayerStatistics.of(layer, names[layer], similarity_EE))
+        for layer, similarity_EE in similarity.items()
+    }
+    return Artifact(about, layers)
 
 
 def load_artifact_of(path: Path, model: str) -> Artifact:

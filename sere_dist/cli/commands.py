@@ -25,7 +25,8 @@ def main() -> None:
 @app.command()
 def inspect(path: Annotated[Path, typer.Argument(help="Folder of the artifact.")]) -> None:
     """Check an artifact and describe it."""
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.schema import ArtifactError
 
     try:
         artifact = Artifact.load(path)
@@ -44,8 +45,8 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of the artifact.")
     facts.add_row("recommended", str(tuned or "nothing yet: run python -m calibration_jobs.tune"))
     recommended = ("recommended",) if tuned else ()
     layers = Table("layer", "fewest tokens of an expert", "median", "similarity mean", "min", "max", *recommended)
-    for row in artifact.layers:
-        layers.add_row(*row.cells(), *(str(tuned.layers[row.layer]) for _ in recommended))
+    for row in (layer.statistics for layer in artifact.layers.values()):
+        layers.add_row(*row.cells(), *([str(tuned.layers[row.layer])] if tuned else []))
     console = Console()
     console.print(facts)
     console.print(layers)
@@ -57,7 +58,8 @@ def report(
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Draw an artifact as one HTML page, with a heat map of the similarities per layer."""
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.schema import ArtifactError
     from sere_dist.cli.report import write_report
 
     try:
@@ -78,8 +80,9 @@ def place(
     ] = 1.1,
 ) -> None:
     """Propose which rank should hold which expert, so that re-routed tokens cross ranks less often."""
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.artifact.folder import Artifact
     from sere_dist.artifact.placement import PlacementError, propose
+    from sere_dist.artifact.schema import ArtifactError
 
     console = Console()
     try:

@@ -101,7 +101,7 @@ def check_torch(gpus: Gpus) -> Finding:
     found = f"{version}, built for CUDA {cuda}" if cuda else f"{version}, built without CUDA"
     if gpus.devices and not cuda:
         return Finding("torch", "warning", found, "the GPUs stay idle: install its build for CUDA")
-    if gpus.devices and int(cuda.split(".")[0]) > gpus.cuda[0]:
+    if gpus.devices and cuda and int(cuda.split(".")[0]) > gpus.cuda[0]:
         newest = "{}.{}".format(*gpus.cuda)
         advice = f"the driver runs CUDA {newest} at most: install a newer driver, or a torch built for CUDA {newest}"
         return Finding("torch", "fail", found, advice)
@@ -281,9 +281,10 @@ def look_at_cluster(address: str) -> dict[str, Any]:
 def check_artifact(path: Path | None, model: str | None) -> Finding:
     if path is None:
         return Finding("artifact", "ok", "not asked: no --artifact")
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.artifact.folder import Artifact
     from sere_dist.artifact.folder import logger as artifact_logger
     from sere_dist.artifact.reference import load_artifact_of
+    from sere_dist.artifact.schema import ArtifactError
 
     heard = BufferingHandler(capacity=100)
     artifact_logger.addHandler(heard)
@@ -298,7 +299,7 @@ def check_artifact(path: Path | None, model: str | None) -> Finding:
     finally:
         artifact_logger.removeHandler(heard)
     config = artifact.config
-    layers = f"{len(artifact.similarity)} layers of {config.num_experts} experts"
+    layers = f"{len(artifact.layers)} layers of {config.num_experts} experts"
     found = f"{config.base_model}, method {config.method}, {layers}"
     if config.tensors_sha256:
         found += f", SHA-256 {config.tensors_sha256[:12]}..."

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 LONGEST_TEXT = 500  # characters of an error: a compiler's log is far longer
@@ -38,7 +38,7 @@ class ChildError(RuntimeError):
 
 
 def call_in_fresh_process(
-    function: Callable[..., Any], *arguments: str, seconds: float, hopeless: tuple[str, ...] = ()
+    function: FunctionType, *arguments: str, seconds: float, hopeless: tuple[str, ...] = ()
 ) -> Any:
     """Returns what a function of some module returns, as JSON has it, when a new process calls it.
 
@@ -58,6 +58,7 @@ def call_in_fresh_process(
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace") as child:
         limit = threading.Timer(seconds, child.kill)
         limit.start()
+        assert child.stderr is not None and child.stdout is not None  # pipes
         try:
             for line in child.stderr:
                 log += line

@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,9 +118,10 @@ def leaf_tasks(manager: TaskManager, name: str, changes: dict | None = None) -> 
     if entry is None:
         raise ValueError(f"lm-eval {lm_eval.__version__} has no task {name}")
     if entry.kind.name not in ("GROUP", "TAG"):
+        assert entry.cfg is not None  # the index has it of a task, as of a group
         yield name, entry.cfg | changes
         return
-    for child in entry.cfg["task"] if entry.kind.name == "GROUP" else sorted(entry.tags):
+    for child in (entry.cfg or {})["task"] if entry.kind.name == "GROUP" else sorted(entry.tags):
         child = {"task": child} if isinstance(child, str) else child
         own = {key: value for key, value in child.items() if key not in ("task", "group")}
         yield from leaf_tasks(manager, child.get("group") or child["task"], changes | own)
@@ -172,7 +173,7 @@ def only_model(url: str) -> str:
 
 
 @contextmanager
-def restore_settings(url: str) -> Iterator[None]:
+def restore_settings(url: str) -> Generator[None]:
     enabled = request_settings(url)["settings"]["enabled"]
     try:
         yield
@@ -231,7 +232,11 @@ def compare(off: dict[str, Any], on: dict[str, Any], name: str) -> list[dict[str
         stderr = f"{metric}_stderr,{of_filter}"
         pairs = zip(answers(off, name, of_filter).values(), answers(on, name, of_filter).values(), strict=True)
         changes, others = zip(*((b[metric] - a[metric], a["resps"] != b["resps"]) for a, b in pairs), strict=True)
-        row = {"task": name, "metric": metric if of_filter == "none" else key, "documents": len(changes)}
+        row: dict[str, Any] = {
+            "task": name,
+            "metric": metric if of_filter == "none" else key,
+            "documents": len(changes),
+        }
         for way, result in (("off", off), ("on", on)):
             row[way], row[f"{way}_stderr"] = result["results"][name][key], result["results"][name][stderr]
         row["difference"], row["difference_stderr"] = row["on"] - row["off"], with_error(changes)[1]

@@ -28,7 +28,7 @@ class Rows:
         self.which: str = "decode"
         self.opted_out: set[str] = set()
 
-    def set_policy(self, settings: ReroutingConfig) -> None:
+    def set_settings(self, settings: ReroutingConfig) -> None:
         self.which = settings.rows
 
     def follow(self, runner: Any) -> None:

@@ -19,6 +19,7 @@ from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting, Outcome
 from sere_dist.calibration.texts import read_texts, tokenise
 from sere_dist.evaluation.lockstep import HeldOut, unchanged
+from sere_dist.evaluation.outcome import outcome_of
 from sere_dist.evaluation.rerouters import projection_rerouter
 from sere_dist.evaluation.tuning import (
     Budget,
@@ -31,7 +32,8 @@ from sere_dist.evaluation.tuning import (
     losses_of_steps,
     rerouter_of,
 )
-from sere_dist.method.rerouting import FIXED_POINT_ONE, primary_votes
+from sere_dist.method.projection import FIXED_POINT_ONE, primary_losses
+from sere_dist.method.records import Settings, Step
 from tests.conftest import MODEL, TEXTS, small_artifact
 
 OFF = Cost(10, 0.0)
@@ -98,33 +100,30 @@ def test_evenly():
 
 
 def test_what_a_step_loses_is_what_the_policy_weighs(model, heldout_ids, projection_path):
-    """Against `rerouting.primary_votes`, and prices let through as many experts as they were chosen for."""
+    """Against `projection.primary_losses`, and prices let through as many experts as they were chosen for."""
     artifact = Artifact.load(projection_path)
     held_out = HeldOut(model, heldout_ids[:4, :40], 20)
-    losses = losses_of_steps(held_out, 4, artifact.size)
+    losses = losses_of_steps(held_out, 4, artifact.tables)
     expected = {layer: [] for layer in losses}
 
-    def votes(layer, weights_DBK, ids_DBK, _scores):
+    def look(layer, weights_DBK, ids_DBK, _scores):
         for weights_BK, ids_BK in zip(weights_DBK, ids_DBK, strict=True):
-            all_E = primary_votes(
-                weights_BK, ids_BK, 64, select_top_k=1, expert_price=1e-6, size_E=artifact.size[layer]
-            )
+            all_E = primary_losses(Step(weights_BK, ids_BK), artifact.tables[layer], Settings(1, expert_price=1e-6))
             few = all_E[(all_E > 0) & (all_E < FIXED_POINT_ONE * 1000)]
             expected[layer].append(few.double() / FIXED_POINT_ONE)
         return weights_DBK, ids_DBK
 
-    held_out.run(votes, 4)
+    held_out.run(look, 4)
     for layer, of_steps in expected.items():
         assert losses[layer].double().sort().values == pytest.approx(torch.cat(of_steps).sort().values, abs=1e-6)
 
-    tried = candidates("projection", 8, artifact.similarity[2], losses[2])
-    tables = artifact.similarity, artifact.coefficient, artifact.size
+    tried = candidates("projection", 8, artifact.layers[2].similarity_EE, losses[2])
     active = {}
     for each in tried:
         ran = []
 
         def run(layer, *routing, own=each, ran=ran):
-            routed = projection_rerouter(*tables, own.select_top_k, expert_price=own.expert_price)(layer, *routing)
+            routed = projection_rerouter(artifact.tables, own.numbers)(layer, *routing)
             if layer == 2:
                 ran.append([len(set(ids.flatten().tolist()) - {-1}) for ids in routed[1]])
             return routing[:2]
@@ -139,7 +138,7 @@ def test_what_a_step_loses_is_what_the_policy_weighs(model, heldout_ids, project
 
 
 def test_candidates_of_the_papers_policy():
-    similarity = small_artifact(num_experts=8).similarity[0]
+    similarity = small_artifact(num_experts=8).layers[0].similarity_EE
     found = candidates("sere", 3, similarity)
     assert [each.select_top_k for each in found] == [1, 1, 1, 2, 2, 2]
     assert len(set(found)) == 6 and all(each.expert_price == 0 for each in found)
@@ -214,21 +213,20 @@ def test_what_is_recommended_costs_what_it_says_on_texts_that_had_no_say(model, 
     artifact = Artifact.load(path)
     found, report = artifact.recommended, HeldOut(model, torch.tensor(texts()[1::2]), 12)
     assert (found.policy, found.batch, found.budget) == ("projection", 3, "a KL of at most 0.05 nats a token")
-    policy = rerouter_of(artifact, "projection", found.layers)
+    rerouter = rerouter_of(artifact.tables, "projection", found.layers)
     for off, ours in zip(found.off, found.recommended, strict=True):
         as_it_is = report.run(unchanged, off.batch)
         assert off.active_experts == pytest.approx(as_it_is.active_experts, rel=1e-3)
-        again = Outcome.of(report.run(policy, ours.batch), as_it_is, ours.batch)
+        again = outcome_of(report.run(rerouter, ours.batch), as_it_is, ours.batch)
         assert ours.model_dump() == pytest.approx(again.model_dump(), rel=1e-2, abs=1e-6)
     assert [outcome.batch for outcome in found.off] == [1, 3, 4]
     assert found.at(found.off).batch == 3
-    tables = artifact.similarity, artifact.coefficient, artifact.size
-    again = report.run(projection_rerouter(*tables, 2), 3)
+    again = report.run(projection_rerouter(artifact.tables, Settings(2)), 3)
     assert found.uniform[2].kl == pytest.approx(again.divergence, rel=1e-2)
     assert found.uniform.keys() == set(range(1, 8))
 
     tuning = HeldOut(model, torch.tensor(texts()[0::2]), 12)
-    assert found.tuned.kl == pytest.approx(tuning.run(policy, 3).divergence, rel=1e-2)
+    assert found.tuned.kl == pytest.approx(tuning.run(rerouter, 3).divergence, rel=1e-2)
     assert found.tuned.kl + 2 * found.tuned.kl_error <= 0.05
     harder = [outcome for outcome in found.curve if outcome.active_experts < found.tuned.active_experts]
     assert harder and harder[0].kl + 2 * harder[0].kl_error > 0.05

@@ -59,7 +59,7 @@ def runner(request) -> Runner:
 
 def follow(runner: Runner, **settings) -> Rows:
     rows = Rows(32)
-    rows.set_policy(ReroutingConfig(artifact="a", select_top_k=2, **settings))
+    rows.set_settings(ReroutingConfig(artifact="a", select_top_k=2, **settings))
     rows.valid.fill_(True)  # as if left over from a larger step
     rows.follow(runner)
     return rows
