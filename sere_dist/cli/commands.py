@@ -168,7 +168,7 @@ def get(url: Url = "http://127.0.0.1:8000") -> None:
 @settings_app.command(name="set")
 def set_settings(
     settings: Annotated[
-        list[str], typer.Argument(help="New values, such as select_top_k=4 enabled=false.", metavar="NAME=VALUE...")
+        list[str], typer.Argument(help="New values, such as select_top_k=4 enabled=false.", metavar="NAME=VALUE")
     ],
     url: Url = "http://127.0.0.1:8000",
 ) -> None:
@@ -207,7 +207,7 @@ def show_settings(url: str, changes: dict[str, Any] | None = None) -> None:
 def doctor(
     artifact: Annotated[Path | None, typer.Option(help="Folder of an artifact to check.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or Hugging Face model id that the artifact must fit.")
+        str | None, typer.Option(help="Checkpoint folder or Hugging Face id of the model that the artifact must fit.")
     ] = None,
     ray_address: Annotated[
         str | None,
