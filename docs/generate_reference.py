@@ -6,6 +6,7 @@ The page is its own template: a table stands between `<!-- begin NAME -->` and `
 it is written by hand. `tests/unit/test_reference_docs.py` fails when a table is stale.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import typer
 from pydantic import BaseModel
 
+import sere_dist
 from calibration_jobs.calibrate import CalibrationConfig
 from calibration_jobs.tune import TuningConfig
 from sere_dist.cli.commands import app
@@ -135,6 +137,14 @@ def environment() -> str:
     return table(("variable", "meaning"), [(code(name), meaning) for name, meaning in VARIABLES.items()])
 
 
+def interface() -> str:
+    rows = []
+    for name in sere_dist.__all__:
+        summary = inspect.getdoc(getattr(sere_dist, name)).split("\n\n")[0]
+        rows.append((code(f"sere_dist.{name}"), " ".join(summary.split())))
+    return table(("name", "what it is"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "rerouting": rerouting,
     "application": application,
@@ -144,6 +154,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "counters": counters,
     "environment": environment,
+    "interface": interface,
 }
 
 
