@@ -6,14 +6,16 @@ The page is its own template: a table stands between `<!-- begin NAME -->` and `
 it is written by hand. `tests/unit/test_reference_docs.py` fails when a table is stale.
 """
 
+import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import typer
 from pydantic import BaseModel
 
+import sere_dist
 from calibration_jobs.calibrate import CalibrationConfig
 from calibration_jobs.tune import TuningConfig
 from sere_dist.cli.commands import app
@@ -29,7 +31,7 @@ BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 KINDS = {"object": "mapping", "boolean": "`true`, `false`"}
 
 
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a Markdown table; a bar inside a cell is escaped."""
     lines = [header, ("---",) * len(header), *rows]
     return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
@@ -118,7 +120,8 @@ def metrics() -> str:
         (code(f"ray_sere_{name}_total"), "rank, when" if f"{name}_before" in COUNTERS else "rank", description)
         for name, description in DESCRIPTIONS.items()
     ]
-    rows += [(code(f"ray_sere_{name}"), "", ReroutingConfig.model_fields[name].description) for name in SETTINGS]
+    meanings = {name: description for name, _, _, description in fields(ReroutingConfig)}
+    rows += [(code(f"ray_sere_{name}"), "", meanings[name]) for name in SETTINGS]
     return table(("metric", "labels", "meaning"), rows)
 
 
@@ -135,6 +138,14 @@ def environment() -> str:
     return table(("variable", "meaning"), [(code(name), meaning) for name, meaning in VARIABLES.items()])
 
 
+def interface() -> str:
+    rows = []
+    for name in sere_dist.__all__:
+        summary, *_ = (inspect.getdoc(getattr(sere_dist, name)) or "").split("\n\n")
+        rows.append((code(f"sere_dist.{name}"), " ".join(summary.split())))
+    return table(("name", "what it is"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "rerouting": rerouting,
     "application": application,
@@ -144,6 +155,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metrics": metrics,
     "counters": counters,
     "environment": environment,
+    "interface": interface,
 }
 
 

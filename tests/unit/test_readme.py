@@ -11,7 +11,7 @@ def test_the_table_is_what_the_quality_study_printed():
     rows = json.loads((ROOT / "studies/results/quality.json").read_text())["field"]
     of = {(row["policy"], row["knob"]): row for row in rows if row["batch"] == 16}
     off, paper, ours = of["off", None], of["paper, frobenius", 2], of["expert price, S = 1", 0.02]
-    assert f"| no re-routing | {off['active_experts']:.1f} | {off['perplexity']:.2f} | 0 |" in README
+    assert f"| baseline, no re-routing | {off['active_experts']:.1f} | {off['perplexity']:.2f} | 0 |" in README
     for name, row, kl in (("SERE, S = 2", paper, "{:.3f}"), ("**sere_dist**, `expert_price` 0.02", ours, "**{:.3f}**")):
         cells = (name, f"{row['active_experts']:.1f}", f"{row['perplexity']:.2f}", kl.format(row["kl"]))
         assert f"| {' | '.join(cells)} |" in README
