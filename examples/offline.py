@@ -12,8 +12,8 @@ if __name__ == "__main__":  # vLLM starts processes that import this file
     sere = {"artifact": sys.argv[1], "select_top_k": 2}
     llm = LLM("examples/tiny_moe/model", max_model_len=512, enforce_eager=True, additional_config={"sere": sere})
     prompts = ["In the beginning", "sea lion (noun):", ".. function:: sorted("]
-    for answer in llm.generate(prompts, SamplingParams(max_tokens=24)):
-        print(answer.prompt + answer.outputs[0].text)
+    for prompt, answer in zip(prompts, llm.generate(prompts, SamplingParams(max_tokens=24)), strict=True):
+        print(prompt + answer.outputs[0].text)
     (worker,) = llm.collective_rpc("sere_counters")
     layer = worker["layers"][0]
     before, after = (layer[f"active_experts_{when}"] / layer["steps"] for when in ("before", "after"))
