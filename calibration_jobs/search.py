@@ -27,7 +27,7 @@ class SearchResult(NamedTuple):
 
 
 class HeldOutOutcomes(NamedTuple):
-    """What settings came to on texts that had no say."""
+    """What settings came to on held-out texts."""
 
     off: list[Outcome]  # by batch
     recommended: list[Outcome]  # by batch
@@ -96,7 +96,7 @@ def measure_on_held_out(
         [Trial(texts="report", batch=each, layers=settings) for each in batches] for settings in ({}, chosen)
     )
     uniform_trials = [Trial(texts="report", batch=batch, layers=settings) for settings in same_in_all.values()]
-    results = iter(runner.run("on other texts", [*off_trials, *our_trials, *uniform_trials]))
+    results = iter(runner.run("on held-out texts", [*off_trials, *our_trials, *uniform_trials]))
     off, ours = ({each: next(results) for each in batches} for _ in range(2))
     return HeldOutOutcomes(
         off=[outcome_of(off[each], off[each], each) for each in batches],

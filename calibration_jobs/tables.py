@@ -67,7 +67,7 @@ def tuning_tables(recommended: Recommendation, budget: Budget) -> list[Table]:
     layers = _open_table("layer", "setting", title=f"recommended, policy {recommended.policy}")
     for layer, setting in recommended.layers.items():
         layers.add_row(str(layer), str(setting))
-    held_out = _open_table("", *headings, title="on other texts, which had no say")
+    held_out = _open_table("", *headings, title="on held-out texts")
     for off, ours in zip(recommended.off, recommended.recommended, strict=True):
         held_out.add_row(f"recommended, batch {ours.batch}", *_cells(ours, off))
     for keep, outcome in recommended.uniform.items():

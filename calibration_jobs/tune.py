@@ -9,7 +9,7 @@ runs again, and with another budget it uses what was measured.
 
 Workers hold the model, and decode the texts in lockstep batches (`sere_dist.evaluation.lockstep`). The driver asks them
 for every setting of every layer alone, then for combinations along the trade-off that follows
-(`sere_dist.evaluation.tuning`). What is chosen is measured once more on other texts, which had no say.
+(`sere_dist.evaluation.tuning`). What is chosen is measured once more on held-out texts.
 """
 
 import hashlib
@@ -169,7 +169,7 @@ def fingerprint(
 
 
 def find_recommendation(config: TuningConfig, artifact: Artifact, runner: TrialRunner) -> Recommendation:
-    """Finds the setting of every layer, and what all of them cost on the texts that had no say.
+    """Finds the setting of every layer, and what all of them cost on held-out texts.
 
     Raises:
         ValueError: nothing fits the budget.
@@ -202,7 +202,7 @@ def run(config: TuningConfig) -> None:
     number = getattr(ours, config.budget.kind)
     verdict = "within" if number <= config.budget.most else "NOT within"
     print(f"wrote {config.artifact}: {recommended}")
-    print(f"on texts that had no say that is {verdict} the budget. Serve it with policy: recommended", flush=True)
+    print(f"On held-out texts, that is {verdict} the budget. Serve it with policy: recommended", flush=True)
 
 
 main = make_command(TuningConfig, run)
