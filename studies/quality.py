@@ -421,7 +421,7 @@ def part_tables(report: dict[str, Any]) -> list[Table]:
     title = f"calibrated beside random, batch {BATCH}: factor of the KL, mean of {RANDOM_DRAWS} draws"
     found = Table("similarity", *(f"S = {keep}" for keep in KEEPS_OF_PARTS), title=title, **settings)
     for name in CALIBRATED:
-        of = {row["knob"]: row for row in report["compare_with_random"] if row["policy"] == name}
+        of = {row["knob"]: row for row in report["beside_random"] if row["policy"] == name}
         found.add_row(name, *(f"x{plus_minus(of[keep], 'ratio', 3)}" for keep in KEEPS_OF_PARTS))
     all_tables.append(found)
 
@@ -500,7 +500,7 @@ def main(
     }
     report["field"] = field(bench, [text.kind for text in of_all], field_of, keeps, partial(projection.projection, 1))
     report["kinds"] = in_batches_of_one_kind(benches, field_of)
-    report["compare_with_random"] = compare_with_random(bench, field_of)
+    report["beside_random"] = compare_with_random(bench, field_of)
     report["transfer"] = transfer(benches, checkpoint, by_kind(to_calibrate))
     report["samples"] = by_samples(bench, by_count)
     report["seconds"] = round(time.perf_counter() - started)
