@@ -50,7 +50,10 @@ def field_rows() -> dict[tuple[int, str, float | None], dict[str, Any]]:
 def quality() -> str:
     """At batch 16: the baseline, every policy at the setting that runs about 24 experts, and the paper's other S."""
     of = field_rows()
-    shown = [("SERE, S = 1", ("paper, frobenius", 1)), ("SERE, S = 2", ("paper, frobenius", 2))]
+    shown: list[tuple[str, tuple[str, float]]] = [
+        ("SERE, S = 1", ("paper, frobenius", 1)),
+        ("SERE, S = 2", ("paper, frobenius", 2)),
+    ]
     shown += [("OEA, k0 = 2", ("OEA", 2)), ("XShare, warm-up 1, budget 24", ("XShare, warm-up 1", 2))]
     shown += [("projection (ours), S = 2", ("projection", 2))]
     shown += [
