@@ -59,7 +59,7 @@ async def time_per_output_token(url: str, prompts: list[list[int]], new_tokens: 
             )
         )
         seconds = time.perf_counter() - started
-    assert all(answer.usage.completion_tokens == new_tokens for answer in answers)
+    assert all(answer.usage and answer.usage.completion_tokens == new_tokens for answer in answers)
     return 1e3 * seconds / new_tokens
 
 
@@ -104,7 +104,7 @@ def main(
     console = tables()
     logging.disable(logging.WARNING)  # ray.serve.llm has every library log each request
     disable_progress_bar()
-    ray.init(log_to_driver=False, logging_level="error")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
     settings = request_settings(url)["settings"]
     artifact = Artifact.load(settings["artifact"])
     texts = held_out_texts(HELDOUT, AutoTokenizer.from_pretrained(MODEL))

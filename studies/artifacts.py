@@ -10,13 +10,13 @@ from transformers import AutoTokenizer
 from calibration_jobs.calibrate import CalibrationConfig, calibrate
 from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.evaluation.protocol import CALIBRATION_LENGTH, Text, calibration_texts
-from sere_dist.method.similarity import Method
+from sere_dist.method.similarity import MethodName
 from studies.common import ROOT
 
 ARTIFACTS = ROOT / "build" / "studies"
 
 
-def calibrated(method: Method, folder: Path = ARTIFACTS) -> Path:
+def calibrated(method: MethodName, folder: Path = ARTIFACTS) -> Path:
     """Returns the artifact of this method in the folder, calibrated on the protocol's texts first if it is missing.
 
     What it holds is what `studies.quality` finds in its own process.
@@ -25,8 +25,16 @@ def calibrated(method: Method, folder: Path = ARTIFACTS) -> Path:
     if not path.exists():
         texts = calibration_texts(CALIBRATION, AutoTokenizer.from_pretrained(MODEL))
         dataset = write_texts(folder / "calibration.parquet", texts)
-        settings = {"num_samples": len(texts), "max_length": CALIBRATION_LENGTH}
-        calibrate(CalibrationConfig(model=str(MODEL), dataset=str(dataset), method=method, output=path, **settings))
+        calibrate(
+            CalibrationConfig(
+                model=str(MODEL),
+                dataset=str(dataset),
+                method=method,
+                output=path,
+                num_samples=len(texts),
+                max_length=CALIBRATION_LENGTH,
+            )
+        )
         ray.shutdown()
     return path
 

@@ -408,9 +408,10 @@ def priced_table(rows: list[dict[str, Any]], batch: int) -> Table:
 
 
 def part_tables(report: dict[str, Any]) -> list[Table]:
-    settings = {"title_justify": "left", "box": box.SIMPLE}
     kinds = sorted({row["kind"] for row in report["kinds"]})
-    found = Table("policy", "S", *kinds, title=f"batches of one kind, batch {BATCH}: KL", **settings)
+    found = Table(
+        "policy", "S", *kinds, title=f"batches of one kind, batch {BATCH}: KL", title_justify="left", box=box.SIMPLE
+    )
     for name in OF_KINDS:
         for keep in KEEPS_OF_PARTS:
             of = {row["kind"]: row for row in report["kinds"] if (row["policy"], row["knob"]) == (name, keep)}
@@ -419,15 +420,17 @@ def part_tables(report: dict[str, Any]) -> list[Table]:
     all_tables = [found]
 
     title = f"calibrated beside random, batch {BATCH}: factor of the KL, mean of {RANDOM_DRAWS} draws"
-    found = Table("similarity", *(f"S = {keep}" for keep in KEEPS_OF_PARTS), title=title, **settings)
+    found = Table(
+        "similarity", *(f"S = {keep}" for keep in KEEPS_OF_PARTS), title=title, title_justify="left", box=box.SIMPLE
+    )
     for name in CALIBRATED:
-        of = {row["knob"]: row for row in report["compare_with_random"] if row["policy"] == name}
+        of = {row["knob"]: row for row in report["beside_random"] if row["policy"] == name}
         found.add_row(name, *(f"x{plus_minus(of[keep], 'ratio', 3)}" for keep in KEEPS_OF_PARTS))
     all_tables.append(found)
 
     for policy in (PAPER, PROJECTION):
         title = f"{policy}, S = {KEEP_OF_CALIBRATIONS}, batch {BATCH}: KL on, and factor of that calibrated there"
-        found = Table("calibrated on", *kinds, title=title, **settings)
+        found = Table("calibrated on", *kinds, title=title, title_justify="left", box=box.SIMPLE)
         for calibrated_on in kinds:
             of = {
                 row["evaluated_on"]: row
@@ -440,7 +443,7 @@ def part_tables(report: dict[str, Any]) -> list[Table]:
 
     title = f"S = {KEEP_OF_CALIBRATIONS}, batch {BATCH}: KL, and factor of that with the most calibration texts"
     counts = sorted({row["samples"] for row in report["samples"]})
-    found = Table("policy", *map(str, counts), title=title, **settings)
+    found = Table("policy", *map(str, counts), title=title, title_justify="left", box=box.SIMPLE)
     for policy in (PAPER, PROJECTION):
         of = {row["samples"]: row for row in report["samples"] if row["policy"] == policy}
         found.add_row(policy, *(f"{of[count]['kl']:.4f}\nx{plus_minus(of[count], 'ratio', 3)}" for count in counts))
@@ -500,7 +503,7 @@ def main(
     }
     report["field"] = field(bench, [text.kind for text in of_all], field_of, keeps, partial(projection.projection, 1))
     report["kinds"] = in_batches_of_one_kind(benches, field_of)
-    report["compare_with_random"] = compare_with_random(bench, field_of)
+    report["beside_random"] = compare_with_random(bench, field_of)
     report["transfer"] = transfer(benches, checkpoint, by_kind(to_calibrate))
     report["samples"] = by_samples(bench, by_count)
     report["seconds"] = round(time.perf_counter() - started)

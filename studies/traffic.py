@@ -67,7 +67,7 @@ COLORS = {
     "projection": BLUE,
 }
 LINEAR, PLACED, BY_SIMILARITY = "linear", "placed", "placed by similarity"
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     LINEAR: {"fmt": "o-"},
     PLACED: {"fmt": "s-", "markerfacecolor": "white"},
     BY_SIMILARITY: {"fmt": "^:", "markerfacecolor": "white"},
@@ -288,7 +288,7 @@ def synthetic(bench: Bench, weights_NK: torch.Tensor) -> Iterator[dict[str, Any]
     different = ~torch.eye(bench.projection.config.num_experts, dtype=torch.bool)
     known = bench.projection.tables.values()
     similarities = torch.cat([tables.similarity_EE[different] for tables in known])
-    sizes = torch.cat([tables.size_E for tables in known])
+    sizes = torch.cat([tables.size_E for tables in known if tables.size_E is not None])
     for (name, (num_experts, hidden_size)), skewed in itertools.product(SHAPES.items(), (False, True)):
         drawn = similarities[torch.randint(len(similarities), (num_experts, num_experts), generator=random)]
         size_E = sizes[torch.randint(len(sizes), (num_experts,), generator=random)]
@@ -372,15 +372,15 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             [row["kl"] for row in points],
             xerr=[row["remote_domains_error"] for row in points],
             yerr=[row["kl_error"] for row in points],
-            **STYLES[placement],
             color=COLORS[policy],
             markersize=5,
             label=placement if policy == "projection" else None,
+            **STYLES[placement],
         )
     for (policy, price), row in of_linear.items():
         place = (row["remote_domains"], row["kl"])
         label = f"{price:g}" if price else str(Setting(policy, price))
-        offset = {"xytext": (5, 5), "ha": "left"} if price else {"xytext": (0, 8), "ha": "center"}
+        offset: dict[str, Any] = {"xytext": (5, 5), "ha": "left"} if price else {"xytext": (0, 8), "ha": "center"}
         axes.annotate(label, place, textcoords="offset points", fontsize=7, color=COLORS[policy], **offset)
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel("Remote ranks that a token visits per layer")
@@ -415,7 +415,7 @@ def main(
     points = bench.measure(final_texts, "held-out text")
     rows = rows_of(points, projection.config.hidden_size)
     order = list(where)
-    rows.sort(key=lambda row: (row["batch"], order.index((row["ranks"], row["placement"]))))
+    rows.sort(key=lambda row: (row["batch"], order.index(Place(row["ranks"], row["placement"]))))
     goals = [
         compare(points, size.goal_batch, place, choose(choice, size.goal_batch, place, baseline), baseline)
         for baseline in (PAPER, DROPPING)

@@ -102,8 +102,18 @@ def main(
     to_choose = cut(half_of(read_texts(HELDOUT, tokenizer), "choice"), LENGTH)
     dataset = write_texts(artifacts / "choice.parquet", to_choose)
     started = time.perf_counter()
-    settings = {"length": LENGTH, "prompt_length": PROMPT, "num_samples": len(to_choose) // 2, "batch": BATCH}
-    recommended = tune(TuningConfig(model=str(MODEL), artifact=path, dataset=str(dataset), max_kl=MAX_KL, **settings))
+    recommended = tune(
+        TuningConfig(
+            model=str(MODEL),
+            artifact=path,
+            dataset=str(dataset),
+            batch=BATCH,
+            max_kl=MAX_KL,
+            num_samples=len(to_choose) // 2,
+            length=LENGTH,
+            prompt_length=PROMPT,
+        )
+    )
     seconds = round(time.perf_counter() - started)
     ray.shutdown()
 

@@ -29,12 +29,13 @@ def draw_trade_off(axes: Axes, curves: Sequence[Curve], baseline: Outcome) -> No
     side by side.
     """
     for label, outcomes, style in curves:
+        look: dict[str, Any] = {"linewidth": 1.2, "markersize": 4, **style}
         ordered = sorted(outcomes, key=lambda outcome: outcome.active_experts)
         axes.errorbar(
             [outcome.active_experts for outcome in ordered],
             [outcome.kl for outcome in ordered],
             yerr=[outcome.kl_error for outcome in ordered],
-            **{"linewidth": 1.2, "markersize": 4, **style},
+            **look,
             label=label,
         )
     axes.axvline(baseline.active_experts, color=GREY, linestyle="--", linewidth=0.9)
