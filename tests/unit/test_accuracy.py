@@ -13,7 +13,7 @@ from lm_eval.tasks import TaskManager
 from examples.demo import ROOT
 from sere_dist.evaluation.accuracy import check, compare, leaf_tasks, open_suite
 
-TASKS = ROOT / "examples" / "tiny_moe" / "tasks"
+TASKS = ROOT / "sere_dist" / "evaluation" / "tasks"
 CODE = {"sere_paper": ["humaneval", "mbpp"], "sere_paper_chat": ["humaneval_instruct", "mbpp_instruct"]}
 EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
 
