@@ -57,7 +57,7 @@ def artifact_path(tmp_path_factory) -> Path:
     from tests.support.artifacts import example_artifact
 
     path = tmp_path_factory.mktemp("calibration") / "tiny-moe-sere"
-    example_artifact(example_texts("calibration.parquet", 128, 64).tolist(), "frobenius").save(path)
+    example_artifact(example_texts("calibration.parquet", 64, 24).tolist(), "frobenius").save(path)
     return path
 
 

@@ -76,6 +76,7 @@ def test_projection_from_a_file_and_flags(projection_job, model):
     assert warned == {layer: count for layer, count in few.items() if count}
 
 
+@pytest.mark.slow
 def test_a_model_whose_first_layer_is_dense(cluster, tmp_path):
     sizes = dict(hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_attention_heads=2)
     attention = dict(kv_lora_rank=16, q_lora_rank=None, qk_rope_head_dim=16, qk_nope_head_dim=16, v_head_dim=16)

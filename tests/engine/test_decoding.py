@@ -20,7 +20,12 @@ from tests.support.artifacts import change_layers, recommend, small_artifact
 
 BATCH, PROMPT, NEW, KEEP, LIKELIEST = 8, 24, 24, 2, 5
 TOLERANCE = 1e-3  # nats; float32 sums in another order cost about 1e-5
-POLICIES = ["sere", "projection", "recommended: sere", "recommended: projection"]
+# An engine each. The last has an S and a price for every layer.
+POLICIES = [
+    "sere",
+    *(pytest.param(policy, marks=pytest.mark.slow) for policy in ("projection", "recommended: sere")),
+    "recommended: projection",
+]
 # Every layer does something else, the last nothing.
 S_OF_LAYERS, PRICE_OF_LAYERS = (1, 2, 3, 1, 2, 8), (0.0, 0.0, 0.0, 0.03, 0.01, 0.0)
 

@@ -108,6 +108,7 @@ def test_tensor_parallel_ranks_with_half_of_the_experts_answer_as_one(options, p
         assert first["layers"] == second["layers"], "the ranks do not agree on the primary experts"
 
 
+@pytest.mark.slow
 def test_prices_under_tensor_parallelism(options, prompts, priced):
     parallel = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     turns = engines.run(options(sere={"policy": "projection"}, **parallel), prompts, NEW, [OFF, *PRICES])

@@ -31,7 +31,9 @@ SERVED = {
 }
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize(
+    "family", ["deepseek_v2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("mixtral", "qwen2_moe"))]
+)
 def test_calibrated_and_rerouted(family, tmp_path):
     config, layers = SERVED[family]
     torch.manual_seed(0)
