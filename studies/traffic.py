@@ -98,6 +98,7 @@ QUICK = Size(
     prices=(0.0, 0.05),
     goal_batch=8,
     goal_prices=(0.0, 0.05),
+    synthetic_steps=64,
 )
 
 

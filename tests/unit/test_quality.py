@@ -55,40 +55,40 @@ def test_compared():
 
 
 @pytest.fixture
-def first_layers(tmp_path) -> Path:
-    """The example model's first two layers: trained experts, in a third of the time."""
+def first_layer(tmp_path) -> Path:
+    """The example model with its first layer alone: trained experts, in a sixth of the time."""
     folder = tmp_path / "model"
     folder.mkdir()
     for file in MODEL.iterdir():
         (folder / file.name).symlink_to(file)
     (folder / "config.json").unlink()
     config = json.loads((MODEL / "config.json").read_text())
-    layer_types = config.get("layer_types") and config["layer_types"][:2]
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "layer_types": layer_types}))
+    layer_types = config.get("layer_types") and config["layer_types"][:1]
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": layer_types}))
     return folder
 
 
-def test_study(first_layers, tmp_path, capsys, monkeypatch):
-    small = {"BATCHES": (1, 4), "BATCH": 4, "KEEPS": (1, 4, 8), "KEEPS_OF_PARTS": (2,), "RANDOM_DRAWS": 2}
+def test_study(first_layer, tmp_path, capsys, monkeypatch):
+    small = {"BATCHES": (1, 6), "BATCH": 6, "KEEPS": (1, 4, 8), "KEEPS_OF_PARTS": (2,), "RANDOM_DRAWS": 2}
     small |= {"PRICES": (0.01, 0.1), "SAMPLES": (2, 4, 999), "SAMPLES_OF_CKA": 2, "SAMPLES_OF_KIND": 2}
     for name, value in small.items():
         monkeypatch.setattr(study, name, value)
     results = tmp_path / "results" / "quality.json"
-    sizes = {"texts": 8, "texts_of_kind": 4, "length": 36, "prompt": 24, "calibration_length": 16}
+    sizes = {"texts": 6, "texts_of_kind": 6, "length": 30, "prompt": 24, "calibration_length": 16}
     files = {"heldout": HELDOUT, "calibration": CALIBRATION}
-    study.main(first_layers, **files, half="choice", **sizes, results=results, pictures=tmp_path)
+    study.main(first_layer, **files, half="choice", **sizes, results=results, pictures=tmp_path)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(results.read_text()) == report
-    for picture in ("quality-by-batch.png", "quality-batch-4.png"):
+    for picture in ("quality-by-batch.png", "quality-batch-6.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
-    assert report["model"] == str(first_layers)
-    drawn = (tmp_path / "quality-batch-4.png").read_bytes()
+    assert report["model"] == str(first_layer)
+    drawn = (tmp_path / "quality-batch-6.png").read_bytes()
     study.main(results=results, pictures=tmp_path, only_draw=True)
-    assert (tmp_path / "quality-batch-4.png").read_bytes() == drawn
+    assert (tmp_path / "quality-batch-6.png").read_bytes() == drawn
 
     rows = {(row["batch"], row["policy"], row["knob"]): row for row in report["field"]}
     assert len(rows) == len(report["field"]) == 2 * (1 + 16 * 2 + 2)
-    for batch in (1, 4):
+    for batch in (1, 6):
         off, one, four = (rows[batch, *point] for point in [("off", None), ("OEA", 1), ("OEA", 4)])
         assert abs(off["kl"]) < 1e-6 < four["kl"] < one["kl"]
         assert one["active_experts"] < four["active_experts"] < off["active_experts"]
