@@ -28,6 +28,7 @@ lint: .venv/.ready
 	$(BIN)/ruff format --check .
 
 types: .venv/.ready
+	$(BIN)/ty check
 
 # The rooms of the tests: tests/unit needs neither a Ray cluster nor an engine; tests/engine starts vLLM's engine,
 # tests/serving the Ray Serve application, tests/cluster Ray jobs. A test that is marked `slow` is for test-all alone, as

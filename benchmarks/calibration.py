@@ -41,7 +41,8 @@ from rich.table import Table
 from benchmarks.common import ROOT, ranged, spread
 from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.console import progress, tables
-from sere_dist.method.similarity import expert_projection, expert_similarity
+from sere_dist.method.cka import Kernel
+from sere_dist.method.similarity import MethodName, expert_projection, expert_similarity
 from sere_dist.provenance import keep, machine, physical_cores, rounded, versions
 from sere_dist.testing.local_cluster import LocalCluster
 
@@ -50,6 +51,14 @@ from sere_dist.testing.local_cluster import LocalCluster
 Part = Literal["all", "similarity", "scaling", "memory"]
 
 PACKAGES = ("sere-dist", "torch", "ray", "transformers", "numpy")
+CASES: dict[str, tuple[MethodName, Kernel]] = {  # by the names in the tables
+    "frobenius": ("frobenius", "linear"),
+    "cosine": ("cosine", "linear"),
+    "cka-linear": ("cka", "linear"),
+    "cka-rbf": ("cka", "rbf"),
+    "cka-polynomial": ("cka", "polynomial"),
+    "projection": ("projection", "linear"),
+}
 TOLERANCE = 1e-4  # between the loop, in float32, and ours
 OURS_A_TURN = 3  # timings of ours for each of the loop
 SAMPLED_PAIRS = 60
@@ -199,7 +208,7 @@ def measure_similarity(method: str, experts: int, sizes: Sizes, device: str) -> 
     """
     outputs_ENH = random_outputs(experts, sizes.tokens, sizes.hidden, device)
     row = {"method": method, "experts": experts, "tokens": sizes.tokens, "hidden": sizes.hidden}
-    name, _, kernel = method.partition("-")
+    name, kernel = CASES[method]
 
     if method == "projection":
         routing_NE = random_routing(experts, sizes.tokens).to(device)
@@ -207,7 +216,7 @@ def measure_similarity(method: str, experts: int, sizes: Sizes, device: str) -> 
         return row | {"ours_s": spread(seconds[1:])}  # the first warms up
 
     def ours() -> torch.Tensor:
-        return expert_similarity(outputs_ENH, name, kernel or "linear")
+        return expert_similarity(outputs_ENH, name, kernel)
 
     similarity_EE = ours().cpu()  # warms up, too
     largest_difference = 0.0
@@ -253,8 +262,7 @@ def measure_similarity(method: str, experts: int, sizes: Sizes, device: str) -> 
 def measure_similarities(sizes: Sizes, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    methods = ("frobenius", "cosine", "cka-linear", "cka-rbf", "cka-polynomial", "projection")
-    settings = [(method, experts) for method in methods for experts in sizes.experts]
+    settings = [(method, experts) for method in CASES for experts in sizes.experts]
     rows = [measure_similarity(*each, sizes, device) for each in track(settings, "similarity", console=progress())]
     return {"device": device, "threads": threads, "rounds": sizes.rounds, "rows": rows}
 
@@ -283,11 +291,13 @@ def similarity_table(result: dict[str, Any]) -> Table:
 
 def save_random_model(moe: Moe, folder: Path) -> None:
     """Saves a checkpoint with random weights, in bfloat16, and the example model's tokenizer."""
-    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from sere_dist.calibration.texts import load_tokenizer
+
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = load_tokenizer(MODEL)
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=moe.hidden,
@@ -296,7 +306,7 @@ def save_random_model(moe: Moe, folder: Path) -> None:
         num_hidden_layers=moe.layers,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=moe.hidden // 8,
+        head_dim=moe.hidden // 8,  # ty: ignore[unknown-argument]  # the class does not declare it, but takes it
         num_experts=moe.experts,
         num_experts_per_tok=min(8, moe.experts // 2),
         tie_word_embeddings=True,
@@ -328,6 +338,7 @@ def run_calibration(workers: int, sizes: Sizes, model: Path, output: Path) -> di
         with subprocess.Popen(
             command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ) as process:
+            assert process.stdout is not None  # a pipe
             for line in process.stdout:
                 now = time.perf_counter()
                 lines.append(line)
@@ -367,7 +378,7 @@ def measure_scaling(sizes: Sizes) -> dict[str, Any]:
         ]
     if len({run["similarity_sha256"] for run in runs}) > 1:
         raise RuntimeError(f"the runs wrote different similarities: {runs}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for workers in WORKERS:
         times = {kind: [run[kind] for run in runs if run["workers"] == workers] for kind in ("command_s", "layers_s")}
         rows.append({"workers": workers} | {kind: spread(seconds) for kind, seconds in times.items()})
@@ -404,7 +415,9 @@ def scaling_table(result: dict[str, Any]) -> Table:
 
 def anonymous_bytes() -> int:
     """Returns this process's resident memory without mapped files."""
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None  # Linux has it
+    return 1024 * int(found[1])
 
 
 def peak_of(model: Path, inputs: Path, tokens: int, method: str, block_tokens: int) -> dict[str, float]:
@@ -432,9 +445,9 @@ def peak_of(model: Path, inputs: Path, tokens: int, method: str, block_tokens: i
 
     thread = threading.Thread(target=look)
     thread.start()
-    name, _, kernel = method.partition("-")
+    name, kernel = CASES[method]
     try:
-        result = score_layer(checkpoint, 0, layer_inputs, name, kernel or "linear", block_tokens=block_tokens)
+        result = score_layer(checkpoint, 0, layer_inputs, name, kernel, block_tokens=block_tokens)
     finally:
         done.set()
         thread.join()
@@ -512,11 +525,11 @@ def memory_table(result: dict[str, Any]) -> Table:
 
 def main(
     part: Annotated[Part, typer.Option(help="What to measure.")] = "all",
-    threads: Annotated[int | None, typer.Option(help="Of similarity on a CPU (default: physical cores).")] = None,
-    quick: Annotated[bool, typer.Option(help="Tiny sizes, to see that it runs.")] = False,
-    results: Annotated[
-        Path | None, typer.Option(help="JSON file (default: benchmarks/results; with --quick below build).")
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads per task. The default is the number of physical cores.")
     ] = None,
+    quick: Annotated[bool, typer.Option(help="Use tiny sizes, to see that it runs.")] = False,
+    results: Annotated[Path | None, typer.Option(help="JSON file to write, in benchmarks/results by default.")] = None,
 ) -> None:
     sizes, threads = QUICK if quick else Sizes(), threads or physical_cores()
     results = results or ROOT / ("build" if quick else "benchmarks/results") / "calibration.json"

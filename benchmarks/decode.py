@@ -23,9 +23,10 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,11 +39,13 @@ import typer
 from rich.progress import track
 from rich.table import Table
 from transformers import AutoConfig
-from vllm import LLM, SamplingParams
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 from benchmarks.common import ROOT, ranged, spread
-from sere_dist.artifact.folder import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.layer import Layer, LayerStatistics
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.console import progress, tables
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import MoeShape
@@ -80,7 +83,6 @@ def write_random_artifact(model: Path, folder: Path) -> Path:
     shape = MoeShape.from_config(config)
     dense = getattr(config, "first_k_dense_replace", 0)
     layers = {layer: f"model.layers.{layer}.mlp.experts" for layer in range(dense, shape.num_layers)}
-    similarity = {layer: random_similarity(shape.num_experts, layer) for layer in layers}
     about = ArtifactConfig(
         schema_version=SCHEMA_VERSION,
         base_model=str(model),
@@ -91,13 +93,16 @@ def write_random_artifact(model: Path, folder: Path) -> Path:
         num_tokens=0,
         versions={},
     )
-    statistics = [LayerStatistics.of(layer, name, similarity[layer]) for layer, name in layers.items()]
-    Artifact(about, similarity, statistics).save(folder / "artifact")
+    found = {}
+    for layer, name in layers.items():
+        similarity_EE = random_similarity(shape.num_experts, layer)
+        found[layer] = Layer(similarity_EE, LayerStatistics.of(layer, name, similarity_EE))
+    Artifact(about, found).save(folder / "artifact")
     return folder / "artifact"
 
 
 @contextmanager
-def engine(model: Path, compiled: bool, most_rows: int, **options: Any) -> Iterator[LLM]:
+def engine(model: Path, compiled: bool, most_rows: int, **options: Any) -> Generator[LLM]:
     llm = LLM(
         str(model),
         skip_tokenizer_init=True,
@@ -130,7 +135,8 @@ def step_seconds(llm: LLM, batch: int, steps: int, vocabulary: int, seed: int) -
         took = time.perf_counter() - started
         if len(prefilled) == batch:
             seconds.append(took)
-        prefilled |= {answer.request_id for answer in answers if answer.outputs[0].token_ids}
+        generated = [answer for answer in answers if isinstance(answer, RequestOutput)]
+        prefilled |= {answer.request_id for answer in generated if answer.outputs[0].token_ids}
     return seconds[1 : steps + 1]
 
 
@@ -146,11 +152,11 @@ def put_routers_back(worker, stock: bool) -> None:
             router._compute_routing = router.sere_rerouted
 
 
-def time_rerouting(_worker) -> None:
-    """In a worker on a CPU, eager: adds up what re-routing takes, in `rerouting_seconds`."""
-    from sere_dist.vllm_plugin import backends
+def time_rerouting(worker) -> None:
+    """In a worker on a CPU, eager: keeps what each re-routing takes, for `rerouting_seconds`."""
+    from sere_dist.vllm_plugin import cpu_backend
 
-    reroute, seconds = backends._reroute_fast, []
+    reroute, seconds = cpu_backend._reroute_fast, []
 
     def timed(*arguments):
         started = time.perf_counter()
@@ -158,15 +164,14 @@ def time_rerouting(_worker) -> None:
         seconds.append(time.perf_counter() - started)
         return ids
 
-    backends._reroute_fast, backends.rerouting_seconds = timed, seconds
+    cpu_backend._reroute_fast = timed  # ty: ignore[invalid-assignment]  # the same function, timed
+    worker.rerouting_seconds = seconds
 
 
-def rerouting_seconds(_worker) -> float:
+def rerouting_seconds(worker) -> float:
     """In the worker: returns the seconds since the last call, as a mean over its decode steps."""
-    from sere_dist.vllm_plugin import backends
-
-    seconds = backends.rerouting_seconds
-    total, steps = sum(seconds), len(seconds) / len(_worker.worker.sere_layers)
+    seconds = worker.rerouting_seconds
+    total, steps = sum(seconds), len(seconds) / len(worker.worker.sere_layers)
     seconds.clear()
     return total / steps if steps else 0.0
 
@@ -190,13 +195,14 @@ def measure(
     is_timed = not compiled and not torch.cuda.is_available()  # elsewhere re-routing is part of a graph
     sere = {"artifact": str(artifact), "select_top_k": top_k, "min_rows": 0}
     fewer = [setting.top_k for setting in settings if not setting.is_models_top_k]
-    common = {"model": model, "compiled": compiled, "most_rows": max(batches)}
+    options: dict[str, Any] = {}
     if torch.cuda.is_available():
-        common["gpu_memory_utilization"] = 0.94 / (1 + compiled + len(fewer))
+        options["gpu_memory_utilization"] = 0.94 / (1 + compiled + len(fewer))
+    start = partial(engine, model, compiled, max(batches), **options)
     with ExitStack() as engines:
-        rerouting = engines.enter_context(engine(**common, additional_config={"sere": sere}))
-        of_top_k = {n: engines.enter_context(engine(**common, hf_overrides={"num_experts_per_tok": n})) for n in fewer}
-        of_top_k[top_k] = engines.enter_context(engine(**common)) if compiled else rerouting
+        rerouting = engines.enter_context(start(additional_config={"sere": sere}))
+        of_top_k = {n: engines.enter_context(start(hf_overrides={"num_experts_per_tok": n})) for n in fewer}
+        of_top_k[top_k] = engines.enter_context(start()) if compiled else rerouting
         # An engine that is to re-route stops if its first decode step is not re-routed.
         step_seconds(rerouting, 1, 1, config.vocab_size, seed=1)
         if is_timed:
@@ -220,7 +226,11 @@ def measure(
                         rerouting_ms[batch, setting].append(1e3 * llm.collective_rpc(rerouting_seconds)[0])
     rows = []
     for (batch, setting), values in seconds.items():
-        row = {"batch": batch, "setting": str(setting), "ms_per_token": spread([1e3 * value for value in values])}
+        row: dict[str, Any] = {
+            "batch": batch,
+            "setting": str(setting),
+            "ms_per_token": spread([1e3 * value for value in values]),
+        }
         ratios = [a / b for a, b in zip(seconds[batch, settings[0]], values, strict=True)]
         row["times_faster"] = spread(ratios)
         if setting.select_top_k is not None:
@@ -265,7 +275,7 @@ def draw(result: dict[str, Any], figure: Path) -> None:
         times = [row["ms_per_token"] for row in rows]
         middle = [time["median"] for time in times]
         spans = [[time["median"] - time["min"] for time in times], [time["max"] - time["median"] for time in times]]
-        style = {"color": "black", "linestyle": "--"} if setting == STOCK else {}
+        style: dict[str, Any] = {"color": "black", "linestyle": "--"} if setting == STOCK else {}
         axes.errorbar([row["batch"] for row in rows], middle, spans, marker="o", capsize=3, label=setting, **style)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
@@ -284,15 +294,15 @@ def numbers(text: str) -> list[int]:
 
 
 def main(
-    preset: Annotated[str, typer.Option(help="A folder of benchmarks/shapes.")] = "cpu-small",
-    batches: Annotated[str, typer.Option(help="Requests that decode together.")] = "1,4,16,32,64",
-    keep_experts: Annotated[str, typer.Option("--keep", help="Values of S; the model's top-k means off.")] = "1,2,4,8",
-    steps: Annotated[int, typer.Option(help="Decode steps of a measurement.")] = 12,
-    rounds: Annotated[int, typer.Option(help="Measurements of each kind.")] = 5,
-    top_k: Annotated[str, typer.Option(help="Baseline: values of a smaller top-k, an engine each.")] = "",
-    compiled: Annotated[bool, typer.Option(help="vLLM's compiled mode (CUDA graphs on a GPU), not eager.")] = False,
-    results: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
-    figure: Annotated[Path | None, typer.Option(help="Picture.")] = None,
+    preset: Annotated[str, typer.Option(help="Shape of the model: a folder of benchmarks/shapes.")] = "cpu-small",
+    batches: Annotated[str, typer.Option(help="Batches to time, in requests that decode together.")] = "1,4,16,32,64",
+    keep_experts: Annotated[str, typer.Option("--keep", help="Values of S to time.")] = "1,2,4,8",
+    steps: Annotated[int, typer.Option(help="Decode steps per measurement.")] = 12,
+    rounds: Annotated[int, typer.Option(help="Measurements of each setting.")] = 5,
+    top_k: Annotated[str, typer.Option(help="Smaller values of the top-k to time as baselines.")] = "",
+    compiled: Annotated[bool, typer.Option(help="Time vLLM's compiled mode, not eager mode.")] = False,
+    results: Annotated[Path | None, typer.Option(help="JSON file to add the results to.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Picture to draw.")] = None,
 ) -> None:
     model = SHAPES / preset
     if not (model / "config.json").exists():

@@ -5,7 +5,7 @@
     compute-sanitizer --tool racecheck python -m benchmarks.kernel --part check --steps 100   # memcheck, synccheck
 
 Needs torch, cuda.core, typer, rich, psutil and an NVIDIA GPU of compute capability 8.0 or more; no vLLM. check: random
-steps of all kinds against the torch functions, replays of one captured graph while the policy changes, two streams at
+steps of all kinds against the torch functions, replays of one captured graph while the settings change, two streams at
 once. time: a graph of many calls of each kind, each call with tokens of its own and each layer with its own tables,
 replayed in turns; ids are put back between replays, outside the timed part. The tables stay in the L2 cache, from which
 a model's weights would push them. Prints a table and one JSON line last; writes `benchmarks/results/kernel.json` after
@@ -14,7 +14,7 @@ each part.
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,8 @@ from rich.table import Table
 
 from benchmarks.common import ROOT, ranged, spread
 from sere_dist.console import progress, tables
-from sere_dist.kernels.reroute import ENTRIES, Layer, Policy, compile_kernels, launch_kernel
+from sere_dist.kernels.reroute import ENTRIES, DeviceSettings, LayerKernel, compile_kernels, launch_kernel
+from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.provenance import keep, machine, versions
 from sere_dist.testing.random_steps import RandomStep, assert_equal, random_steps
 
@@ -55,36 +56,56 @@ def check(steps: int) -> dict[str, Any]:
 
 
 def check_replays() -> int:
-    """One captured graph; what a replay does follows the policy, the threshold, the tokens, the places of the experts
-    and the other ranks' votes of its moment."""
+    """One captured graph; what a replay does follows the settings, the tokens, the places of the experts and
+    the other ranks' losses of its moment."""
     count = 0
     random = torch.Generator().manual_seed(0)
     # One launch and two; without other ranks and with them.
     for projection, rows, elsewhere_share in itertools.product((False, True), (64, 2048), (None, 0.1)):
-        drawn = {"ties": False, "valid_share": 0.9, "empty_share": 0, "elsewhere_share": elsewhere_share}
-        step = RandomStep(1, rows, 8, 128, 2, projection, traffic_price=0.02, domains=8, ranks=8, **drawn)
+        step = RandomStep(
+            seed=1,
+            rows=rows,
+            top_k=8,
+            experts=128,
+            select_top_k=2,
+            projection=projection,
+            traffic_price=0.02,
+            domains=8,
+            ranks=8,
+            elsewhere_share=elsewhere_share,
+            valid_share=0.9,
+            ties=False,
+            empty_share=0,
+        )
         layer = step.layer("cuda")
         weights_TK, ids_TK = step.weights_TK.cuda(), step.ids_TK.cuda()
-        valid_T, unite = step.valid_T.cuda(), None
+        assert step.valid_T is not None  # there is a share of valid rows
+        valid_T = step.valid_T.cuda()
+        assert layer.rank_E is not None and step.rank_E is not None  # there are ranks
+        assert layer.domain_E is not None and step.domain_E is not None  # there are domains
         places = [(layer.rank_E, step.rank_E), (layer.domain_E, step.domain_E)]
-        if elsewhere_share is not None:
+        all_reduce: Callable[[torch.Tensor], None] | None = None
+        if step.elsewhere_E is not None:
             elsewhere_E = step.elsewhere_E.cuda()
             places.append((elsewhere_E, step.elsewhere_E))
 
-            def unite(votes_E: torch.Tensor, elsewhere_E: torch.Tensor = elsewhere_E) -> None:
-                votes_E += elsewhere_E
+            def add_elsewhere(losses_E: torch.Tensor, elsewhere_E: torch.Tensor = elsewhere_E) -> None:
+                losses_E += elsewhere_E
 
-        layer.reroute(weights_TK, ids_TK, valid_T, unite=unite)  # compiles and loads
-        graph = capture([lambda: layer.reroute(weights_TK, ids_TK, valid_T, unite=unite)])  # noqa: B023 captured at once
+            all_reduce = add_elsewhere
+
+        on_device = Step(weights_TK, ids_TK, valid_T)
+        layer.reroute(on_device, all_reduce)  # compiles and loads
+        graph = capture([lambda: layer.reroute(on_device, all_reduce)])  # noqa: B023 captured at once
         layer.counters.zero_()
         total = torch.zeros_like(layer.counters).cpu()
         for turn in range(40):
             step.select_top_k, step.threshold = turn % 9, (0.0, 0.5, 0.9, 0.99)[turn % 4]
             step.enabled, step.min_rows, step.traffic_price = turn % 5 != 3, (0, rows)[turn % 7 == 6], 0.01 * (turn % 3)
             step.expert_price = (0.0, 1.0, 10.0, 100.0)[turn % 11 % 4]
-            step.set(layer.policy)
+            step.set(layer.settings)
             layer.set_threshold(step.threshold)
-            step.valid_T = torch.rand(len(step.valid_T), generator=random) < 0.9
+            step.valid_T = torch.rand(len(valid_T), generator=random) < 0.9
             for _, here in places:
                 here.copy_(here.roll(1))
             tokens = [(weights_TK, step.weights_TK), (ids_TK, step.ids_TK), (valid_T, step.valid_T)]
@@ -103,24 +124,24 @@ def check_two_streams() -> int:
     """Layers re-routed on two streams at once do not meet."""
     steps = [RandomStep(i, 256, 8, 128, 2, False, valid_share=None, ties=False) for i in range(64)]
     layers = [step.layer("cuda") for step in steps]
-    tensors = [(step.weights_TK.cuda(), step.ids_TK.cuda()) for step in steps]
-    layers[0].reroute(*(tensor.clone() for tensor in tensors[0]))
+    on_device = [Step(step.weights_TK.cuda(), step.ids_TK.cuda()) for step in steps]
+    layers[0].reroute(Step(on_device[0].weights_TK.clone(), on_device[0].ids_TK.clone()))
     layers[0].counters.zero_()
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     torch.cuda.synchronize()
     for stream in streams:  # both wait until all is queued
         with torch.cuda.stream(stream):
             torch.cuda._sleep(200_000_000)
-    for i, (layer, (weights_TK, ids_TK)) in enumerate(zip(layers, tensors, strict=True)):
+    for i, (layer, own) in enumerate(zip(layers, on_device, strict=True)):
         with torch.cuda.stream(streams[i % 2]):
-            layer.reroute(weights_TK, ids_TK)
+            layer.reroute(own)
     torch.cuda.synchronize()
-    for step, layer, (weights_TK, ids_TK) in zip(steps, layers, tensors, strict=True):
-        assert_equal((weights_TK.cpu(), ids_TK.cpu(), layer.counters.cpu()), step.by_torch(), step)
+    for step, layer, own in zip(steps, layers, on_device, strict=True):
+        assert_equal((own.weights_TK.cpu(), own.ids_TK.cpu(), layer.counters.cpu()), step.by_torch(), step)
     return len(steps) // 2
 
 
-def capture(calls: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+def capture(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
@@ -146,20 +167,21 @@ class Calls:
         similarity = torch.rand(LAYERS, experts, experts, device="cuda", generator=random)
         coefficient = 2 * torch.rand(experts, experts, device="cuda", generator=random)
         size, domain = torch.rand(experts, device="cuda", generator=random), torch.arange(experts) * DOMAINS // experts
-        projection = {"coefficient_EE": coefficient, "size_E": size}
-        places = {"domain_E": domain, "rank_E": domain, "num_ranks": DOMAINS}
-
-        def policy(select_top_k: int, price: float = 0.0) -> Policy:
-            made = Policy("cuda")
-            made.set(select_top_k=select_top_k, traffic_price=price)
-            return made
+        papers = [LayerTables(similarity_EE) for similarity_EE in similarity]
+        projection = [LayerTables(similarity_EE, coefficient, size) for similarity_EE in similarity]
+        places = ExpertPlaces(domain, DOMAINS, domain)
 
         def of_layers(
-            policy: Policy, unite: Callable[[torch.Tensor], None] | None = None, **tables: Any
+            tables: list[LayerTables],
+            settings: Settings,
+            places: ExpertPlaces | None = None,
+            all_reduce: Callable[[torch.Tensor], None] | None = None,
         ) -> list[Callable[[], None]]:
-            layers = [Layer(similarity_EE, policy, **tables) for similarity_EE in similarity]
+            in_force = DeviceSettings("cuda")
+            in_force.set(settings)
+            layers = [LayerKernel(each, in_force, places) for each in tables]
             # Neighbouring calls: different layers.
-            return [lambda i=i: layers[i % LAYERS].reroute(weights[i], ids[i], unite=unite) for i in range(count)]
+            return [lambda i=i: layers[i % LAYERS].reroute(Step(weights[i], ids[i]), all_reduce) for i in range(count)]
 
         device = weights.device
         primary = torch.zeros(count, experts, dtype=torch.int32, device=device)
@@ -177,11 +199,11 @@ class Calls:
 
         self.of = {
             "empty": [lambda: launch_kernel(others["empty"], device, 1, 32, [])] * count,
-            "re-routing": of_layers(policy(SELECT_TOP_K)),
-            "off": of_layers(policy(top_k)),
-            "united": of_layers(policy(SELECT_TOP_K), unite=lambda _: None),
-            "projection": of_layers(policy(SELECT_TOP_K), **projection),
-            "priced": of_layers(policy(SELECT_TOP_K, PRICE), **projection, **places),
+            "re-routing": of_layers(papers, Settings(SELECT_TOP_K)),
+            "off": of_layers(papers, Settings(top_k)),
+            "united": of_layers(papers, Settings(SELECT_TOP_K), all_reduce=lambda _: None),
+            "projection": of_layers(projection, Settings(SELECT_TOP_K)),
+            "priced": of_layers(projection, Settings(SELECT_TOP_K, traffic_price=PRICE), places),
             "three launches": [lambda i=i: three_launches(i) for i in range(count)],
             "torch softmax, top-k": [lambda i=i: logits[i].softmax(-1).topk(top_k) for i in range(count)],
         }
@@ -260,10 +282,10 @@ def dry_run() -> dict[str, Any]:
 
 
 def main(
-    part: Annotated[Part, typer.Option(help="What to do.")] = "all",
-    steps: Annotated[int, typer.Option(help="Random steps to check.")] = 2000,
-    rounds: Annotated[int, typer.Option(help="Timed replays of each graph.")] = 20,
-    is_dry_run: Annotated[bool, typer.Option("--dry-run", help="Compile and list, without a GPU.")] = False,
+    part: Annotated[Part, typer.Option(help="Part of the benchmark to run.")] = "all",
+    steps: Annotated[int, typer.Option(help="Number of random steps to check.")] = 2000,
+    rounds: Annotated[int, typer.Option(help="Number of timed replays of each graph.")] = 20,
+    is_dry_run: Annotated[bool, typer.Option("--dry-run", help="Compile and list only, which needs no GPU.")] = False,
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "benchmarks" / "results" / "kernel.json",
 ) -> None:
     if is_dry_run:

@@ -1,4 +1,4 @@
-"""Calibrate a Mixture-of-Experts model on a Ray cluster: one Ray task a MoE layer, one artifact at the end.
+"""Calibrate a Mixture-of-Experts model on a Ray cluster: one Ray task per MoE layer, and one artifact at the end.
 
     ray job submit --runtime-env calibration_jobs/runtime_env.yaml -- \\
         python -m calibration_jobs.calibrate --model Qwen/Qwen3-30B-A3B --output /data/qwen3-sere
@@ -12,26 +12,29 @@ the states that it leaves in the object store feed the next layer's forward task
 """
 
 import hashlib
-import importlib.metadata
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ray
 import typer
 from pydantic import Field, model_validator
 from ray.exceptions import OutOfMemoryError, RayError, RaySystemError, RayTaskError
-from rich.console import Console
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from calibration_jobs.finished_layers import FinishedLayers
-from calibration_jobs.job import JobConfig, Workers, command, refuse_lost_output
-from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, SCHEMA_VERSION, Artifact, ArtifactConfig, check_output
+from calibration_jobs.job import JobConfig, refuse_lost_output
+from calibration_jobs.options import make_command
+from calibration_jobs.resume import Fingerprint
+from calibration_jobs.tables import plan_table
+from calibration_jobs.workers import Workers
+from sere_dist import console
+from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact, check_output
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import (
-    WITHOUT_DATA,
     ExpertInputs,
     LayerResult,
     Texts,
@@ -41,8 +44,9 @@ from sere_dist.calibration.layers import (
 )
 from sere_dist.calibration.plan import Plan
 from sere_dist.method.cka import Kernel
-from sere_dist.method.similarity import Method
+from sere_dist.method.similarity import METHODS, MethodName
 from sere_dist.moe import MoeShape
+from sere_dist.provenance import versions
 
 RETRIES = 5  # of a task whose worker or node died
 
@@ -50,23 +54,23 @@ RETRIES = 5  # of a task whose worker or node died
 class CalibrationConfig(JobConfig):
     """Settings of a calibration. Unknown keys are refused."""
 
-    output: Path = Field(description="Folder of the artifact.")
-    overwrite: bool = Field(default=False, description="Replace an artifact at --output.")
-    restart: bool = Field(default=False, description="Throw away the finished layers of a stopped job.")
-    dry_run: bool = Field(default=False, description="Print what it would take, and stop.")
+    output: Path = Field(description="Folder to write the artifact to.")
+    overwrite: bool = Field(default=False, description="Replace the artifact that is already at --output.")
+    restart: bool = Field(default=False, description="Discard the layers that a stopped job has finished.")
+    dry_run: bool = Field(default=False, description="Print the plan and what it takes, and stop.")
 
-    method: Method = Field(default="frobenius", description="How similarity is measured.")
-    kernel: Kernel = Field(default="linear", description="Of method cka.")
+    method: MethodName = Field(default="frobenius", description="Measure of the similarity of experts.")
+    kernel: Kernel = Field(default="linear", description="Kernel of `--method cka`.")
 
-    num_samples: int = Field(default=400, ge=1, description="Texts to use.")
-    max_length: int = Field(default=128, ge=2, description="Tokens that a text is cut to.")
-    min_length: int | None = Field(default=None, ge=1, description="Shorter texts are left out (default: max-length).")
-    max_tokens: int | None = Field(default=None, ge=1, description="Tokens of all texts together.")
-    seed: int | None = Field(default=None, ge=0, description="Shuffle the texts; draw method random.")
+    num_samples: int = Field(default=400, ge=1, description="Number of texts to use.")
+    max_length: int = Field(default=128, ge=2, description="Tokens that each text is cut to.")
+    min_length: int | None = Field(default=None, ge=1, description="Fewest tokens of a text; --max-length by default.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Most tokens to use of all texts together.")
+    seed: int | None = Field(default=None, ge=0, description="Seed of the texts' order and of `--method random`.")
     min_tokens_per_expert: int = Field(
-        default=MIN_TOKENS_PER_EXPERT, ge=0, description="Warn of experts that got fewer."
+        default=MIN_TOKENS_PER_EXPERT, ge=0, description="Warn of experts that were routed fewer tokens."
     )
-    block_tokens: int | None = Field(default=None, ge=1, description="Tokens a scoring task takes at a time.")
+    block_tokens: int | None = Field(default=None, ge=1, description="Tokens that a scoring task takes at a time.")
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> "CalibrationConfig":
@@ -88,7 +92,8 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     check_output(config.output, config.overwrite)
     checkpoint = Checkpoint(config.model, config.revision)
     MoeShape.from_config(checkpoint.config)  # before any text is read
-    texts = [] if config.dry_run or config.method in WITHOUT_DATA else tokenise_texts(config, checkpoint)
+    method = METHODS[config.method]
+    texts = tokenise_texts(config, checkpoint) if method.needs_data and not config.dry_run else []
     num_tokens = sum(map(len, texts)) or config.num_samples * config.max_length
     workers = Workers.of_cluster(config, may_start=not config.dry_run)
     plan = Plan.of(
@@ -100,7 +105,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
         workers.device,
         config.block_tokens,
     )
-    Console(width=None if sys.stdout.isatty() else 120).print(plan.table(str(workers)))
+    console.tables().print(plan_table(plan, str(workers)))
     if config.dry_run:
         return None
 
@@ -116,8 +121,6 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
             bar.update()
             report_layer(result, len(results), plan, config.min_tokens_per_expert, quiet=not bar.disable)
 
-    ordered = [results[layer] for layer in sorted(results)]
-    is_projection = config.method == "projection"
     artifact = Artifact(
         ArtifactConfig(
             schema_version=SCHEMA_VERSION,
@@ -126,17 +129,12 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
             **vars(plan.shape),
             layer_names=plan.layer_names,
             method=config.method,
-            kernel=config.kernel if config.method == "cka" else None,
+            kernel=config.kernel if method.has_kernel else None,
             dataset=config.dataset if texts else None,
             num_tokens=sum(map(len, texts)),
-            versions={name: importlib.metadata.version(name) for name in ("sere-dist", "torch", "transformers", "ray")},
+            versions=versions("sere-dist", "torch", "transformers", "ray"),
         ),
-        similarity={result.statistics.layer: result.similarity_EE for result in ordered},
-        coefficient={result.statistics.layer: result.coefficient_EE for result in ordered if is_projection},
-        size={result.statistics.layer: result.size_E for result in ordered if is_projection},
-        tokens_per_expert={result.statistics.layer: result.tokens_E.tolist() for result in ordered if texts},
-        coactivation={result.statistics.layer: result.coactivation_EE for result in ordered if texts},
-        layers=[result.statistics for result in ordered],
+        layers={layer: results[layer] for layer in sorted(results)},
         settings=config.model_dump(mode="json", exclude={"overwrite", "restart", "dry_run"}),
     )
     artifact.save(config.output, overwrite=config.overwrite)
@@ -146,23 +144,30 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
 
 def tokenise_texts(config: CalibrationConfig, checkpoint: Checkpoint) -> list[list[int]]:
     """Returns the token ids of the texts to calibrate on."""
-    lengths = {"min_length": config.min_length, "max_tokens": config.max_tokens}
-    kept = config.token_ids(checkpoint, config.seed, config.num_samples, config.max_length, **lengths)
+    kept = config.read_token_ids(
+        checkpoint,
+        config.seed,
+        config.num_samples,
+        config.max_length,
+        min_length=config.min_length,
+        max_tokens=config.max_tokens,
+    )
     if len(kept) < config.num_samples:
         print(f"{len(kept)} texts are used of the {config.num_samples} wanted: there are no more that fit", flush=True)
     return kept
 
 
-def fingerprint(config: CalibrationConfig, checkpoint: Checkpoint, texts: list[list[int]]) -> dict[str, Any]:
+def fingerprint(config: CalibrationConfig, checkpoint: Checkpoint, texts: list[list[int]]) -> Fingerprint:
     """Returns everything that the matrices depend on, by the name that a user knows it by."""
+    method = METHODS[config.method]
     return {
         "model": config.model,
-        "weights": checkpoint.fingerprint if config.method != "random" else None,
+        "weights": checkpoint.fingerprint if method.needs_weights else None,
         "method": config.method,
-        "kernel": config.kernel if config.method == "cka" else None,
-        "seed": config.seed if config.method == "random" else None,
+        "kernel": config.kernel if method.has_kernel else None,
+        "seed": None if method.needs_weights else config.seed,
         "texts": hashlib.sha256(repr(texts).encode()).hexdigest(),
-        "versions": {name: importlib.metadata.version(name) for name in ("sere-dist", "torch", "transformers")},
+        "versions": versions("sere-dist", "torch", "transformers"),
     }
 
 
@@ -217,10 +222,11 @@ def score_layers(
         yield result
 
     hidden: list[ray.ObjectRef] = []
-    if plan.needs_data:
+    if plan.method.needs_data:
         wanted = set(remaining)
         for layer in range(max(remaining, default=-1) + 1):
-            left = forward.remote(*where, layer, texts, workers.device, *hidden)
+            # A list, since the task has several results.
+            left = cast(list[ray.ObjectRef], forward.remote(*where, layer, texts, workers.device, *hidden))
             hidden, inputs = left[0::2], left[1::2]
             if layer in wanted:
                 inputs_of[layer] = inputs
@@ -253,7 +259,7 @@ def score_task(
     model: str,
     revision: str | None,
     layer: int,
-    method: Method,
+    method: MethodName,
     kernel: Kernel,
     seed: int,
     block_tokens: int | None,
@@ -274,7 +280,7 @@ def report_layer(result: LayerResult, done: int, plan: Plan, min_tokens: int, qu
             f"mean, {row.similarity_min:.3f} to {row.similarity_max:.3f}"
         )
         if result.tokens_E is not None:
-            line += f"; tokens an expert {row.tokens_per_expert_min} fewest, {row.tokens_per_expert_median:g} median"
+            line += f"; tokens per expert: {row.tokens_per_expert_min} fewest, {row.tokens_per_expert_median:g} median"
         lines.append(line)
     if result.halved:
         lines.append(f"layer {row.layer}: memory ran out; went on with {result.block_tokens} tokens at a time")
@@ -291,12 +297,12 @@ def report_layer(result: LayerResult, done: int, plan: Plan, min_tokens: int, qu
 
 
 def run(config: CalibrationConfig) -> None:
-    """Calibrate a Mixture-of-Experts model on a Ray cluster: one Ray task a MoE layer, one artifact at the end."""
+    """Calibrate a Mixture-of-Experts model on a Ray cluster, one task per MoE layer, and write the artifact."""
     if artifact := calibrate(config):
-        print(f"wrote {artifact.settings['output']}: similarity of {len(artifact.similarity)} layers", flush=True)
+        print(f"wrote {artifact.settings['output']}: similarity of {len(artifact.layers)} layers", flush=True)
 
 
-main = command(CalibrationConfig, run)
+main = make_command(CalibrationConfig, run)
 
 if __name__ == "__main__":
     typer.run(main)

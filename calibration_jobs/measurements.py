@@ -1,11 +1,11 @@
 """What a tuning has measured, a line each, so that the same command goes on where it was stopped."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from calibration_jobs.job import changed_keys
+from calibration_jobs.resume import Fingerprint, check_same_job
+from sere_dist.files import written_whole
 
 
 class Measurements:
@@ -14,30 +14,27 @@ class Measurements:
     It stays when the tuning is done: another budget is then answered without measuring anything twice.
     """
 
-    def __init__(self, artifact: Path, job: dict[str, Any], restart: bool):
-        """Opens the file, or makes it.
-
-        `job` is whatever decides the values, as JSON. With `restart` what is there, of whichever tuning, is thrown
-        away.
+    def __init__(self, artifact: Path, fingerprint: Fingerprint, restart: bool):
+        """Opens the file, or makes it. With `restart` the measurements of whichever tuning are thrown away.
 
         Raises:
             ValueError: the file holds the measurements of another tuning; the message says what differs.
         """
         self.path = artifact.resolve().with_name(f"{artifact.name}.tuning.jsonl")
         self.values: dict[str, Any] = {}
-        job = json.loads(json.dumps(job))
         lines = [] if restart or not self.path.exists() else self.path.read_text().splitlines()
         whole = [line for place, line in enumerate(lines) if self._is_whole(line, place, len(lines))]
         if whole:
-            if names := changed_keys(json.loads(whole[0]), job):
-                raise ValueError(
-                    f"{self.path} holds measurements of another tuning (other: {', '.join(names)}): give the options "
-                    "that those were made with, or throw them away with --restart"
-                )
+            check_same_job(
+                self.path,
+                kept=json.loads(whole[0]),
+                own=fingerprint,
+                what="measurements of another tuning",
+                instead="give the options that those were made with",
+            )
             self.values = dict(map(json.loads, whole[1:]))
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        aside.write_text("".join(f"{line}\n" for line in whole or [json.dumps(job)]))
-        aside.rename(self.path)
+        with written_whole(self.path) as file:
+            file.write_text("".join(f"{line}\n" for line in whole or [json.dumps(fingerprint)]))
 
     def add(self, key: str, value: Any) -> None:
         """Writes a value, and keeps what JSON makes of it."""

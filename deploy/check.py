@@ -61,7 +61,7 @@ def definitions(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def problems(manifest: dict[str, Any], schemas: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
-    """Returns what is wrong with a manifest, a line each."""
+    """Returns what is wrong with a manifest, one line per problem."""
     key = (str(manifest.get("apiVersion")), str(manifest.get("kind")))
     if key not in schemas:
         return [f"no definition of {' '.join(key)} is among: {', '.join(map(' '.join, sorted(schemas))) or 'none'}"]
@@ -69,7 +69,15 @@ def problems(manifest: dict[str, Any], schemas: dict[tuple[str, str], dict[str, 
     return sorted(f"{error.json_path.removeprefix('$.')}: {error.message}" for error in errors)
 
 
-def main(crds: Annotated[Path | None, typer.Argument(metavar="FOLDER")] = None) -> None:
+def main(
+    crds: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FOLDER", help="Folder of the operator's custom resource definitions.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Check the manifests of deploy/kubernetes against the operator's custom resource definitions."""
     if crds is None:
         raise SystemExit(
             "error: name the folder of the operator's custom resource definitions (make check-deploy CRDS=FOLDER): "

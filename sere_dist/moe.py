@@ -2,16 +2,17 @@
 
 transformers gives the routed experts of every family one interface: a module with `num_experts` that is called with
 `(hidden_states [N, H], top_k_index [N, K], top_k_weights [N, K])`. Everything here goes through it, so no model file is
-copied and no family is special. Shape suffixes: N tokens, H hidden size, K experts a token, E experts.
+copied and no family is special. Shape suffixes: N tokens, H hidden size, K experts per token, E experts.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 # Names that the families' configurations use. Most map to the first by transformers' attribute_map.
@@ -19,6 +20,20 @@ NUM_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 TOP_K_NAMES = ("num_experts_per_tok", "moe_topk", "top_k_experts")
 # Of the module beside the experts whose output, or the first of its outputs, is the router's logits [N, E].
 ROUTER_NAMES = ("gate", "router")
+
+
+class RoutedExperts(Protocol):
+    """transformers' interface of a layer's routed experts, which is a torch module."""
+
+    num_experts: int
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def register_forward_pre_hook(self, hook: Callable) -> RemovableHandle: ...
 
 
 @dataclass(frozen=True)
@@ -82,7 +97,7 @@ def by_layer(modules: Iterable[tuple[str, Any]]) -> dict[int, tuple[str, Any]]:
     return dict(sorted(found.items()))
 
 
-def routed_experts(model: PreTrainedModel) -> dict[int, tuple[str, torch.nn.Module]]:
+def routed_experts(model: PreTrainedModel) -> dict[int, tuple[str, RoutedExperts]]:
     """Returns the routed-experts module of each MoE layer, with its name, by decoder layer index.
 
     Raises:
@@ -104,15 +119,17 @@ def routed_experts(model: PreTrainedModel) -> dict[int, tuple[str, torch.nn.Modu
 def decoder_layers(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
     """Returns the list of decoder layers, dense ones included, and its name."""
     name = next(iter(routed_experts(model).values()))[0]
-    stack = re.match(r"(.*?\.layers)\.\d+\.", name)[1]
-    return stack, model.get_submodule(stack)
+    stack = name.partition(".layers.")[0] + ".layers"
+    layers = model.get_submodule(stack)
+    assert isinstance(layers, torch.nn.ModuleList)
+    return stack, layers
 
 
 Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden_states_NH, top_k_index_NK, top_k_weights_NK
 
 
 @contextmanager
-def hooked_experts(model: PreTrainedModel, hook: Callable[[int, Routing], Routing | None]) -> Iterator[None]:
+def hooked_experts(model: PreTrainedModel, hook: Callable[[int, Routing], Routing | None]) -> Generator[None]:
     """Calls `hook(layer, (hidden_states, top_k_index, top_k_weights))` before each MoE layer's experts run.
 
     What the hook returns, if anything, replaces the three.
@@ -130,7 +147,7 @@ def hooked_experts(model: PreTrainedModel, hook: Callable[[int, Routing], Routin
 @contextmanager
 def hooked_routing(
     model: PreTrainedModel, hook: Callable[[int, Routing, torch.Tensor | None], Routing | None]
-) -> Iterator[None]:
+) -> Generator[None]:
     """Like `hooked_experts`, for a hook that also gets what `router_scores` says of the layer's router.
 
     That is None, too, where no router is found beside the experts.
@@ -173,9 +190,7 @@ def router_scores(
 
 
 @torch.no_grad()
-def expert_outputs(
-    experts: torch.nn.Module, hidden_states_NH: torch.Tensor, which: range | None = None
-) -> torch.Tensor:
+def expert_outputs(experts: RoutedExperts, hidden_states_NH: torch.Tensor, which: range | None = None) -> torch.Tensor:
     """Returns [E, N, H]: the output of every expert of one layer, or of those in `which`, on every token."""
     which = range(experts.num_experts) if which is None else which
     weights_N1 = hidden_states_NH.new_ones(len(hidden_states_NH), 1)

@@ -8,7 +8,7 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
 import ray
@@ -25,7 +25,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sere_dist.admin import SETTINGS_PATH
-from sere_dist.config import ADMIN_TOKEN, API_KEY, CHANGEABLE, ReroutingConfig, environment_secrets
+from sere_dist.config import CHANGEABLE, ReroutingConfig
+from sere_dist.environment import ADMIN_TOKEN, API_KEY, environment_secrets
 from serve_apps.server import EngineDied, EngineIsGone
 
 try:
@@ -138,13 +139,17 @@ class SereIngress(OpenAiIngress):
         self.keeper = keeper
         self.admin_tokens = environment_secrets(ADMIN_TOKEN)
 
-    async def _get_response(self, **request: Any) -> AsyncIterator[Any]:
+    async def _get_response(
+        self, *, body: Any, call_method: str, raw_request: Request | None = None
+    ) -> AsyncGenerator[Any]:
         """Sends a request that no engine has seen to another replica. Not one that an engine has: it may be what killed
         it, and would kill the others."""
         begun = False
         while True:
             try:
-                async for response in super()._get_response(**request):
+                async for response in super()._get_response(
+                    body=body, call_method=call_method, raw_request=raw_request
+                ):
                     yield response
                     begun = True
                 return
@@ -159,7 +164,10 @@ class SereIngress(OpenAiIngress):
 
     async def get_settings(self, request: Request) -> JSONResponse:
         """The settings in force, and the replicas that run them."""
-        return self._refused(request) or JSONResponse(await self.keeper.state.remote())
+        if refused := self._refused(request):
+            return refused
+        assert self.keeper is not None  # without, it is refused
+        return JSONResponse(await self.keeper.state.remote())
 
     async def change_settings(self, request: Request) -> JSONResponse:
         """Changes settings on every replica, from the next step on.
@@ -174,6 +182,7 @@ class SereIngress(OpenAiIngress):
             return error_response(400, "The body is not JSON.")
         if not isinstance(changes, dict):
             return error_response(400, f"The body must be an object with some of: {', '.join(CHANGEABLE)}.")
+        assert self.keeper is not None  # without, it is refused
         state = await self.keeper.change.remote(changes)
         if "error" in state:
             return error_response(400, state["error"])
@@ -196,12 +205,18 @@ def _settings_schema() -> dict[str, Any]:
     return {"requestBody": {"content": {"application/json": {"schema": schema | {"additionalProperties": False}}}}}
 
 
-def _errors(*statuses: int) -> dict[int, dict[str, str]]:
-    meanings = {202: "Some replicas are pending", 400: "Bad request", 401: "Bad token", 403: "Closed", 404: "None"}
+def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    meanings = {
+        202: "Some replicas have not confirmed the change yet.",
+        400: "A setting is unknown or out of range.",
+        401: "The admin token is missing or wrong.",
+        403: "The server has no admin token.",
+        404: "The model is served without re-routing.",
+    }
     return {status: {"description": meanings[status]} for status in statuses}
 
 
-ENDPOINTS = {
+ENDPOINTS: dict[str, Callable[[FastAPI], Callable]] = {
     **DEFAULT_ENDPOINTS,
     "get_settings": lambda app: app.get(SETTINGS_PATH, responses=_errors(401, 403, 404)),
     "change_settings": lambda app: app.patch(
@@ -222,12 +237,12 @@ def build_ingress(
     As `ray.serve.llm.build_openai_app`, which takes another class for its ingress but no other route.
     """
     app: FastAPI = init()
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(RequestValidationError, invalid_request)
+    app.exception_handler(HTTPException)(http_error)
+    app.exception_handler(RequestValidationError)(invalid_request)
     app.add_middleware(Guard)
     ingress = make_fastapi_ingress(SereIngress, endpoint_map=ENDPOINTS, app=app)
     options = maybe_apply_llm_deployment_config_defaults(SereIngress.get_deployment_options([llm_config]), options)
-    return serve.deployment(ingress, **options).bind(
+    return serve.deployment(**options)(ingress).bind(
         llm_deployments={llm_config.model_id: servers},
         model_cards={llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config)},
         keeper=keeper,

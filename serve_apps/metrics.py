@@ -4,29 +4,22 @@ from typing import Any
 
 from ray.serve.metrics import Counter, Gauge
 
-from sere_dist.config import RECOMMENDED
-from sere_dist.method.rerouting import COUNTERS
+from sere_dist.config import RECOMMENDED, ReroutingConfig
+from sere_dist.method.counters import COUNTERS
 
 DESCRIPTIONS = {
-    "steps": "Steps of a layer, summed over layers, in which a row could be re-routed.",
-    "rows": "Rows of those steps that could be.",
-    "rerouted_slots": "Slots that went to another expert.",
-    "critical_slots": "Slots that stayed because no active expert was similar enough.",
-    "dropped_slots": "Slots that no expert computes any more.",
-    "active_experts": "Experts that a step of a layer runs; over sere_steps: their mean.",
-    "largest_rank": "Of those, the ones on the rank that has most.",
-    "domains": "Ranks (or nodes) that a token's experts are on.",
-    "remote_domains": "Those of them that are not the token's own.",
-    "remote_slots": "Slots whose expert is not in the token's own domain.",
+    "steps": "Steps in which a row could be re-routed, summed over layers.",
+    "rows": "Rows of those steps that could be re-routed.",
+    "rerouted_slots": "Slots that were sent to another expert.",
+    "critical_slots": "Slots that kept their expert because no active expert was similar enough.",
+    "dropped_slots": "Slots that were dropped, so that no expert computes them.",
+    "active_experts": "Experts that the layers run, summed over their steps. Divided by sere_steps, it is the mean.",
+    "largest_rank": "Experts that the rank with most of them runs, summed over the steps.",
+    "domains": "Domains (ranks or nodes) that hold a token's experts, summed over the tokens.",
+    "remote_domains": "Domains of a token's experts other than its own, summed over the tokens.",
+    "remote_slots": "Slots whose expert is in another domain than the token.",
 }
-SETTINGS = {
-    "enabled": "Whether re-routing is on.",
-    "select_top_k": "S: experts that every token keeps.",
-    "threshold": "rho: an expert with no active substitute this similar stays.",
-    "expert_price": "The error that one expert less to run is worth.",
-    "traffic_price": "The error that one domain less to visit is worth.",
-    "min_rows": "Steps in which fewer rows could be re-routed are left alone.",
-}
+SETTINGS = ("enabled", "select_top_k", "threshold", "expert_price", "traffic_price", "min_rows")
 
 
 class ReroutingMetrics:
@@ -44,12 +37,16 @@ class ReroutingMetrics:
         for name, description in DESCRIPTIONS.items():
             is_pair = f"{name}_before" in COUNTERS
             labels = ("model", "rank", "when") if is_pair else ("model", "rank")
-            counter = Counter(f"sere_{name}", description, labels)
+            # Ray Serve's annotation of labels is a tuple of one.
+            counter = Counter(f"sere_{name}", description, labels)  # ty: ignore[invalid-argument-type]
             self.counters |= {f"{name}_{when}": (counter, {"when": when}) for when in ("before", "after") if is_pair}
             self.counters |= {} if is_pair else {name: (counter, {})}
-        self.settings = {name: Gauge(f"sere_{name}", description, ("model",)) for name, description in SETTINGS.items()}
+        fields = ReroutingConfig.model_fields
+        self.settings = {name: Gauge(f"sere_{name}", fields[name].description or "", ("model",)) for name in SETTINGS}
         self.info = Gauge(
-            "sere_info", "1; the artifact and policy are its labels.", ("model", "artifact", "method", "policy")
+            "sere_info",
+            "Always 1. Its labels name the artifact and the policy.",
+            ("model", "artifact", "method", "policy"),  # ty: ignore[invalid-argument-type]  # as above
         )
 
     def update(self, workers: list[dict[str, Any]], settings: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.llm import LLMConfig, build_dp_deployment, build_llm_deployment
 
 from sere_dist.artifact.reference import load_artifact_of
-from sere_dist.config import ADMIN_TOKEN, API_KEY, PLUGIN, ReroutingConfig, plugin_is_disabled
+from sere_dist.config import ReroutingConfig
+from sere_dist.environment import ADMIN_TOKEN, API_KEY, PLUGIN, plugin_is_disabled
 from serve_apps.ingress import build_ingress
 from serve_apps.server import PlainDPServer, PlainServer, SereDPServer, SereServer
 from serve_apps.settings import KEEPER, SettingsKeeper
@@ -41,28 +42,32 @@ class AppConfig(BaseModel):
     # Errors don't quote the input: somebody may have put a secret there.
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
-    model: str = Field(min_length=1, description="Checkpoint folder or Hugging Face model id.")
+    model: str = Field(min_length=1, description="Checkpoint folder or Hugging Face id of the model.")
     model_id: str | None = Field(
-        default=None, min_length=1, description="The name that clients use; default: the model's own."
+        default=None, min_length=1, description="Name of the model for clients; the model's own by default."
     )
-    rerouting: ReroutingConfig | None = Field(default=None, description="None serves the model as it is.")
-    accelerator_type: str | None = Field(default=None, description="Ray's name of the GPU; None: CPU replicas.")
-    tensor_parallel_size: int = Field(default=1, ge=1, description="Workers of a replica that share each layer.")
-    data_parallel_size: int = Field(default=1, ge=1, description="Replicas that share the experts, as one group.")
-    expert_parallel: bool = Field(default=False, description="Whole experts on each of those, not slices of all.")
+    rerouting: ReroutingConfig | None = Field(default=None, description="Settings of re-routing; none by default.")
+    accelerator_type: str | None = Field(default=None, description="Ray's name of the GPU, such as H100; CPUs if none.")
+    tensor_parallel_size: int = Field(
+        default=1, ge=1, description="Number of workers that share each layer of a replica."
+    )
+    data_parallel_size: int = Field(default=1, ge=1, description="Number of replicas that share the experts.")
+    expert_parallel: bool = Field(default=False, description="Whether workers hold whole experts, not slices.")
     num_replicas: int | None = Field(
-        default=None, ge=1, description="Of the model; with data parallelism: groups. None: 1, or autoscaling."
+        default=None, ge=1, description="Number of replicas, or of data-parallel groups; 1 by default."
     )
-    autoscaling: AutoscalingConfig | None = Field(default=None, description="Ray Serve's, instead of num_replicas.")
-    engine: dict[str, Any] = Field(default_factory=dict, description="vLLM's other engine arguments.")
-    deployment: dict[str, Any] = Field(default_factory=dict, description="Ray Serve's other deployment options.")
-    ingress: dict[str, Any] = Field(default_factory=dict, description="Those of the HTTP ingress.")
+    autoscaling: AutoscalingConfig | None = Field(
+        default=None, description="Autoscaling of Ray Serve, instead of num_replicas."
+    )
+    engine: dict[str, Any] = Field(default_factory=dict, description="Further engine arguments of vLLM.")
+    deployment: dict[str, Any] = Field(default_factory=dict, description="Further deployment options of the replicas.")
+    ingress: dict[str, Any] = Field(default_factory=dict, description="Deployment options of the HTTP ingress.")
     environment: dict[str, str] = Field(default_factory=dict, description="Environment variables of the replicas.")
     stream_batching_interval_ms: float = Field(
-        default=0, ge=0, allow_inf_nan=False, description="Gather streamed tokens this long before sending them."
+        default=0, ge=0, allow_inf_nan=False, description="Milliseconds for which streamed tokens are gathered."
     )
     require_api_key: bool = Field(
-        default=False, description=f"Don't start without a key, {API_KEY} or {API_KEY}_FILE of the ingress's nodes."
+        default=False, description=f"Whether the ingress refuses to start without {API_KEY} or {API_KEY}_FILE."
     )
 
     @model_validator(mode="after")
@@ -119,7 +124,7 @@ def llm_config(config: AppConfig) -> LLMConfig:
         deployment["autoscaling_config"] = config.autoscaling.model_dump(exclude_unset=True)
     else:
         deployment["num_replicas"] = config.num_replicas or 1
-    placement = {}
+    placement: dict[str, Any] = {}
     if config.accelerator_type is None:
         workers = config.tensor_parallel_size * engine.get("pipeline_parallel_size", 1)
         placement = {"placement_group_config": {"bundles": [{"CPU": 1}] * workers}}
@@ -147,11 +152,12 @@ def build_app(args: dict[str, Any]) -> Application:
         ValueError: an argument is unknown or out of range, or the artifact is not for the model.
     """
     config = AppConfig.model_validate(args)
-    is_alone = config.data_parallel_size == 1
-    build = build_llm_deployment if is_alone else build_dp_deployment
     if config.rerouting is None:
         translated = llm_config(config)
-        servers = build(translated, name_prefix=NAME_PREFIX, deployment_cls=PlainServer if is_alone else PlainDPServer)
+        if config.data_parallel_size == 1:
+            servers = build_llm_deployment(translated, name_prefix=NAME_PREFIX, deployment_cls=PlainServer)
+        else:
+            servers = build_dp_deployment(translated, name_prefix=NAME_PREFIX, deployment_cls=PlainDPServer)
         return build_ingress(translated, servers, config.ingress, require_api_key=config.require_api_key)
 
     check_plugin_loads(config)
@@ -160,16 +166,20 @@ def build_app(args: dict[str, Any]) -> Application:
     artifact.settings_by_layer(config.rerouting)
     translated = llm_config(config)
     settings = translated.engine_kwargs["additional_config"]["sere"]
-    keeper = serve.deployment(
-        SettingsKeeper, name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
-    ).bind(settings, artifact.config.num_experts_per_token)
-    servers = build(
-        translated,
-        name_prefix=NAME_PREFIX,
-        deployment_cls=SereServer if is_alone else SereDPServer,
-        bind_kwargs={
-            "keeper": keeper,
-            "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
-        },
+    deployed = serve.deployment(
+        name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
     )
+    keeper = deployed(SettingsKeeper).bind(settings, artifact.config.num_experts_per_token)
+    arguments = {
+        "keeper": keeper,
+        "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
+    }
+    if config.data_parallel_size == 1:
+        servers = build_llm_deployment(
+            translated, name_prefix=NAME_PREFIX, deployment_cls=SereServer, bind_kwargs=arguments
+        )
+    else:
+        servers = build_dp_deployment(
+            translated, name_prefix=NAME_PREFIX, deployment_cls=SereDPServer, bind_kwargs=arguments
+        )
     return build_ingress(translated, servers, config.ingress, keeper, config.require_api_key)

@@ -5,7 +5,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -22,6 +22,12 @@ LAST_WORDS_SECONDS = 1.0  # for errors on their way to clients
 
 logger = logging.getLogger("ray.serve")
 
+# What the two mixins below go before. Each of Ray Serve LLM's servers is an LLMServer.
+if TYPE_CHECKING:
+    Server = LLMServer
+else:
+    Server = object
+
 
 class EngineIsGone(Exception):
     """A request came to a replica whose engine had died; no engine has seen it."""
@@ -31,7 +37,7 @@ class EngineDied(Exception):
     """The engine died while it worked on a request."""
 
 
-class EndsWithEngine:
+class EndsWithEngine(Server):
     """Goes before a class of Ray Serve LLM's servers: a replica ends soon after its engine.
 
     Ray Serve's health checks would notice after half a minute. Until then such a replica refuses every request at once,
@@ -77,7 +83,7 @@ class EndsWithEngine:
             raise EngineDied from error
 
 
-class Rerouting:
+class Rerouting(Server):
     """Goes before a class of Ray Serve LLM's servers.
 
     `keeper` is the application's `SettingsKeeper`, `artifact` what the metrics say of it.

@@ -1,6 +1,6 @@
 """Data-parallel attention with expert parallelism: bytes and time in real vLLM, and whose primary set should count.
 
-    python -m studies.data_parallel --artifact build/tiny-moe-projection      # about 10 minutes on 2 cores
+    python -m studies.data_parallel   # 10 minutes on 2 cores; calibrates into build/studies if nothing is there
 
 Two vLLM engines on this machine hold half of the example model's experts each, and share out held-out texts. Their
 tokens go to where their experts are (`cpu_dispatch: all_to_all`, over gloo), so the bytes that re-routing saves are
@@ -8,14 +8,15 @@ really not sent. Each engine decodes the same texts under every policy in turns;
 rank's own, or the group's, are started in turns too. Prints a table and one JSON line last; writes
 `studies/results/data-parallel.json`.
 
-What a primary set of each rank costs, beside one of the group, is also measured in lockstep on held-out text (see
-sere_dist.evaluation.lockstep), for more ranks: KL from the model as it is, the experts that all ranks run in a step
+What a primary set of each rank costs, beside one of the group, is also measured in lockstep, for more ranks, by the
+protocol of `sere_dist.evaluation.protocol`: KL divergence from the baseline, the experts that all ranks run in a step
 together, and those on the rank that runs most.
 
 Times on CPU cores that both engines share say what the policies and the shared primary set cost here; they say nothing
 about GPUs and networks.
 """
 
+import itertools
 import json
 import statistics
 import sys
@@ -27,23 +28,26 @@ import torch
 import typer
 from rich.progress import track
 from rich.table import Table
+from transformers import AutoTokenizer
 
 from benchmarks.common import ranged, spread
-from examples.tiny_moe.data import FOLDER as TINY_MOE
-from examples.tiny_moe.data import example_texts
+from examples.tiny_moe.data import HELDOUT, MODEL
 from sere_dist.artifact.folder import Artifact
 from sere_dist.console import progress, tables
-from sere_dist.evaluation.errors import with_error
-from sere_dist.evaluation.lockstep import decode_logits, lockstep
+from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, lockstep, unchanged
+from sere_dist.evaluation.outcome import outcome_of
+from sere_dist.evaluation.protocol import BATCH, PROMPT, decoded, held_out_texts
 from sere_dist.evaluation.rerouters import of_each_rank, paper_rerouter, projection_rerouter
 from sere_dist.evaluation.traffic import Layout, recorded, traffic
 from sere_dist.method.placement import linear_ranks
+from sere_dist.method.records import Settings
 from sere_dist.moe import load_model
 from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.testing.processes import data_parallel_ranks, run_together
-from studies.common import ROOT
+from studies.artifacts import ARTIFACTS, calibrated
+from studies.common import RESULTS
 
-RANKS, PROMPT, NEW = 2, 32, 48
+RANKS, NEW = 2, 48
 PRICES = (0.0, 0.01, 0.02, 0.05)
 LOCKSTEP_RANKS = (2, 4, 8)
 OFF, PAPERS = "off", "paper's"
@@ -61,9 +65,9 @@ def rank(work: dict[str, Any]) -> None:
     """One data-parallel rank: prints, for each round and turn, seconds a step and what the counters say."""
     from vllm import LLM, SamplingParams
 
-    prompts = example_texts("heldout.parquet", PROMPT, work["batch"]).tolist()[work["rank"] :: RANKS]
+    prompts = work["prompts"][work["rank"] :: RANKS]
     llm = LLM(
-        str(TINY_MOE / "model"),
+        str(MODEL),
         enforce_eager=True,
         enable_expert_parallel=True,
         enable_prefix_caching=False,
@@ -96,9 +100,9 @@ def rank(work: dict[str, Any]) -> None:
                 )
 
 
-def run(sere: dict[str, Any], batch: int, rounds: int) -> list[list[dict[str, Any]]]:
+def run(sere: dict[str, Any], prompts: list[list[int]], rounds: int) -> list[list[dict[str, Any]]]:
     """Starts all ranks; returns what each measured, in order."""
-    works = [{"rank": index, "sere": sere, "batch": batch, "rounds": rounds} for index in range(RANKS)]
+    works = [{"rank": index, "sere": sere, "prompts": prompts, "rounds": rounds} for index in range(RANKS)]
     commands = [[sys.executable, "-m", "studies.data_parallel", "--work", json.dumps(work)] for work in works]
     common = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     environments = [{**common, **each} for each in data_parallel_ranks(RANKS)]
@@ -108,48 +112,31 @@ def run(sere: dict[str, Any], batch: int, rounds: int) -> list[list[dict[str, An
     ]
 
 
-def scopes(artifact: Artifact, select_top_k: int, batches: list[int], texts: int) -> list[dict[str, Any]]:
+def scopes(artifacts: dict[str, Artifact], texts: HeldOut, select_top_k: int, batch: int) -> list[dict[str, Any]]:
     """Measures in lockstep what the scope of the primary set does to quality and to the experts that run."""
-    model = load_model(str(TINY_MOE / "model"), "cpu")
-    ids_BL = example_texts("heldout.parquet", 128, texts)
-    experts = artifact.config.num_experts
+    ours = artifacts["projection"]
     policies = {
-        PAPERS: paper_rerouter(artifact.similarity, select_top_k),
-        "projection": projection_rerouter(artifact.similarity, artifact.coefficient, artifact.size, select_top_k),
+        PAPERS: paper_rerouter(artifacts["sere"].tables, Settings(select_top_k)),
+        "projection": projection_rerouter(ours.tables, Settings(select_top_k)),
     }
     kinds = [("group", 1), *(("rank", ranks) for ranks in LOCKSTEP_RANKS)]
-    measured = []
-    for batch, name in track([(b, n) for b in batches for n in policies], "scopes", console=progress()):
-        for scope, ranks in kinds:
-            policy = policies[name] if scope == "group" else of_each_rank(policies[name], ranks)
-            results, largest = [], []
-            for part_BL in ids_BL.split(batch):
-                run: dict[int, torch.Tensor] = {}
-                reference = decode_logits(model, part_BL, prompt_length=PROMPT)
-                policy_of_part = recorded(policy, run)
-                results.append(
-                    lockstep(model, part_BL, prompt_length=PROMPT, policy=policy_of_part, reference_BDV=reference)
-                )
-                for of in LOCKSTEP_RANKS if scope == "group" else (ranks,):
-                    layout = Layout(of, dict.fromkeys(run, linear_ranks(experts, of)))
-                    largest.append((of, traffic(run, layout).largest_rank[0]))
-            total = sum(results[1:], results[0])
-            divergence, error = with_error(total.divergence_of_texts)
-            measured.append(
-                {
-                    "policy": name,
-                    "batch": batch,
-                    "primary_scope": scope,
-                    "ranks": "any" if scope == "group" else ranks,
-                    "divergence": rounded(divergence),
-                    "divergence_standard_error": rounded(error, 2),
-                    "active_experts": rounded(total.active_experts),
-                    "largest_rank": {
-                        of: rounded(statistics.mean(most for ranks, most in largest if ranks == of))
-                        for of in sorted({ranks for ranks, _ in largest})
-                    },
-                }
-            )
+    baseline, measured = texts.run(unchanged, batch), []
+    for name, (scope, ranks) in track(list(itertools.product(policies, kinds)), "scopes", console=progress()):
+        policy = policies[name] if scope == "group" else of_each_rank(policies[name], ranks)
+        of_layouts = LOCKSTEP_RANKS if scope == "group" else (ranks,)
+        results: list[LockstepResult] = []
+        largest: dict[int, list[float]] = {of: [] for of in of_layouts}
+        for part_BL, reference in zip(texts.ids_NL.split(batch), texts.reference_NDV.split(batch), strict=True):
+            ids: dict[int, torch.Tensor] = {}
+            settings = {"prompt_length": texts.prompt_length, "reference_BDV": reference}
+            results.append(lockstep(texts.model, part_BL, rerouter=recorded(policy, ids), **settings))
+            for of in of_layouts:
+                layout = Layout(of, dict.fromkeys(ids, linear_ranks(ours.config.num_experts, of)))
+                largest[of].append(traffic(ids, layout).largest_rank[0])
+        outcome = outcome_of(sum(results[1:], results[0]), baseline, batch)
+        about = {"policy": name, "primary_scope": scope, "ranks": "any" if scope == "group" else ranks}
+        of_largest = {of: rounded(statistics.mean(most)) for of, most in largest.items()}
+        measured.append(about | outcome.model_dump() | {"largest_rank": of_largest})
     return measured
 
 
@@ -176,22 +163,27 @@ def summary(turn: str, policy: str, scope: str, samples: list[list[dict[str, Any
 
 
 def main(
-    artifact: Annotated[Path, typer.Option(help="Of the example model, method projection.")] = ROOT
-    / "build/tiny-moe-projection",
-    batch: Annotated[int, typer.Option(help="Requests that decode together, on all ranks.")] = 16,
-    select_top_k: Annotated[int, typer.Option(help="S.")] = 2,
+    artifacts: Annotated[
+        Path, typer.Option(help="Folder with the artifacts frobenius and projection of the example model.")
+    ] = ARTIFACTS,
+    batch: Annotated[int, typer.Option(help="Requests that decode together on all ranks.")] = BATCH,
+    select_top_k: Annotated[int, typer.Option(help="S, the slots that a token keeps.")] = 2,
     starts: Annotated[int, typer.Option(help="Times that each kind of engine is started.")] = 2,
-    rounds: Annotated[int, typer.Option(help="Measurements a start.")] = 3,
-    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT / "studies/results/data-parallel.json",
+    rounds: Annotated[int, typer.Option(help="Measurements per start.")] = 3,
+    results: Annotated[Path, typer.Option(help="File for the JSON.")] = RESULTS / "data-parallel.json",
     work: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     if work:
         return rank(json.loads(work))
-    kinds = [(policy, scope) for policy in ("sere", "projection") for scope in ("rank", "group")]
+    paths = {"sere": calibrated("frobenius", artifacts), "projection": calibrated("projection", artifacts)}
+    held_out = held_out_texts(HELDOUT, AutoTokenizer.from_pretrained(MODEL))
+    prompts = [text.ids[:PROMPT] for text in held_out[:batch]]
+    kinds = [(policy, scope) for policy in paths for scope in ("rank", "group")]
     samples: dict[tuple[str, str], list] = {kind: [] for kind in kinds}
-    common = {"artifact": str(artifact.resolve()), "select_top_k": select_top_k, "cpu_dispatch": "all_to_all"}
+    common = {"select_top_k": select_top_k, "cpu_dispatch": "all_to_all"}
     for policy, scope in track(kinds * starts, "engines", console=progress()):
-        samples[policy, scope] += run({**common, "policy": policy, "primary_scope": scope}, batch, rounds)
+        sere = {**common, "artifact": str(paths[policy].resolve()), "policy": policy, "primary_scope": scope}
+        samples[policy, scope] += run(sere, prompts, rounds)
     rows = [
         summary(turn, policy, scope, samples[policy, scope], batch)
         for policy, scope in kinds
@@ -207,14 +199,15 @@ def main(
         cells = (f"{row[name]:.4g}" for name in counts)
         table.add_row(row["turn"], row["primary_scope"], *cells, ranged(row["ms_per_step"]))
     tables().print(table)
-    of_scopes = scopes(Artifact.load(artifact), select_top_k, [batch], 32)
+    loaded = {policy: Artifact.load(path) for policy, path in paths.items()}
+    of_scopes = scopes(loaded, decoded(load_model(str(MODEL), "cpu"), held_out), select_top_k, batch)
     table = Table(
         *("policy", "batch", "primary set of", "KL, nats a token", "experts that run", "on the largest rank"),
         title="in lockstep",
     )
     for row in of_scopes:
         whose = "the group" if row["primary_scope"] == "group" else f"each of {row['ranks']} ranks"
-        kl = f"{row['divergence']:.4f} +- {row['divergence_standard_error']:.4f}"
+        kl = f"{row['kl']:.4f} ±{row['kl_error']:.4f}"
         most = ", ".join(f"{experts:.3g} of {ranks}" for ranks, experts in row["largest_rank"].items())
         table.add_row(row["policy"], str(row["batch"]), whose, kl, f"{row['active_experts']:.3g}", most)
     tables().print(table)

@@ -1,7 +1,8 @@
 """What re-routing costs in quality, by every policy of the field, at the same decode steps.
 
-    python -m studies.quality                          # 50 minutes on one core that others used too
+    python -m studies.quality                          # 31 minutes on 2 cores
     python -m studies.quality --model build/my-model   # another checkpoint
+    python -m studies.quality --draw                   # only the pictures, from the JSON
 
 Held-out texts are decoded in lockstep batches (see sere_dist.evaluation.lockstep): KL from the model as it is, loss,
 the share of steps whose likeliest token stays, against the experts that a layer runs in a step. In parts:
@@ -12,13 +13,12 @@ the share of steps whose likeliest token stays, against the experts that a layer
 - transfer: calibrated on one kind of text, evaluated on another.
 - samples: calibrated on more and more texts.
 
-The held-out texts are parted by halves of each kind. What is reported is measured on the final half; whoever chooses a
-policy, a parameter or a model by this benchmark does so with `--half choice`, on the other one. Nothing here is chosen
-by either half: similarities come from the calibration texts, XShare's budgets are the paper's policy's active experts,
-an expert's prices are a fixed sweep.
+Texts, their halves and batches are those of `sere_dist.evaluation.protocol`. Whoever chooses a policy, a parameter or a
+model by this study does so with `--half choice`. Nothing here is chosen by either half: similarities come from the
+calibration texts, XShare's budgets are the active experts of the paper's policy, an expert's prices are a fixed sweep.
 
 Errors are standard errors over texts, of differences and ratios by pairs. Prints tables and one JSON line last; writes
-`studies/results/quality.json` and `docs/quality.png`.
+`studies/results/quality.json`, `docs/quality-by-batch.png` and `docs/quality-batch-16.png`.
 """
 
 import json
@@ -31,41 +31,64 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-import matplotlib
-import pyarrow.parquet as pq
 import torch
 import typer
+from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from examples.tiny_moe.data import FOLDER as TINY_MOE
+from examples.tiny_moe.data import CALIBRATION, HELDOUT, MODEL
+from sere_dist.artifact.recommendation import Outcome
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import LayerResult, expert_inputs, score_layer, text_blocks
 from sere_dist.console import tables
 from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
-from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Policy, unchanged
-from sere_dist.evaluation.rerouters import (
-    dropping_rerouter,
-    oea_rerouter,
-    paper_rerouter,
-    projection_rerouter,
-    top_k_rerouter,
-    xshare_rerouter,
+from sere_dist.evaluation.figures import (
+    ACTIVE_EXPERTS,
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    KL_DIVERGENCE,
+    ORANGE,
+    PURPLE,
+    RED,
+    Curve,
+    draw_trade_off,
 )
-from sere_dist.method.similarity import Method, random_similarity
+from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Rerouter, unchanged
+from sere_dist.evaluation.outcome import outcome_of
+from sere_dist.evaluation.protocol import (
+    BATCH,
+    BATCHES,
+    CALIBRATION_LENGTH,
+    CALIBRATION_TEXTS,
+    LENGTH,
+    PROMPT,
+    TEXTS,
+    Half,
+    Text,
+    by_kind,
+    cut,
+    decoded,
+    half_of,
+    held_out_texts,
+    mixed,
+    read_texts,
+)
+from sere_dist.evaluation.rerouters import paper_rerouter, projection_rerouter
+from sere_dist.evaluation.rivals import dropping_rerouter, oea_rerouter, top_k_rerouter, xshare_rerouter
+from sere_dist.method.records import LayerTables, Settings
+from sere_dist.method.similarity import MethodName, random_similarity
 from sere_dist.moe import MoeShape, load_model, routed_experts
 from sere_dist.provenance import line_by_line, machine, rounded, versions
-from studies.common import ROOT
+from studies.common import RESULTS, ROOT
 
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-
-BATCHES, BATCH_OF_PARTS = (1, 4, 16, 64), 16
-SAMPLES = (16, 32, 64, 128, 256, 400)  # texts of a calibration; the last is what all other parts use
+SAMPLES = (16, 32, 64, 128, 256, CALIBRATION_TEXTS)  # texts of a calibration; the last is what all other parts use
 SAMPLES_OF_CKA, SAMPLES_OF_KIND = 32, 128  # CKA takes the square of its tokens in time
 KEEPS, KEEPS_OF_PARTS, KEEP_OF_CALIBRATIONS = (1, 2, 3, 4, 6), (1, 2, 4), 2
 RANDOM_DRAWS = 5
@@ -74,22 +97,18 @@ OFF, PAPER, RANDOM, PROJECTION, PRICED = "off", "paper, frobenius", "paper, rand
 RIVALS = (PAPER, "OEA", "OEA, not renormalised", "XShare", "XShare, warm-up 1", "XShare, not renormalised", PROJECTION)
 CALIBRATED = (PAPER, "paper, cosine", "paper, CKA", "paper, projection", "paper, weights")
 OF_KINDS = (PAPER, RANDOM, "dropping, renormalised", "OEA", "XShare, warm-up 1", PROJECTION)
-STYLES = {
-    PAPER: {"color": "tab:red", "marker": "o"},
-    RANDOM: {"color": "tab:red", "marker": "x", "linestyle": ":"},
-    "dropping, renormalised": {"color": "tab:green", "marker": "v"},
-    "top-k, renormalised": {"color": "tab:gray", "marker": "s"},
-    "OEA": {"color": "tab:purple", "marker": "^"},
-    "XShare, warm-up 1": {"color": "tab:orange", "marker": "D"},
-    PROJECTION: {"color": "tab:blue", "marker": "P"},
-    PRICED: {"color": "black", "marker": "*"},
+LOOKS = {  # in the figures: label and style
+    "top-k, renormalised": ("smaller top-k, renormalised", {"color": GREY, "marker": "s"}),
+    PAPER: ("SERE, the paper's policy", {"color": RED, "marker": "o"}),
+    RANDOM: ("SERE, random similarity", {"color": RED, "marker": "x", "linestyle": ":"}),
+    "dropping, renormalised": ("dropping, renormalised", {"color": GREEN, "marker": "v"}),
+    "OEA": ("OEA", {"color": PURPLE, "marker": "^"}),
+    "XShare, warm-up 1": ("XShare", {"color": ORANGE, "marker": "D"}),
+    PROJECTION: ("projection (ours)", {"color": BLUE, "marker": "P", "markersize": 6}),
+    PRICED: ("projection with expert_price (ours)", {"color": BLACK, "marker": "*", "markersize": 8}),
 }
+IN_README = (PAPER, "OEA", "XShare, warm-up 1", PROJECTION, PRICED)
 BEYOND = 0.05  # of the paper's range of active experts: how far its curve is drawn on
-
-
-class Text(NamedTuple):
-    kind: str
-    ids: list[int]
 
 
 class Point(NamedTuple):
@@ -102,57 +121,24 @@ class Point(NamedTuple):
     knob: float
 
 
-def read(path: Path, tokenizer: Any) -> list[Text]:
-    """Returns the texts of a Parquet file with columns text and kind."""
-    rows = pq.read_table(path, columns=["text", "kind"]).to_pylist()
-    return [Text(row["kind"], tokenizer(row["text"])["input_ids"]) for row in rows]
-
-
-def cut(texts: Sequence[Text], length: int) -> list[Text]:
-    """Returns the texts that have `length` tokens, cut to it."""
-    return [Text(text.kind, text.ids[:length]) for text in texts if len(text.ids) >= length]
-
-
-def by_kind(texts: Sequence[Text]) -> dict[str, list[Text]]:
-    kinds = sorted({text.kind for text in texts})
-    return {kind: [text for text in texts if text.kind == kind] for kind in kinds}
-
-
-def half_of(texts: Sequence[Text], half: str) -> list[Text]:
-    """Returns the first half of each kind, on which choices may be made, or the second (`final`)."""
-    chosen = []
-    for of_kind in by_kind(texts).values():
-        middle = len(of_kind) // 2
-        chosen += of_kind[middle:] if half == "final" else of_kind[:middle]
-    return chosen
-
-
-def mixed(texts: Sequence[Text]) -> list[Text]:
-    """Returns the texts so that any run of them holds all kinds, in proportion."""
-    places = [((i + 0.5) / len(of_kind), text) for of_kind in by_kind(texts).values() for i, text in enumerate(of_kind)]
-    return [text for _, text in sorted(places, key=lambda place: place[0])]
-
-
-def decoded(model: PreTrainedModel, texts: Sequence[Text], prompt: int) -> HeldOut:
-    return HeldOut(model, torch.tensor([text.ids for text in texts]), prompt)
-
-
 @dataclass(frozen=True)
 class Calibration:
     """What one method found on some texts, by decoder layer."""
 
     layers: dict[int, LayerResult]
 
-    def substitutes(self, select_top_k: int) -> Policy:
-        return paper_rerouter({layer: found.similarity_EE for layer, found in self.layers.items()}, select_top_k)
+    @property
+    def tables(self) -> dict[int, LayerTables]:
+        return {layer: found.tables for layer, found in self.layers.items()}
 
-    def projection(self, select_top_k: int, expert_price: float = 0.0) -> Policy:
-        names = ("similarity_EE", "coefficient_EE", "size_E")
-        matrices = ({layer: getattr(found, name) for layer, found in self.layers.items()} for name in names)
-        return projection_rerouter(*matrices, select_top_k, expert_price=expert_price)
+    def substitutes(self, select_top_k: int) -> Rerouter:
+        return paper_rerouter(self.tables, Settings(select_top_k))
+
+    def projection(self, select_top_k: int, expert_price: float = 0.0) -> Rerouter:
+        return projection_rerouter(self.tables, Settings(select_top_k, expert_price=expert_price))
 
 
-def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[Method]) -> list[Calibration]:
+def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[MethodName]) -> list[Calibration]:
     """Returns what each method finds on the texts, in this process."""
     inputs = dict(expert_inputs(checkpoint, text_blocks([text.ids for text in texts])))
     return [
@@ -178,18 +164,14 @@ def at_active_experts(curve: Sequence[LockstepResult], active: float) -> list[fl
     return [max(a, 1e-9) ** (1 - share) * max(b, 1e-9) ** share for a, b in pairs]
 
 
-def summary(result: LockstepResult, off: LockstepResult, kinds: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns what a run came to; with the kinds of its texts, also the KL of each kind."""
-    found = {"active_experts": result.active_experts, "perplexity": result.perplexity}
-    found["kl"], found["kl_error"] = with_error(result.divergence_of_texts)
-    found["loss_rise"], found["loss_rise_error"] = difference_with_error(result.loss_of_texts, off.loss_of_texts)
-    found["top1"], found["top1_error"] = with_error(result.agreement_of_texts)
-    of_kinds = {}
+def kl_of_kinds(result: LockstepResult, kinds: Sequence[str]) -> dict[str, list[float]]:
+    """Returns the KL divergence of each kind of text and its standard error; `kinds` are those of the texts."""
     kinds = kinds[: len(result.losses)]  # texts that do not fill a batch are left out
+    found = {}
     for kind in sorted(set(kinds)):
         divergences = [kl for kl, of in zip(result.divergence_of_texts, kinds, strict=True) if of == kind]
-        of_kinds[kind] = [rounded(number) for number in with_error(divergences)]
-    return {name: rounded(value) for name, value in found.items()} | ({"kl_of_kinds": of_kinds} if kinds else {})
+        found[kind] = [rounded(number) for number in with_error(divergences)]
+    return found
 
 
 def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
@@ -201,13 +183,13 @@ def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]
     return {name: rounded(value) for name, value in found.items()}
 
 
-def policies(model: PreTrainedModel, calibrations: dict[str, Calibration]) -> dict[str, Callable[[int], Policy]]:
+def policies(model: PreTrainedModel, calibrations: dict[str, Calibration]) -> dict[str, Callable[[int], Rerouter]]:
     """Returns all policies by name, each a function of its S, k0 or budget."""
     num_experts = MoeShape.from_config(model.config).num_experts
-    random = {layer: random_similarity(num_experts, seed=layer) for layer in routed_experts(model)}
+    random = {layer: LayerTables(random_similarity(num_experts, seed=layer)) for layer in routed_experts(model)}
     return {
         **{name: calibration.substitutes for name, calibration in calibrations.items()},
-        RANDOM: lambda s: paper_rerouter(random, s),
+        RANDOM: lambda s: paper_rerouter(random, Settings(s)),
         PROJECTION: calibrations["paper, projection"].projection,
         "dropping": lambda s: dropping_rerouter(num_experts, s),
         "dropping, renormalised": lambda s: dropping_rerouter(num_experts, s, renormalise=True),
@@ -224,9 +206,9 @@ def policies(model: PreTrainedModel, calibrations: dict[str, Calibration]) -> di
 def field(
     bench: HeldOut,
     kinds: Sequence[str],
-    field_of: dict[str, Callable[[int], Policy]],
+    field_of: dict[str, Callable[[int], Rerouter]],
     keeps: Sequence[int],
-    priced: Callable[[float], Policy],
+    priced: Callable[[float], Rerouter],
 ) -> list[dict[str, Any]]:
     """Returns a row for each batch, policy and knob, with its KL beside the paper's at as many active experts.
 
@@ -245,50 +227,52 @@ def field(
         for price in PRICES:
             results[Point(PRICED, price)] = bench.run(priced(price), batch)
             bar.update()
-        rows.append({"batch": batch, "policy": OFF, "knob": None, **summary(off, off, kinds)})
+        by_kinds = {"kl_of_kinds": kl_of_kinds(off, kinds)}
+        rows.append({"policy": OFF, "knob": None, **outcome_of(off, off, batch).model_dump(), **by_kinds})
         curves = {name: [results[Point(name, keep)] for keep in keeps] for name in RIVALS}
         for point, result in results.items():
-            row = {"batch": batch, **point._asdict(), **summary(result, off, kinds)}
+            row = {**point._asdict(), **outcome_of(result, off, batch).model_dump()}
             beside = {}
             for rival in RIVALS if point.policy == PRICED else (PAPER,):
                 if (theirs := at_active_experts(curves[rival], result.active_experts)) is not None:
                     beside[rival] = compared(result.divergence_of_texts, theirs)
-            rows.append(row | {"beside": beside})
+            rows.append(row | {"kl_of_kinds": kl_of_kinds(result, kinds), "beside": beside})
     bar.close()
     return rows
 
 
 def in_batches_of_one_kind(
-    benches: dict[str, HeldOut], field_of: dict[str, Callable[[int], Policy]]
+    benches: dict[str, HeldOut], field_of: dict[str, Callable[[int], Rerouter]]
 ) -> list[dict[str, Any]]:
     rows = []
     for kind, bench in tqdm(benches.items(), desc="kinds"):
-        off = bench.run(unchanged, BATCH_OF_PARTS)
-        rows.append({"kind": kind, "policy": OFF, "knob": None, **summary(off, off)})
+        off = bench.run(unchanged, BATCH)
+        rows.append({"kind": kind, "policy": OFF, "knob": None, **outcome_of(off, off, BATCH).model_dump()})
         for keep in KEEPS_OF_PARTS:
-            paper = bench.run(field_of[PAPER](keep), BATCH_OF_PARTS)
+            paper = bench.run(field_of[PAPER](keep), BATCH)
             for name in OF_KINDS:
                 knob = round(paper.active_experts) if name.startswith("XShare") else keep
-                result = paper if name == PAPER else bench.run(field_of[name](knob), BATCH_OF_PARTS)
-                rows.append({"kind": kind, **Point(name, keep)._asdict(), **summary(result, off)})
+                result = paper if name == PAPER else bench.run(field_of[name](knob), BATCH)
+                of_point = outcome_of(result, off, BATCH).model_dump()
+                rows.append({"kind": kind, **Point(name, keep)._asdict(), **of_point})
     return rows
 
 
-def compare_with_random(bench: HeldOut, field_of: dict[str, Callable[[int], Policy]]) -> list[dict[str, Any]]:
+def compare_with_random(bench: HeldOut, field_of: dict[str, Callable[[int], Rerouter]]) -> list[dict[str, Any]]:
     """Returns the KL with each calibrated similarity beside the mean over draws of random ones, text by text."""
     rows, layers = [], routed_experts(bench.model)
     for keep in tqdm(KEEPS_OF_PARTS, desc="beside random"):
         draws = []
         for draw in range(RANDOM_DRAWS):
-            matrices = {
-                layer: random_similarity(experts.num_experts, seed=1000 * draw + layer)
+            drawn = {
+                layer: LayerTables(random_similarity(experts.num_experts, seed=1000 * draw + layer))
                 for layer, (_, experts) in layers.items()
             }
-            draws.append(bench.run(paper_rerouter(matrices, keep), BATCH_OF_PARTS).divergence_of_texts)
+            draws.append(bench.run(paper_rerouter(drawn, Settings(keep)), BATCH).divergence_of_texts)
         random = [math.fsum(of_text) / len(draws) for of_text in zip(*draws, strict=True)]
         of_draws = [rounded(math.fsum(draw) / len(draw)) for draw in draws]
         for name in CALIBRATED:
-            ours = bench.run(field_of[name](keep), BATCH_OF_PARTS).divergence_of_texts
+            ours = bench.run(field_of[name](keep), BATCH).divergence_of_texts
             rows.append({"policy": name, "knob": keep, "kl_of_draws": of_draws, **compared(ours, random)})
     return rows
 
@@ -304,7 +288,7 @@ def transfer(benches: dict[str, HeldOut], checkpoint: Checkpoint, texts: dict[st
         runs: dict[tuple[str, str], list[float]] = {}
         for calibrated_on, (frobenius, projection) in calibrations.items():
             for name, rerouter_of in ((PAPER, frobenius.substitutes), (PROJECTION, projection.projection)):
-                result = bench.run(rerouter_of(KEEP_OF_CALIBRATIONS), BATCH_OF_PARTS)
+                result = bench.run(rerouter_of(KEEP_OF_CALIBRATIONS), BATCH)
                 runs[name, calibrated_on] = result.divergence_of_texts
         for (name, calibrated_on), kl_of_texts in runs.items():
             kl, kl_error = map(rounded, with_error(kl_of_texts))
@@ -321,7 +305,7 @@ def by_samples(bench: HeldOut, by_count: dict[int, list[Calibration]]) -> list[d
         for count, calibrations in tqdm(by_count.items(), desc="samples"):
             calibration = calibrations[which]
             rerouter_of = calibration.projection if name == PROJECTION else calibration.substitutes
-            runs[count] = bench.run(rerouter_of(KEEP_OF_CALIBRATIONS), BATCH_OF_PARTS).divergence_of_texts
+            runs[count] = bench.run(rerouter_of(KEEP_OF_CALIBRATIONS), BATCH).divergence_of_texts
         for count, kl_of_texts in runs.items():
             kl, kl_error = map(rounded, with_error(kl_of_texts))
             found = {"kl": kl, "kl_error": kl_error, **compared(kl_of_texts, runs[max(runs)])}
@@ -329,31 +313,59 @@ def by_samples(bench: HeldOut, by_count: dict[int, list[Calibration]]) -> list[d
     return rows
 
 
-def draw(rows: list[dict[str, Any]], top_k: int, path: Path) -> None:
-    """Draws KL against active experts, a small picture for each batch."""
-    figure, all_axes = plt.subplots(1, len(BATCHES), figsize=(13, 4.2), dpi=150, sharey=True)
-    for batch, axes in zip(BATCHES, all_axes, strict=True):
+def outcomes_of(rows: Sequence[dict[str, Any]], policy: str) -> list[Outcome]:
+    return [
+        Outcome.model_validate({name: row[name] for name in Outcome.model_fields})
+        for row in rows
+        if row["policy"] == policy
+    ]
+
+
+def draw_by_batch(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the whole field, a small picture for each batch."""
+    batches = sorted({row["batch"] for row in rows})
+    figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
+    all_axes = figure.subplots(1, len(batches), sharey=True)
+    for batch, axes in zip(batches, all_axes, strict=True):
         of_batch = [row for row in rows if row["batch"] == batch]
-        for name, style in STYLES.items():
-            points = [row for row in of_batch if row["policy"] == name]
-            points.sort(key=lambda row: row["active_experts"])
-            axes.errorbar(
-                [row["active_experts"] for row in points],
-                [row["kl"] for row in points],
-                yerr=[row["kl_error"] for row in points],
-                **{"linewidth": 1, "markersize": 4, **style},
-                label=name,
-            )
-        off = next(row["active_experts"] for row in of_batch if row["policy"] == OFF)
-        axes.axvline(off, color="black", linewidth=0.8, linestyle="--")
-        axes.set_title(f"batch {batch}; as it is: {off:.1f} experts", fontsize="medium")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3)
-    all_axes[0].set_ylabel("KL from the model as it is, nats a token")
-    figure.supxlabel(f"experts that a layer runs in a decode step (top-{top_k})", fontsize="medium")
-    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="upper center", ncols=len(STYLES), fontsize=8)
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
+        (baseline,) = outcomes_of(of_batch, OFF)
+        curves = [Curve(label, outcomes_of(of_batch, name), style) for name, (label, style) in LOOKS.items()]
+        draw_trade_off(axes, curves, baseline)
+        axes.set_title(f"batch {batch}; baseline: {baseline.active_experts:.1f} experts", fontsize="medium")
+    all_axes[0].set_ylabel(KL_DIVERGENCE)
+    figure.supxlabel(ACTIVE_EXPERTS, fontsize="medium")
+    figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     figure.savefig(path)
+
+
+def draw_batch(rows: list[dict[str, Any]], batch: int, path: Path) -> None:
+    """Draws the picture of the README: one batch, and the policies that choose among active experts."""
+    of_batch = [row for row in rows if row["batch"] == batch]
+    (baseline,) = outcomes_of(of_batch, OFF)
+    figure = Figure(figsize=(7.2, 4.4), dpi=200, layout="constrained")
+    axes = figure.subplots()
+    looks = [(name, *LOOKS[name]) for name in IN_README]
+    draw_trade_off(axes, [Curve(label, outcomes_of(of_batch, name), style) for name, label, style in looks], baseline)
+    axes.annotate(
+        f"baseline:\n{baseline.active_experts:.1f} experts",
+        (baseline.active_experts, 0.97),
+        xycoords=("data", "axes fraction"),
+        xytext=(-6, 0),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color=GREY,
+    )
+    axes.set_xlabel(f"{ACTIVE_EXPERTS}, batch {batch}")
+    axes.set_ylabel(KL_DIVERGENCE)
+    axes.legend(loc="lower left", frameon=False)
+    figure.savefig(path)
+
+
+def draw(report: dict[str, Any], pictures: Path) -> None:
+    """Draws both pictures from the JSON of a run."""
+    draw_by_batch(report["field"], pictures / "quality-by-batch.png")
+    draw_batch(report["field"], BATCH, pictures / f"quality-batch-{BATCH}.png")
 
 
 def plus_minus(row: dict[str, Any], name: str, digits: int) -> str:
@@ -396,9 +408,10 @@ def priced_table(rows: list[dict[str, Any]], batch: int) -> Table:
 
 
 def part_tables(report: dict[str, Any]) -> list[Table]:
-    settings = {"title_justify": "left", "box": box.SIMPLE}
     kinds = sorted({row["kind"] for row in report["kinds"]})
-    found = Table("policy", "S", *kinds, title=f"batches of one kind, batch {BATCH_OF_PARTS}: KL", **settings)
+    found = Table(
+        "policy", "S", *kinds, title=f"batches of one kind, batch {BATCH}: KL", title_justify="left", box=box.SIMPLE
+    )
     for name in OF_KINDS:
         for keep in KEEPS_OF_PARTS:
             of = {row["kind"]: row for row in report["kinds"] if (row["policy"], row["knob"]) == (name, keep)}
@@ -406,18 +419,18 @@ def part_tables(report: dict[str, Any]) -> list[Table]:
             found.add_row(name, str(keep), *cells)
     all_tables = [found]
 
-    title = f"calibrated beside random, batch {BATCH_OF_PARTS}: factor of the KL, mean of {RANDOM_DRAWS} draws"
-    found = Table("similarity", *(f"S = {keep}" for keep in KEEPS_OF_PARTS), title=title, **settings)
+    title = f"calibrated beside random, batch {BATCH}: factor of the KL, mean of {RANDOM_DRAWS} draws"
+    found = Table(
+        "similarity", *(f"S = {keep}" for keep in KEEPS_OF_PARTS), title=title, title_justify="left", box=box.SIMPLE
+    )
     for name in CALIBRATED:
-        of = {row["knob"]: row for row in report["compare_with_random"] if row["policy"] == name}
+        of = {row["knob"]: row for row in report["beside_random"] if row["policy"] == name}
         found.add_row(name, *(f"x{plus_minus(of[keep], 'ratio', 3)}" for keep in KEEPS_OF_PARTS))
     all_tables.append(found)
 
     for policy in (PAPER, PROJECTION):
-        title = (
-            f"{policy}, S = {KEEP_OF_CALIBRATIONS}, batch {BATCH_OF_PARTS}: KL on, and factor of that calibrated there"
-        )
-        found = Table("calibrated on", *kinds, title=title, **settings)
+        title = f"{policy}, S = {KEEP_OF_CALIBRATIONS}, batch {BATCH}: KL on, and factor of that calibrated there"
+        found = Table("calibrated on", *kinds, title=title, title_justify="left", box=box.SIMPLE)
         for calibrated_on in kinds:
             of = {
                 row["evaluated_on"]: row
@@ -428,11 +441,9 @@ def part_tables(report: dict[str, Any]) -> list[Table]:
             found.add_row(calibrated_on, *cells)
         all_tables.append(found)
 
-    title = (
-        f"S = {KEEP_OF_CALIBRATIONS}, batch {BATCH_OF_PARTS}: KL, and factor of that with the most calibration texts"
-    )
+    title = f"S = {KEEP_OF_CALIBRATIONS}, batch {BATCH}: KL, and factor of that with the most calibration texts"
     counts = sorted({row["samples"] for row in report["samples"]})
-    found = Table("policy", *map(str, counts), title=title, **settings)
+    found = Table("policy", *map(str, counts), title=title, title_justify="left", box=box.SIMPLE)
     for policy in (PAPER, PROJECTION):
         of = {row["samples"]: row for row in report["samples"] if row["policy"] == policy}
         found.add_row(policy, *(f"{of[count]['kl']:.4f}\nx{plus_minus(of[count], 'ratio', 3)}" for count in counts))
@@ -440,29 +451,29 @@ def part_tables(report: dict[str, Any]) -> list[Table]:
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Checkpoint to measure.")] = TINY_MOE / "model",
-    heldout: Annotated[Path, typer.Option(help="Parquet file with columns text and kind.")] = TINY_MOE
-    / "heldout.parquet",
-    calibration: Annotated[Path, typer.Option(help="Likewise, to calibrate on.")] = TINY_MOE / "calibration.parquet",
-    half: Annotated[
-        Literal["final", "choice"], typer.Option(help="Of each kind's held-out texts: the last, or those to choose by.")
-    ] = "final",
-    texts: Annotated[int, typer.Option(help="Held-out texts, of all kinds together.")] = 64,
+    model: Annotated[Path, typer.Option(help="Checkpoint to measure.")] = MODEL,
+    heldout: Annotated[Path, typer.Option(help="Parquet file with the columns text and kind.")] = HELDOUT,
+    calibration: Annotated[Path, typer.Option(help="The same, to calibrate on.")] = CALIBRATION,
+    half: Annotated[Half, typer.Option(help="The half of each kind's held-out texts: final, or choice.")] = "final",
+    texts: Annotated[int, typer.Option(help="Held-out texts of all kinds together.")] = TEXTS,
     texts_of_kind: Annotated[int, typer.Option(help="Held-out texts of each kind, in batches of one kind.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens of a held-out text.")] = 128,
-    prompt: Annotated[int, typer.Option(help="Of these, tokens that are not decoded.")] = 32,
-    calibration_length: Annotated[int, typer.Option(help="Tokens of a calibration text.")] = 64,
-    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT / "studies/results/quality.json",
-    picture: Annotated[Path, typer.Option(help="Where the figure goes.")] = ROOT / "docs/quality.png",
+    length: Annotated[int, typer.Option(help="Tokens of a held-out text.")] = LENGTH,
+    prompt: Annotated[int, typer.Option(help="Tokens of these that are prefill.")] = PROMPT,
+    calibration_length: Annotated[int, typer.Option(help="Tokens of a calibration text.")] = CALIBRATION_LENGTH,
+    results: Annotated[Path, typer.Option(help="File for the JSON.")] = RESULTS / "quality.json",
+    pictures: Annotated[Path, typer.Option(help="Folder for the pictures.")] = ROOT / "docs",
+    only_draw: Annotated[bool, typer.Option("--draw", help="Draw the pictures of --results; measure nothing.")] = False,
 ) -> None:
+    if only_draw:
+        return draw(json.loads(results.read_text()), pictures)
     started, console = time.perf_counter(), tables()
     tokenizer, checkpoint = AutoTokenizer.from_pretrained(model), Checkpoint(str(model))
     loaded = load_model(str(model), "cpu")
-    own_half = cut(half_of(read(heldout, tokenizer), half), length)
-    of_all, of_kinds = mixed(own_half)[:texts], by_kind(own_half)
+    of_all = held_out_texts(heldout, tokenizer, half=half, count=texts, length=length)
+    of_kinds = by_kind(cut(half_of(read_texts(heldout, tokenizer), half), length))
     bench = decoded(loaded, of_all, prompt)
     benches = {kind: decoded(loaded, of_kind[:texts_of_kind], prompt) for kind, of_kind in of_kinds.items()}
-    to_calibrate = cut(read(calibration, tokenizer), calibration_length)
+    to_calibrate = cut(read_texts(calibration, tokenizer), calibration_length)
     top_k = MoeShape.from_config(loaded.config).num_experts_per_token
     keeps = [keep for keep in KEEPS if keep < top_k]
 
@@ -492,7 +503,7 @@ def main(
     }
     report["field"] = field(bench, [text.kind for text in of_all], field_of, keeps, partial(projection.projection, 1))
     report["kinds"] = in_batches_of_one_kind(benches, field_of)
-    report["compare_with_random"] = compare_with_random(bench, field_of)
+    report["beside_random"] = compare_with_random(bench, field_of)
     report["transfer"] = transfer(benches, checkpoint, by_kind(to_calibrate))
     report["samples"] = by_samples(bench, by_count)
     report["seconds"] = round(time.perf_counter() - started)
@@ -502,7 +513,7 @@ def main(
         console.print(priced_table(report["field"], batch))
     for table in part_tables(report):
         console.print(table)
-    draw(report["field"], top_k, picture)
+    draw(report, pictures)
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(line_by_line(report))
     print(json.dumps(report))

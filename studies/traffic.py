@@ -1,20 +1,21 @@
 """What re-routing saves between the ranks of expert parallelism, and what it costs in quality.
 
-    python -m studies.traffic           # 20 minutes on 2 cores; calibrates into build/traffic if nothing is there
+    python -m studies.traffic           # 10 minutes on 2 cores; calibrates into build/studies if nothing is there
     python -m studies.traffic --quick   # the same on a handful of texts: that it runs, not what comes out
 
-Real routing: held-out text decoded in lockstep batches by the example model (see sere_dist.evaluation.lockstep), as if
-its experts were on 2 to 16 ranks. Row b of a batch has its home on rank b mod R; the primary set is the whole batch's;
-the prompt is not re-routed. Policies: off; the paper's (frobenius); dropping the slots of experts that are not primary;
-projection at a traffic price. Experts are placed linearly, or as `sere-dist place` proposes from the calibration.
-All that is chosen, placements and prices, is chosen on calibration texts.
+Real routing: the example model decodes held-out texts in lockstep batches, by the protocol of
+`sere_dist.evaluation.protocol`, as if its experts were on 2 to 16 ranks. Row b of a batch has its home on rank b mod R;
+the primary set is the whole batch's; the prompt is not re-routed. Policies: off; the paper's (frobenius); dropping the
+slots of experts that are not primary; projection at a traffic price. Experts are placed linearly, or as
+`sere-dist place` proposes from the calibration. Prices are chosen on the half of the held-out texts that is there for
+choices.
 
 Synthetic routing: at the shapes of Qwen3-30B-A3B and DeepSeek-V3 (without its group limit), with experts all equally
 popular, or the n-th most popular one in proportion to 1/sqrt(n). Router weights, similarities and sizes are the example
 model's, drawn independently. That says what tokens would send, and nothing of quality.
 
 Errors are standard errors over texts, of differences by pairs. Prints tables and one JSON line last; writes
-`studies/results/traffic.json` and `docs/expert_parallel_traffic.png`.
+`studies/results/traffic.json` and `docs/traffic.png`.
 """
 
 import itertools
@@ -23,51 +24,50 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import matplotlib
-import ray
 import torch
 import typer
+from matplotlib.figure import Figure
 from rich import box
 from rich.progress import track
 from rich.table import Table
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer
 
-from calibration_jobs.calibrate import CalibrationConfig, calibrate
-from examples.tiny_moe.data import FOLDER as TINY_MOE
-from examples.tiny_moe.data import example_texts
+from examples.tiny_moe.data import HELDOUT, MODEL
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.placement import propose
 from sere_dist.console import progress, tables
 from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
-from sere_dist.evaluation.lockstep import LockstepResult, Policy, Routed, decode_logits, lockstep, unchanged
-from sere_dist.evaluation.rerouters import dropping_rerouter, paper_rerouter, projection_rerouter
+from sere_dist.evaluation.figures import BLUE, GREEN, GREY, ORANGE, RED
+from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Rerouter, Routed, lockstep, unchanged
+from sere_dist.evaluation.outcome import outcome_of
+from sere_dist.evaluation.protocol import BATCH, LENGTH, PROMPT, TEXTS, decoded, held_out_texts
+from sere_dist.evaluation.rerouters import paper_rerouter, projection_rerouter
+from sere_dist.evaluation.rivals import dropping_rerouter
 from sere_dist.evaluation.traffic import Layout, Traffic, recorded, traffic, uniform_domains
+from sere_dist.method.counters import dispatch_bytes
 from sere_dist.method.placement import linear_ranks
-from sere_dist.method.rerouting import dispatch_bytes
+from sere_dist.method.records import LayerTables, Settings
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import load_model
 from sere_dist.provenance import line_by_line, machine, rounded, versions
-from studies.common import ROOT
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
+from studies.artifacts import ARTIFACTS, calibrated
+from studies.common import RESULTS, ROOT
 
 GOAL_RANKS = 8
 SHAPES = {"Qwen3-30B-A3B": (128, 2048), "DeepSeek-V3": (256, 7168)}  # experts, hidden size; both top-8, as the example
 TOLERANCE = 0.01  # of the closed form of C_T
 COLORS = {
-    "off": "tab:gray",
-    "paper": "tab:red",
-    "dropping": "tab:green",
-    "dropping, weights renormalised": "tab:olive",
-    "projection": "tab:blue",
+    "off": GREY,
+    "paper": RED,
+    "dropping": GREEN,
+    "dropping, weights renormalised": ORANGE,
+    "projection": BLUE,
 }
 LINEAR, PLACED, BY_SIMILARITY = "linear", "placed", "placed by similarity"
-STYLES = {
+STYLES: dict[str, dict[str, Any]] = {
     LINEAR: {"fmt": "o-"},
     PLACED: {"fmt": "s-", "markerfacecolor": "white"},
     BY_SIMILARITY: {"fmt": "^:", "markerfacecolor": "white"},
@@ -76,32 +76,28 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured. The goal is on 8 ranks, in batches of `goal_batch`: on more texts, and at more prices."""
+    """How much is measured. The goal is on 8 ranks, in batches of `goal_batch`: at more prices."""
 
-    length: int = 256  # tokens of a text
-    prompt: int = 32
+    texts: int = TEXTS
+    length: int = LENGTH
+    prompt: int = PROMPT
     batches: tuple[int, ...] = (4, 16, 64)
     ranks: tuple[int, ...] = (2, 4, 8, 16)
     prices: tuple[float, ...] = (0.0, 0.0025, 0.01, 0.05)
-    texts: int = 64  # also those that are in memory at a time
-    goal_batch: int = 16
+    goal_batch: int = BATCH
     goal_prices: tuple[float, ...] = (0.0, 0.0025, 0.005, 0.01, 0.02, 0.05)
-    goal_texts: int = 256
-    choice_texts: int = 64  # of the calibration, to choose prices on
     synthetic_rows: int = 64
     synthetic_steps: int = 128
 
 
 QUICK = Size(
+    texts=8,
     length=48,
     batches=(4, 8),
     ranks=(4, 8),
     prices=(0.0, 0.05),
-    texts=8,
     goal_batch=8,
     goal_prices=(0.0, 0.05),
-    goal_texts=16,
-    choice_texts=8,
 )
 
 
@@ -142,27 +138,24 @@ Points = dict[tuple[int, Place, Setting], Point]  # by batch, place and setting
 
 @dataclass(frozen=True)
 class Bench:
-    """The example model, what was calibrated of it, and where its experts are said to be."""
+    """What was calibrated of the example model, and where its experts are said to be."""
 
-    model: PreTrainedModel
     frobenius: Artifact
     projection: Artifact
     layouts: dict[Place, Layout]
     size: Size
     select_top_k: int
 
-    def policy(self, setting: Setting, place: Place) -> Policy:
+    def policy(self, setting: Setting, place: Place) -> Rerouter:
         if setting == OFF:
             return unchanged
         if setting == PAPER:
-            return paper_rerouter(self.frobenius.similarity, self.select_top_k)
+            return paper_rerouter(self.frobenius.tables, Settings(self.select_top_k))
         if setting.price is None:
             num_experts = self.projection.config.num_experts
             return dropping_rerouter(num_experts, self.select_top_k, renormalise=setting == RENORMALISED)
-        matrices = self.projection.similarity, self.projection.coefficient, self.projection.size
-        return projection_rerouter(
-            *matrices, self.select_top_k, traffic_price=setting.price, layout=self.layouts[place]
-        )
+        settings = Settings(self.select_top_k, traffic_price=setting.price)
+        return projection_rerouter(self.projection.tables, settings, self.layouts[place])
 
     def is_goal(self, batch: int, place: Place) -> bool:
         return batch == self.size.goal_batch and place.ranks == GOAL_RANKS
@@ -181,46 +174,25 @@ class Bench:
                 for price in (self.size.goal_prices if place in goal else self.size.prices)[1:]:
                     yield batch, Setting("projection", price), [place]
 
-    def decode(
-        self, ids_BL: torch.Tensor, reference_BDV: torch.Tensor, batch: int, setting: Setting, places: list[Place]
-    ) -> Points:
+    def decode(self, texts: HeldOut, batch: int, setting: Setting, places: list[Place]) -> Points:
         """Decodes texts in batches, and measures them in all places."""
         points: Points = {}
         policy = self.policy(setting, places[0])
-        for part_BL, reference in zip(ids_BL.split(batch), reference_BDV.split(batch), strict=True):
+        for part_BL, reference in zip(texts.ids_NL.split(batch), texts.reference_NDV.split(batch), strict=True):
             ids: dict[int, torch.Tensor] = {}
-            settings = {"prompt_length": self.size.prompt, "reference_BDV": reference}
-            result = lockstep(self.model, part_BL, policy=recorded(policy, ids), **settings)
-            add(points, {(batch, p, setting): Point(result, traffic(ids, self.layouts[p])) for p in places})
+            settings = {"prompt_length": texts.prompt_length, "reference_BDV": reference}
+            result = lockstep(texts.model, part_BL, rerouter=recorded(policy, ids), **settings)
+            for place in places:
+                point, key = Point(result, traffic(ids, self.layouts[place])), (batch, place, setting)
+                points[key] = points[key] + point if key in points else point
         return points
 
-    def measure(self, ids_BL: torch.Tensor, what: str, goal_only: bool = False) -> Points:
-        """Decodes all texts where the goal is, and only the first of them elsewhere."""
+    def measure(self, texts: HeldOut, what: str, goal_only: bool = False) -> Points:
+        """Decodes the texts under every setting in every place, or only where the goal is."""
         points: Points = {}
-        groups = ids_BL.split(self.size.texts)
-        work = [(group, job) for group in groups for job in self.jobs(goal_only or group is not groups[0])]
-        of_group = None
-        for group, (batch, setting, places) in track(work, what, console=progress()):
-            if group is not of_group:
-                parts = (decode_logits(self.model, part, prompt_length=self.size.prompt) for part in group.split(16))
-                of_group, reference_BDV = group, torch.cat(list(parts))
-            add(points, self.decode(group, reference_BDV, batch, setting, places))
+        for batch, setting, places in track(list(self.jobs(goal_only)), what, console=progress()):
+            points |= self.decode(texts, batch, setting, places)
         return points
-
-
-def add(points: Points, more: Points) -> None:
-    for key, point in more.items():
-        points[key] = points[key] + point if key in points else point
-
-
-def calibrated(method: str, folder: Path) -> Artifact:
-    """Returns the example model's artifact of this method, calibrated first if it is missing."""
-    path = folder / method
-    if not path.exists():
-        texts = str(TINY_MOE / "calibration.parquet")
-        calibrate(CalibrationConfig(model=str(TINY_MOE / "model"), dataset=texts, method=method, output=path))
-        ray.shutdown()
-    return Artifact.load(path)
 
 
 def layouts(artifact: Artifact, ranks: tuple[int, ...]) -> dict[Place, Layout]:
@@ -228,7 +200,7 @@ def layouts(artifact: Artifact, ranks: tuple[int, ...]) -> dict[Place, Layout]:
     found = {}
     for num_ranks in ranks:
         linear = linear_ranks(artifact.config.num_experts, num_ranks)
-        found[Place(num_ranks, LINEAR)] = Layout(num_ranks, dict.fromkeys(artifact.similarity, linear))
+        found[Place(num_ranks, LINEAR)] = Layout(num_ranks, dict.fromkeys(artifact.layers, linear))
         proposed = {PLACED: propose(artifact, num_ranks)}
         if num_ranks == GOAL_RANKS and proposed[PLACED].affinity != "similarity":
             proposed[BY_SIMILARITY] = propose(artifact, num_ranks, affinity="similarity")
@@ -246,14 +218,15 @@ def sent(of: Traffic, num_ranks: int, hidden_size: int) -> dict[str, float]:
     return means | {f"{kind}_bytes": size for kind, size in sizes.items()}
 
 
-def summary(key: tuple[int, Place, Setting], point: Point, hidden_size: int) -> dict[str, Any]:
-    batch, place, setting = key
-    kl, kl_error = with_error(point.result.divergence_of_texts)
-    _, remote_error = with_error(list(point.traffic.remote_domains))
-    found = {"kl": kl, "kl_error": kl_error, "perplexity": point.result.perplexity}
-    found |= sent(point.traffic, place.ranks, hidden_size) | {"remote_domains_error": remote_error}
-    about = {"batch": batch, **place._asdict(), **setting._asdict(), "texts": len(point.result.losses)}
-    return about | {name: rounded(value) for name, value in found.items()}
+def rows_of(points: Points, hidden_size: int) -> list[dict[str, Any]]:
+    rows = []
+    for (batch, place, setting), point in points.items():
+        _, remote_error = with_error(point.traffic.remote_domains)
+        found = sent(point.traffic, place.ranks, hidden_size) | {"remote_domains_error": remote_error}
+        outcome = outcome_of(point.result, points[batch, place, OFF].result, batch)
+        about = {**place._asdict(), **setting._asdict(), "texts": len(point.result.losses)}
+        rows.append(about | outcome.model_dump() | {name: rounded(value) for name, value in found.items()})
+    return rows
 
 
 def choose(points: Points, batch: int, place: Place, baseline: Setting) -> Setting:
@@ -282,7 +255,7 @@ def compare(points: Points, batch: int, place: Place, setting: Setting, baseline
     return about | {name: rounded(value) for name, value in found.items()}
 
 
-def router_weights(model: PreTrainedModel, ids_BL: torch.Tensor, prompt: int) -> torch.Tensor:
+def router_weights(texts: HeldOut) -> torch.Tensor:
     """Returns float32 [N, K], falling: the weights that the model's routers gave tokens of all layers."""
     seen: list[torch.Tensor] = []
 
@@ -290,7 +263,7 @@ def router_weights(model: PreTrainedModel, ids_BL: torch.Tensor, prompt: int) ->
         seen.append(weights_DBK.flatten(0, 1))
         return weights_DBK, ids_DBK
 
-    decode_logits(model, ids_BL, prompt_length=prompt, policy=look)
+    texts.run(look, len(texts.ids_NL))
     return torch.cat(seen).sort(dim=1, descending=True).values
 
 
@@ -313,8 +286,9 @@ def synthetic(bench: Bench, weights_NK: torch.Tensor) -> Iterator[dict[str, Any]
     """
     random, keep_s = torch.Generator().manual_seed(0), bench.select_top_k
     different = ~torch.eye(bench.projection.config.num_experts, dtype=torch.bool)
-    similarities = torch.cat([matrix[different] for matrix in bench.projection.similarity.values()])
-    sizes = torch.cat(list(bench.projection.size.values()))
+    known = bench.projection.tables.values()
+    similarities = torch.cat([tables.similarity_EE[different] for tables in known])
+    sizes = torch.cat([tables.size_E for tables in known if tables.size_E is not None])
     for (name, (num_experts, hidden_size)), skewed in itertools.product(SHAPES.items(), (False, True)):
         drawn = similarities[torch.randint(len(similarities), (num_experts, num_experts), generator=random)]
         size_E = sizes[torch.randint(len(sizes), (num_experts,), generator=random)]
@@ -322,12 +296,18 @@ def synthetic(bench: Bench, weights_NK: torch.Tensor) -> Iterator[dict[str, Any]
         steps = synthetic_routing(popularity_E if skewed else torch.ones(num_experts), weights_NK, bench.size, random)
         for num_ranks in bench.size.ranks:
             layout = Layout(num_ranks, {0: linear_ranks(num_experts, num_ranks)})
-            project = partial(projection_rerouter, {0: drawn}, {0: drawn.sqrt()}, {0: size_E}, keep_s, layout=layout)
+            tables = {0: LayerTables(drawn, drawn.sqrt(), size_E)}
+            random_tables = {0: LayerTables(random_similarity(num_experts, seed=0))}
             policies = {
                 OFF: unchanged,
-                PAPER: paper_rerouter({0: random_similarity(num_experts, seed=0)}, keep_s),
+                PAPER: paper_rerouter(random_tables, Settings(keep_s)),
                 DROPPING: dropping_rerouter(num_experts, keep_s),
-                **{Setting("projection", price): project(traffic_price=price) for price in bench.size.goal_prices},
+                **{
+                    Setting("projection", price): projection_rerouter(
+                        tables, Settings(keep_s, traffic_price=price), layout
+                    )
+                    for price in bench.size.goal_prices
+                },
             }
             for setting, policy in policies.items():
                 about = {"shape": name, "skewed": skewed, "ranks": num_ranks, **setting._asdict()}
@@ -381,7 +361,8 @@ def domains_table(title: str, rows: list[dict[str, Any]]) -> Table:
 
 def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draws remote domains against KL: projection along its prices, the other policies as points."""
-    figure, axes = plt.subplots(figsize=(7.5, 4.5), dpi=150)
+    figure = Figure(figsize=(7.5, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
     of_linear = {(row["policy"], row["price"]): row for row in rows if row["placement"] == LINEAR}
     for (placement, policy), points in groupby(rows, ("placement", "policy")).items():
         if placement == BY_SIMILARITY and policy != "projection":
@@ -391,54 +372,56 @@ def draw(rows: list[dict[str, Any]], title: str, path: Path) -> None:
             [row["kl"] for row in points],
             xerr=[row["remote_domains_error"] for row in points],
             yerr=[row["kl_error"] for row in points],
-            **STYLES[placement],
             color=COLORS[policy],
             markersize=5,
             label=placement if policy == "projection" else None,
+            **STYLES[placement],
         )
     for (policy, price), row in of_linear.items():
         place = (row["remote_domains"], row["kl"])
         label = f"{price:g}" if price else str(Setting(policy, price))
-        offset = {"xytext": (5, 5), "ha": "left"} if price else {"xytext": (0, 8), "ha": "center"}
+        offset: dict[str, Any] = {"xytext": (5, 5), "ha": "left"} if price else {"xytext": (0, 8), "ha": "center"}
         axes.annotate(label, place, textcoords="offset points", fontsize=7, color=COLORS[policy], **offset)
     axes.set_title(title, fontsize="medium")
-    axes.set_xlabel("remote domains a token visits in a layer")
-    axes.set_ylabel("KL from the model as it is, nats a token")
+    axes.set_xlabel("Remote ranks that a token visits per layer")
+    axes.set_ylabel("KL divergence from the baseline (nats per token)")
     axes.margins(0.08, 0.12)
     axes.grid(alpha=0.3)
     axes.legend(title="experts", fontsize=8, title_fontsize=8)
-    figure.tight_layout()
     figure.savefig(path)
 
 
 def main(
     artifacts: Annotated[
         Path, typer.Option(help="Folder with the artifacts frobenius and projection of the example model.")
-    ] = ROOT / "build" / "traffic",
-    select_top_k: Annotated[int, typer.Option(help="S, slots that a token keeps.")] = 2,
-    results: Annotated[Path, typer.Option(help="Where the JSON goes.")] = ROOT / "studies/results/traffic.json",
-    picture: Annotated[Path, typer.Option(help="Where the figure goes.")] = ROOT / "docs/expert_parallel_traffic.png",
-    quick: Annotated[bool, typer.Option("--quick", help="On a handful of texts.")] = False,
+    ] = ARTIFACTS,
+    select_top_k: Annotated[int, typer.Option(help="S, the slots that a token keeps.")] = 2,
+    results: Annotated[Path, typer.Option(help="File for the JSON.")] = RESULTS / "traffic.json",
+    picture: Annotated[Path, typer.Option(help="File for the figure.")] = ROOT / "docs/traffic.png",
+    quick: Annotated[bool, typer.Option("--quick", help="Measure a handful of texts.")] = False,
 ) -> None:
     started, size, console = time.perf_counter(), QUICK if quick else Size(), tables()
-    frobenius, projection = (calibrated(method, artifacts) for method in ("frobenius", "projection"))
+    frobenius, projection = (Artifact.load(calibrated(method, artifacts)) for method in ("frobenius", "projection"))
     where = layouts(projection, size.ranks)
-    bench = Bench(load_model(str(TINY_MOE / "model"), "cpu"), frobenius, projection, where, size, select_top_k)
+    bench = Bench(frobenius, projection, where, size, select_top_k)
     goal_places = [place for place in where if place.ranks == GOAL_RANKS]
 
-    choice_BL = example_texts("calibration.parquet", size.length, size.choice_texts)
-    choice = bench.measure(choice_BL, "choosing prices", goal_only=True)
-    points = bench.measure(example_texts("heldout.parquet", size.length, size.goal_texts), "held-out text")
-    hidden_size = projection.config.hidden_size
-    rows = [summary(key, point, hidden_size) for key, point in points.items()]
+    model, tokenizer = load_model(str(MODEL), "cpu"), AutoTokenizer.from_pretrained(MODEL)
+    choice_texts, final_texts = (
+        decoded(model, held_out_texts(HELDOUT, tokenizer, half=half, count=size.texts, length=size.length), size.prompt)
+        for half in ("choice", "final")
+    )
+    choice = bench.measure(choice_texts, "choosing prices", goal_only=True)
+    points = bench.measure(final_texts, "held-out text")
+    rows = rows_of(points, projection.config.hidden_size)
     order = list(where)
-    rows.sort(key=lambda row: (row["batch"], order.index((row["ranks"], row["placement"]))))
+    rows.sort(key=lambda row: (row["batch"], order.index(Place(row["ranks"], row["placement"]))))
     goals = [
         compare(points, size.goal_batch, place, choose(choice, size.goal_batch, place, baseline), baseline)
         for baseline in (PAPER, DROPPING)
         for place in goal_places
     ]
-    made_up = list(synthetic(bench, router_weights(bench.model, choice_BL[:16], size.prompt)))
+    made_up = list(synthetic(bench, router_weights(choice_texts)))
 
     for (batch, num_ranks), here in groupby(rows, ("batch", "ranks")).items():
         title = f"held-out text, batch {batch}, {num_ranks} ranks, S = {select_top_k}, {here[0]['texts']} texts; "

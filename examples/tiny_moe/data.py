@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
-from sere_dist.calibration.texts import read_texts, tokenise
+from sere_dist.calibration.texts import load_tokenizer, read_texts, tokenise
 
 FOLDER = Path(__file__).resolve().parent
 MODEL = FOLDER / "model"
@@ -15,5 +14,5 @@ CALIBRATION, HELDOUT = FOLDER / "calibration.parquet", FOLDER / "heldout.parquet
 
 def example_texts(file: str, length: int, num_texts: int = sys.maxsize) -> torch.Tensor:
     """Returns token ids [texts, length] of the example model's texts: `heldout.parquet` or `calibration.parquet`."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = load_tokenizer(MODEL)
     return torch.tensor(tokenise(read_texts(str(FOLDER / file)), tokenizer, num_texts, length))

@@ -58,7 +58,7 @@ def model_config(context: int) -> Qwen3MoeConfig:
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,
-        head_dim=32,
+        head_dim=32,  # ty: ignore[unknown-argument]  # the class does not declare it, but takes it
         num_experts=64,
         num_experts_per_tok=8,
         moe_intermediate_size=32,
@@ -134,8 +134,12 @@ def continuations(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast
     for kind, beginning in beginnings.items():
         torch.manual_seed(0)
         ids = tokenizer(beginning, return_tensors="pt", return_token_type_ids=False).to(model.device)
-        answer = model.generate(**ids, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=0)
-        written[kind] = tokenizer.decode(answer[0], skip_special_tokens=True)
+        # The annotation of `generate` asks for attributes that no model of transformers declares.
+        answer = model.generate(  # ty: ignore[invalid-argument-type]
+            **ids, max_new_tokens=60, do_sample=True, temperature=0.7, top_k=0
+        )
+        assert isinstance(answer, torch.Tensor)
+        (written[kind],) = tokenizer.batch_decode(answer, skip_special_tokens=True)
     return written
 
 
@@ -178,11 +182,13 @@ The texts and their licences: `../LICENSES.md`.
 
 def main(
     work: Annotated[Path, typer.Option(help="Folder that holds train.parquet.")] = Path("build/tiny_moe"),
-    output: Annotated[Path, typer.Option(help="Where checkpoint and tokenizer go.")] = HERE / "model",
-    start_from: Annotated[Path | None, typer.Option(help="Checkpoint to train further; default: a new model.")] = None,
-    minutes: Annotated[float, typer.Option(help="Training time.")] = 90,
+    output: Annotated[Path, typer.Option(help="Folder to write checkpoint and tokenizer to.")] = HERE / "model",
+    start_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint to train further, instead of a new model.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Training time in minutes.")] = 90,
     context: int = 512,
-    batch: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 8,
     peak: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     seed: int = 0,
 ) -> None:
@@ -201,8 +207,8 @@ def main(
     if start_from is None:
         model = Qwen3MoeForCausalLM._from_config(model_config(context), experts_implementation="dense").to(device)
     else:
-        options = {"dtype": torch.float32, "experts_implementation": "dense"}
-        model = Qwen3MoeForCausalLM.from_pretrained(start_from, **options).to(device).train()
+        model = Qwen3MoeForCausalLM.from_pretrained(start_from, dtype=torch.float32, experts_implementation="dense")
+        model = model.to(device).train()
     config = model.config
     compiled = torch.compile(model)
     print(f"{model.num_parameters() / 1e6:.2f} million parameters on {device}")

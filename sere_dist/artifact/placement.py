@@ -12,6 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.layer import Layer
+from sere_dist.files import written_whole
 from sere_dist.method.placement import MAX_LOAD, expected_remote_domains, linear_ranks, place, rank_loads
 from sere_dist.moe import MoeShape
 
@@ -100,7 +102,13 @@ class Placement(BaseModel):
             )
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.model_dump_json(indent=1) + "\n")
+        """Writes the placement; a file that is there is replaced once the new one is whole.
+
+        Raises:
+            OSError: `path` can't be written; what was there is unchanged.
+        """
+        with written_whole(path) as file:
+            file.write_text(self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Placement":
@@ -140,19 +148,22 @@ def propose(
     config = artifact.config
     if not 2 <= num_ranks <= config.num_experts:
         raise PlacementError(f"{num_ranks} ranks: a placement needs 2 to num_experts ({config.num_experts})")
-    if not artifact.tokens_per_expert:
+    first = next(iter(artifact.layers.values()))
+    if first.tokens_E is None:
         raise PlacementError("the artifact has no routing counts (experts.csv): calibrate with a method that uses data")
-    coactivation = artifact.coactivation
-    affinity = affinity or ("coactivation" if coactivation else "similarity")
-    if affinity == "coactivation" and not coactivation:
+    has_coactivation = first.coactivation_EE is not None
+    affinity = affinity or ("coactivation" if has_coactivation else "similarity")
+    if affinity == "coactivation" and not has_coactivation:
         raise PlacementError("the artifact has no coactivation: calibrate again, or place by similarity")
 
-    def placed(layer: int) -> LayerPlacement:
-        load_E = torch.tensor(artifact.tokens_per_expert[layer], dtype=torch.float64)
+    def placed(layer: Layer) -> LayerPlacement:
+        assert layer.tokens_E is not None  # as in the first layer
+        load_E = layer.tokens_E.double()
         if affinity == "coactivation":
-            affinity_EE = coactivation[layer]
+            assert layer.coactivation_EE is not None  # as in the first layer
+            affinity_EE = layer.coactivation_EE
         else:
-            affinity_EE = artifact.similarity[layer].clamp(min=0) * load_E[:, None] * load_E
+            affinity_EE = layer.similarity_EE.clamp(min=0) * load_E[:, None] * load_E
         rank_E = place(affinity_EE, load_E, num_ranks, max_load)
         linear_E = linear_ranks(config.num_experts, num_ranks)
         return LayerPlacement(
@@ -169,5 +180,5 @@ def propose(
         num_experts=config.num_experts,
         num_ranks=num_ranks,
         affinity=affinity,
-        layers={layer: placed(layer) for layer in progress(sorted(artifact.similarity))},
+        layers={layer: placed(artifact.layers[layer]) for layer in progress(sorted(artifact.layers))},
     )

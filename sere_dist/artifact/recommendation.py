@@ -1,11 +1,10 @@
-"""The policy that `sere-dist tune` recommends for an artifact: what each layer does, and what it was seen to cost."""
+"""The policy that a tuning recommends for an artifact: what each layer does, and what it was seen to cost."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sere_dist.evaluation.errors import difference_with_error, with_error
-from sere_dist.evaluation.lockstep import LockstepResult
+from sere_dist.method.records import Settings
 
 
 class LayerSetting(BaseModel):
@@ -17,13 +16,21 @@ class LayerSetting(BaseModel):
     threshold: float = Field(default=0.0, ge=0.0, le=1.0)
     expert_price: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
 
+    @property
+    def numbers(self) -> Settings:
+        """The same as re-routing takes it."""
+        return Settings(self.select_top_k, self.threshold, self.expert_price)
+
     def __str__(self) -> str:
         others = {"rho": self.threshold, "expert price": self.expert_price}
         return f"S = {self.select_top_k}" + "".join(f", {name} {value:g}" for name, value in others.items() if value)
 
 
 class Outcome(BaseModel):
-    """What a setting came to on some texts, in batches of `batch`. Errors are standard errors over texts."""
+    """What a setting came to on some texts, in batches of `batch`; see `evaluation.outcome`.
+
+    Errors are standard errors over texts.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,17 +43,6 @@ class Outcome(BaseModel):
     perplexity: float
     top1: float  # share of the steps whose likeliest token stays
     top1_error: float
-
-    @classmethod
-    def of(cls, result: LockstepResult, off: LockstepResult, batch: int) -> "Outcome":
-        """`off`: the model as it is, on the same texts."""
-        kl, kl_error = with_error(result.divergence_of_texts)
-        loss_rise, loss_rise_error = difference_with_error(result.loss_of_texts, off.loss_of_texts)
-        top1, top1_error = with_error(result.agreement_of_texts)
-        numbers = {"active_experts": result.active_experts, "perplexity": result.perplexity}
-        numbers |= {"kl": kl, "kl_error": kl_error, "loss_rise": loss_rise, "loss_rise_error": loss_rise_error}
-        numbers |= {"top1": top1, "top1_error": top1_error}
-        return cls(batch=batch, **{name: float(f"{number:.4g}") for name, number in numbers.items()})
 
 
 class Recommendation(BaseModel):

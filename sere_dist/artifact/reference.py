@@ -1,28 +1,31 @@
-"""What users of the method's reference implementation bring along: its checkpoints, read as an artifact.
+"""What users of the method's reference implementation bring along: its checkpoints and its `hf_overrides`.
 
-Its calibration saves the whole model again, with a tensor `mlp.similarity_matrix` a layer, and `similarity_matrices.pt`
-beside it. The settings that go with them are read in `config`.
+Its calibration saves the whole model again, with a tensor `mlp.similarity_matrix` per layer, and
+`similarity_matrices.pt` beside it. Both are read as an artifact.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from sere_dist.artifact.folder import (
-    CONFIG_FILE,
-    SCHEMA_VERSION,
-    Artifact,
-    ArtifactConfig,
-    ArtifactError,
-    LayerStatistics,
-)
+from sere_dist.artifact.folder import CONFIG_FILE, Artifact
+from sere_dist.artifact.layer import Layer, LayerStatistics
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig, ArtifactError
 from sere_dist.moe import MoeShape
 
 MATRICES_FILE = "similarity_matrices.pt"
 MATRIX = "similarity_matrix"  # how its tensors' names end
+
+# Its vLLM architectures and the models' own; and its S where `hf_overrides` names none.
+ARCHITECTURES = {
+    f"{name}SERE": name for name in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "DeepseekV2ForCausalLM")
+}
+SELECT_TOP_K = 4
 
 
 def load_artifact(path: Path, shape: MoeShape, model: str) -> Artifact:
@@ -50,7 +53,11 @@ def load_artifact(path: Path, shape: MoeShape, model: str) -> Artifact:
         num_tokens=0,
         versions={},
     )
-    return Artifact(about, similarity, [LayerStatistics.of(layer, names[layer], similarity[layer]) for layer in names])
+    layers = {
+        layer: Layer(similarity_EE, LayerStatistics.of(layer, names[layer], similarity_EE))
+        for layer, similarity_EE in similarity.items()
+    }
+    return Artifact(about, layers)
 
 
 def load_artifact_of(path: Path, model: str) -> Artifact:
@@ -68,6 +75,35 @@ def load_artifact_of(path: Path, model: str) -> Artifact:
     artifact = load_artifact(path, shape, model)
     artifact.check_serves(shape, model, getattr(config, "_commit_hash", None))
     return artifact
+
+
+def settings_from_overrides(
+    hf_overrides: Any, additional_config: Mapping[str, Any], model: str
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Translates the reference implementation's `hf_overrides`; returns None if these are not its own.
+
+    `select_top_k` and `threshold` become settings of `additional_config["sere"]`, whose own entries win. The artifact
+    is the model's folder, where the reference implementation saved the matrices.
+
+    Returns:
+        `hf_overrides` and `additional_config` as sere_dist and vLLM understand them.
+
+    Raises:
+        ValueError: an architecture that the reference implementation does not have.
+    """
+    if not isinstance(hf_overrides, dict):
+        return None
+    names = hf_overrides.get("architectures") or []
+    if not any(name.endswith("SERE") for name in names):
+        return None
+    if unknown := [name for name in names if name not in ARCHITECTURES]:
+        raise ValueError(f"hf_overrides names {', '.join(unknown)}; the reference has {', '.join(ARCHITECTURES)}")
+    overrides = {key: value for key, value in hf_overrides.items() if key not in ("select_top_k", "threshold")}
+    overrides["architectures"] = [ARCHITECTURES[name] for name in names]
+    ours = additional_config.get("sere", {})
+    of_reference = {"select_top_k": SELECT_TOP_K} if ours.get("policy") != "recommended" else {}
+    of_reference |= {name: hf_overrides[name] for name in ("select_top_k", "threshold") if name in hf_overrides}
+    return overrides, {**additional_config, "sere": {"artifact": model, **of_reference, **ours}}
 
 
 def _matrices(path: Path) -> dict[int, torch.Tensor] | None:

@@ -5,7 +5,6 @@ names). transformers knows how to convert each; this module applies its conversi
 alone, which are dequantised one by one as they are read.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -32,18 +31,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from sere_dist.calibration.dequantise import block_size, from_float8, from_mxfp4, unpack_scales
+
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-# Methods that are undone here, and the block [rows, columns] that shares a scale where a configuration doesn't say.
-DEQUANTISED = {"fp8": (128, 128), "mxfp8": (1, 32), "mxfp4": (1, 32)}
-QUANTISED_SUFFIX = re.compile(
-    r"([-_.](fp8|mxfp[48]|nvfp4|fp4|awq|gptq|autoround|int[48]|w\d+a\d+|[348]bit|\d+g|g\d+|bnb|unsloth|mlx|kv"
-    r"|mixed|dynamic|static|block|quantized))+$",
-    re.I,
-)
 QUANTISED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8")  # by safetensors' names
 STACKED = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])  # how experts become one parameter
 READERS = 4  # threads, each with one tensor at a time
-FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # e2m1, by code
 
 
 class _Sizes(BaseModel):
@@ -92,7 +85,7 @@ class Checkpoint:
         self._block: tuple[int, int] | None = None  # None: not quantised
         for config in (self.config, self.config.get_text_config()):
             if quantisation := getattr(config, "quantization_config", None):
-                self._block = _block_size(name, quantisation)
+                self._block = block_size(name, quantisation)
                 del config.quantization_config
 
     @cached_property
@@ -233,7 +226,8 @@ class Checkpoint:
         conversions = get_model_conversion_mapping(model)
         renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
-        state, pieces_of = model.state_dict(), defaultdict(lambda: defaultdict(list))
+        state = model.state_dict()
+        pieces_of: dict[str, Pieces] = defaultdict(lambda: defaultdict(list))
         for tensor in sorted(self._parts, key=dot_natural_key):  # in transformers' order: experts by their numbers
             name, pattern = rename_source_key(tensor, renamings, converters, model.base_model_prefix, state)
             if name not in state and tensor in state:
@@ -294,7 +288,8 @@ class Checkpoint:
                 f"--model {self.name}: not in {self.files[parts[0]]}, as {INDEX_FILE} says: {error}"
             ) from error
         if scales:
-            scale = _unpacked(scales[0][...]).to(device)
+            assert self._block is not None  # only a quantised checkpoint has scales
+            scale = unpack_scales(scales[0][...]).to(device)
             if len(values.get_shape()) == 4:
                 return from_mxfp4(values, scale)
             try:
@@ -316,47 +311,11 @@ def _converted(
     converter = deepcopy(converter)
     for pattern, tensors in pieces.items():
         for tensor in tensors:
-            converter.add_tensor(name, tensor, pattern, read(tensor))
+            assert pattern is not None  # there is no converter for a tensor that matches none
+            # Its signature has futures of tensors; it takes tensors, too.
+            converter.add_tensor(name, tensor, pattern, read(tensor))  # ty: ignore[invalid-argument-type]
     values = converter.convert(name, model=model, config=model.config)
     return {name: value[0] if isinstance(value, list) else value for name, value in values.items()}
-
-
-def from_float8(values: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Returns values [..., R, C] in float32, times one scale for all, or one for each block of rows and columns.
-
-    There are as many blocks as it takes: the last of a row or a column may be cut short.
-
-    Raises:
-        ValueError: there are more or fewer scales.
-    """
-    if scales.numel() > 1:
-        grid = [-(-size // step) for size, step in zip(values.shape[-2:], block, strict=True)]
-        if list(scales.shape) != [*values.shape[:-2], *grid]:
-            raise ValueError(f"weights {tuple(values.shape)} in blocks of {block} have scales {tuple(scales.shape)}")
-        for dim, step in zip((-2, -1), block, strict=True):
-            scales = scales.repeat_interleave(step, dim).narrow(dim, 0, values.shape[dim])
-    return values.float().mul_(scales)
-
-
-def from_mxfp4(blocks_ERGB: torch.Tensor, scales_ERG: torch.Tensor) -> torch.Tensor:
-    """Returns [E, C, R], float32, of E experts' transposed weights, in G groups of 32 columns with a scale each.
-
-    A byte holds two codes, the lower bits first. Experts are read one at a time.
-    """
-    experts, rows, groups = scales_ERG.shape
-    table = torch.tensor(FP4_VALUES, device=scales_ERG.device)
-    weights_ECR = torch.empty(experts, groups * 32, rows, device=scales_ERG.device)
-    for expert in range(experts):
-        bytes_RGB = blocks_ERGB[expert].to(scales_ERG.device, torch.int32)
-        values_RGB2 = table[torch.stack([bytes_RGB & 15, bytes_RGB >> 4], dim=-1)]
-        values_RG32 = values_RGB2.flatten(2) * scales_ERG[expert, :, :, None]
-        weights_ECR[expert] = values_RG32.flatten(1).T
-    return weights_ECR
-
-
-def _unpacked(scales: torch.Tensor) -> torch.Tensor:
-    """Returns scales in float32; bytes are exponents."""
-    return (scales.view(torch.float8_e8m0fnu) if scales.dtype == torch.uint8 else scales).float()
 
 
 def _opened(path: Path):
@@ -364,20 +323,3 @@ def _opened(path: Path):
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not whole, fetch it again: {error}") from error
-
-
-def _block_size(name: str, quantisation: dict) -> tuple[int, int]:
-    """Returns the rows and columns of a block of weights that shares a scale.
-
-    Raises:
-        ValueError: the method is not undone here.
-    """
-    method = quantisation.get("quant_method")
-    if method not in DEQUANTISED:
-        sibling = QUANTISED_SUFFIX.sub("", name.rstrip("/"))
-        where = f"{sibling}, by its name" if sibling != name.rstrip("/") else "base_model in its card"
-        raise ValueError(
-            f"--model {name} is quantised ({method}), which is dequantised here only for {', '.join(DEQUANTISED)}: "
-            f"calibrate the checkpoint it was made from ({where}); the artifact serves the quantised model too"
-        )
-    return tuple(quantisation.get("weight_block_size") or DEQUANTISED[method])

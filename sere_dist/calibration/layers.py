@@ -2,7 +2,7 @@
 
 Each step loads the part of the checkpoint that it needs and takes its tokens block by block, so that neither the model
 nor the tokens' states are ever in memory whole. Nothing here knows Ray. Shape suffixes: B texts of a block, L tokens of
-the longest text, N tokens (padding left out), H hidden size, K experts a token, E experts.
+the longest text, N tokens (padding left out), H hidden size, K experts per token, E experts.
 """
 
 import time
@@ -14,24 +14,24 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from sere_dist.artifact.folder import LayerStatistics
+from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.memory import is_out_of_memory, with_halving
 from sere_dist.method.blocks import BLOCK_BYTES
 from sere_dist.method.cka import Kernel
 from sere_dist.method.similarity import (
-    Method,
+    METHODS,
+    MethodName,
     expert_projection,
     expert_similarity,
     random_similarity,
     tokens_a_block,
     weight_similarity,
 )
-from sere_dist.moe import Routing, decoder_layers, expert_outputs, hooked_experts, routed_experts
+from sere_dist.moe import RoutedExperts, Routing, decoder_layers, expert_outputs, hooked_experts, routed_experts
 
 TOKENS_A_FORWARD = 4096
 BLOCK_BYTES_ON = {"cpu": BLOCK_BYTES, "cuda": 8 * 2**30}
-WITHOUT_DATA = ("weights", "random")  # methods that look at no token
 
 
 class Texts(NamedTuple):
@@ -54,25 +54,16 @@ class ExpertInputs(NamedTuple):
 
 
 @dataclass
-class LayerResult:
+class LayerResult(Layer):
     """What a calibration finds about the experts of one layer.
 
     Attributes:
-        similarity_EE, coefficient_EE, size_E: see `sere_dist.method.similarity`; the last two by `projection` alone.
-        tokens_E: tokens routed to each expert; None for a method without data.
-        coactivation_EE: products of the router weights that a token gave two experts, summed over tokens; likewise.
         block_tokens: tokens taken at a time in the end.
         halved: how often memory ran out before.
     """
 
-    similarity_EE: torch.Tensor
-    coefficient_EE: torch.Tensor | None
-    size_E: torch.Tensor | None
-    tokens_E: torch.Tensor | None
-    coactivation_EE: torch.Tensor | None
-    statistics: LayerStatistics
-    block_tokens: int
-    halved: int
+    block_tokens: int = 0
+    halved: int = 0
 
 
 def text_blocks(texts: Sequence[Sequence[int]], tokens_a_block: int = TOKENS_A_FORWARD) -> list[Texts]:
@@ -231,7 +222,7 @@ class _Rows:
 class ExpertOutputs:
     """Outputs [E, N, H] of every expert of a layer on every token, computed when sliced."""
 
-    def __init__(self, experts: torch.nn.Module, inputs: Sequence[ExpertInputs], device: str):
+    def __init__(self, experts: RoutedExperts, inputs: Sequence[ExpertInputs], device: str):
         self.experts, self.device = experts, device
         self.hidden = _Rows([block.hidden_states_NH for block in inputs])
         self.shape = (experts.num_experts, len(self.hidden), inputs[0].hidden_states_NH.shape[1])
@@ -263,7 +254,7 @@ def score_layer(
     checkpoint: Checkpoint,
     layer: int,
     inputs: Sequence[ExpertInputs],
-    method: Method,
+    method: MethodName,
     kernel: Kernel = "linear",
     seed: int = 0,
     block_tokens: int | None = None,
@@ -281,7 +272,7 @@ def score_layer(
     started = time.perf_counter()
     model = checkpoint.empty_model()
     name, experts = routed_experts(model)[layer]
-    if method != "random":
+    if METHODS[method].needs_weights:
         with_halving(
             1,
             lambda _: checkpoint.load(model, lambda parameter: parameter.startswith(f"{name}."), device),
@@ -291,11 +282,11 @@ def score_layer(
     if method == "random":
         similarity_EE, block_tokens = random_similarity(experts.num_experts, seed + layer), 0
     elif method == "weights":
-        similarity_EE, block_tokens = weight_similarity(experts.parameters()), 0
+        similarity_EE, block_tokens = weight_similarity(list(experts.parameters())), 0
     else:
         outputs = ExpertOutputs(experts, inputs, device)
         num_experts, num_tokens, hidden_size = outputs.shape
-        default_block = tokens_a_block(num_experts, hidden_size, method, BLOCK_BYTES_ON[device])
+        default_block = tokens_a_block(num_experts, hidden_size, METHODS[method], BLOCK_BYTES_ON[device])
         first_block = min(num_tokens, block_tokens or default_block)
 
         def score(block: int) -> tuple[torch.Tensor, ...]:
@@ -307,20 +298,22 @@ def score_layer(
         if projection:
             coefficient_EE, size_E = (tensor.cpu() for tensor in projection)
         halved = (first_block // block_tokens).bit_length() - 1
-        index = (torch.from_numpy(block.top_k_index_NK.flatten()) for block in inputs)
-        tokens_E = sum(torch.bincount(each, minlength=num_experts) for each in index)
+        tokens_E = torch.zeros(num_experts, dtype=torch.int64)
+        for block in inputs:
+            tokens_E += torch.bincount(torch.from_numpy(block.top_k_index_NK.flatten()), minlength=num_experts)
         coactivation_EE = coactivation(inputs, num_experts)
     similarity_EE = similarity_EE.cpu()
     statistics = LayerStatistics.of(layer, name, similarity_EE, tokens_E, time.perf_counter() - started)
-    found = (similarity_EE, coefficient_EE, size_E, tokens_E, coactivation_EE)
-    return LayerResult(*found, statistics, block_tokens, halved)
+    return LayerResult(
+        similarity_EE, statistics, coefficient_EE, size_E, coactivation_EE, tokens_E, block_tokens, halved
+    )
 
 
 def coactivation(inputs: Sequence[ExpertInputs], num_experts: int) -> torch.Tensor:
     """Returns [E, E], float32: products of the router weights that a token gave two experts, summed over tokens."""
     weights_NE = RoutingWeights(inputs, num_experts, "cpu")
-    parts = (
-        weights_NE[start : start + TOKENS_A_FORWARD, :].double()
-        for start in range(0, len(weights_NE.index), TOKENS_A_FORWARD)
-    )
-    return sum(part_NE.T @ part_NE for part_NE in parts).float()
+    sum_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64)
+    for start in range(0, len(weights_NE.index), TOKENS_A_FORWARD):
+        part_NE = weights_NE[start : start + TOKENS_A_FORWARD, :].double()
+        sum_EE += part_NE.T @ part_NE
+    return sum_EE.float()

@@ -4,17 +4,15 @@ FLOPs count a multiplication and an addition as two. Expected seconds are arithm
 a device's peak rates, at the share of them that is assumed below.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from rich.table import Table
-
 from sere_dist.calibration.checkpoint import Checkpoint
-from sere_dist.calibration.layers import BLOCK_BYTES_ON, TOKENS_A_FORWARD, WITHOUT_DATA
+from sere_dist.calibration.layers import BLOCK_BYTES_ON, TOKENS_A_FORWARD
 from sere_dist.method.blocks import BLOCK_BYTES
 from sere_dist.method.cka import Kernel, features_are_cheaper
-from sere_dist.method.similarity import Method, tokens_a_block
+from sere_dist.method.similarity import METHODS, Method, MethodName, tokens_a_block
 from sere_dist.moe import MoeShape, decoder_layers, routed_experts
 
 FLOAT_BYTES = 4  # weights and states are float32 in every task
@@ -56,7 +54,7 @@ class Plan:
     def of(
         cls,
         checkpoint: Checkpoint,
-        method: Method,
+        method: MethodName,
         kernel: Kernel,
         num_tokens: int,
         max_length: int,
@@ -78,9 +76,9 @@ class Plan:
             model=checkpoint.name,
             shape=shape,
             layer_names={layer: name for layer, (name, _) in experts.items()},
-            method=method,
+            method=METHODS[method],
             kernel=kernel,
-            num_tokens=0 if method in WITHOUT_DATA else num_tokens,
+            num_tokens=num_tokens if METHODS[method].needs_data else 0,
             max_length=max_length,
             parameters=parameters,
             layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
@@ -89,10 +87,6 @@ class Plan:
             device=device,
             wanted_block=block_tokens,
         )
-
-    @property
-    def needs_data(self) -> bool:
-        return self.method not in WITHOUT_DATA
 
     @property
     def block_bytes(self) -> int:
@@ -107,12 +101,13 @@ class Plan:
     def forward_bytes(self) -> int:
         """What a forward task holds: one decoder layer, and one block's states before and after it."""
         states = TOKENS_A_FORWARD * self.shape.hidden_size * FLOAT_BYTES
-        return (self.layer_parameters * FLOAT_BYTES + 2 * states) if self.needs_data else 0
+        return (self.layer_parameters * FLOAT_BYTES + 2 * states) if self.method.needs_data else 0
 
     @property
     def score_bytes(self) -> int:
         """What a scoring task holds: one layer's experts, one block's outputs and Gram matrices."""
-        return self.expert_parameters * FLOAT_BYTES * (self.method != "random") + self.block_bytes * self.needs_data
+        weights = self.expert_parameters * FLOAT_BYTES if self.method.needs_weights else 0
+        return weights + (self.block_bytes if self.method.needs_data else 0)
 
     @property
     def states_bytes(self) -> int:
@@ -122,11 +117,12 @@ class Plan:
     @property
     def forward_read(self) -> float:
         """Bytes of the checkpoint that a layer's forward task reads."""
-        return self.layer_parameters * self.stored_bytes if self.needs_data else 0
+        return self.layer_parameters * self.stored_bytes if self.method.needs_data else 0
 
     @property
     def score_read(self) -> float:
-        return self.expert_parameters * self.stored_bytes * (self.method != "random")
+        """Bytes of the checkpoint that a layer's scoring task reads."""
+        return self.expert_parameters * self.stored_bytes if self.method.needs_weights else 0
 
     @property
     def forward_flops(self) -> float:
@@ -138,8 +134,8 @@ class Plan:
     @property
     def expert_passes(self) -> int:
         """How often every token goes through every expert of a layer."""
-        if self.method != "cka":
-            return int(self.needs_data)
+        if not self.method.has_kernel:
+            return int(self.method.needs_data)
         if self.of_features:
             tiles = ceil(self.shape.num_experts / max(1, int((BLOCK_BYTES / 8) ** 0.5) // self.shape.hidden_size))
             return tiles + 1
@@ -153,7 +149,7 @@ class Plan:
     @property
     def of_features(self) -> bool:
         """Whether linear CKA takes products of features rather than Gram matrices of tokens."""
-        if self.method != "cka" or self.kernel != "linear":
+        if not self.method.has_kernel or self.kernel != "linear":
             return False
         return features_are_cheaper(self.shape.num_experts, self.num_tokens, self.shape.hidden_size)
 
@@ -162,15 +158,15 @@ class Plan:
         """Of one layer: every expert on every token, and the tokens' Gram matrices."""
         outputs = 2 * self.expert_parameters * self.num_tokens * self.expert_passes
         grams = 2 * self.num_tokens * self.shape.num_experts**2 * self.shape.hidden_size
-        return outputs + grams * (self.method in ("frobenius", "cosine", "projection"))
+        return outputs + (grams if self.method.needs_data and not self.method.has_kernel else 0)
 
     @property
     def score_float64(self) -> float:
-        """Of one layer: CKA's products, which need the digits."""
+        """Of one layer: products of weights, and those of CKA, which need the digits."""
         experts, tokens, hidden = self.shape.num_experts, self.num_tokens, self.shape.hidden_size
-        if self.method == "weights":
-            return 2 * experts * self.expert_parameters
-        if self.method != "cka":
+        if not self.method.needs_data:
+            return 2 * experts * self.expert_parameters if self.method.needs_weights else 0
+        if not self.method.has_kernel:
             return 0
         if self.of_features:
             return experts * (experts + 1) * tokens * hidden**2
@@ -185,49 +181,3 @@ class Plan:
         score += (self.score_float32 / device.float32 + self.score_float64 / device.float64) / device.used
         layers = len(self.layer_names)
         return max(layers * (forward + score) / count, self.shape.num_layers * forward + score)
-
-    def table(self, workers: str) -> Table:
-        """The plan for people; `workers` describes what the cluster has for it."""
-        layers = len(self.layer_names)
-        forwards = max(self.layer_names) + 1 if self.needs_data else 0
-        method = self.method
-        if method == "cka":
-            method += f", {self.kernel} kernel, from {'features' if self.of_features else 'Gram matrices of tokens'}"
-        rows = {
-            "model": f"{self.shape.architecture}, {self.parameters / 1e9:.3g} billion parameters",
-            "layers": f"{self.shape.num_layers}, of which {layers} MoE: {self.shape.num_experts} experts, "
-            f"{self.shape.num_experts_per_token} a token",
-            "method": method,
-            "workers": workers,
-            "a scoring task holds": size(self.score_bytes),
-            "reads": f"{size(layers * self.score_read)} for {layers} scoring tasks (1 pass over the experts)",
-        }
-        if self.needs_data:
-            passes = f"{self.expert_passes} passes" if self.expert_passes > 1 else "1 pass"
-            rows |= {
-                "tokens": f"{self.num_tokens:,}; a scoring task takes {self.block_tokens:,} at a time, "
-                f"{passes} of all of them through every expert",
-                "a forward task holds": size(self.forward_bytes),
-                "object store": f"{size(self.states_bytes)} a layer in flight",
-                "reads": f"{size(forwards * self.forward_read)} for {forwards} forward tasks, one after another "
-                f"(1 pass over the layers); {rows['reads']}",
-                "work": f"forward {flops(forwards * self.forward_flops)}, scoring "
-                f"{flops(layers * self.score_float32)} in float32 and {flops(layers * self.score_float64)} in float64",
-            }
-        on_gpu = replace(self, device="cuda")
-        rows["expected"] = (
-            f"{on_gpu.seconds(H200, 1):,.0f} s on 1 {H200.name}, {on_gpu.seconds(H200, 8):,.0f} s on 8. Not measured: "
-            f"half of {H200.float32 / 1e12:.0f} TFLOP/s, reads of {H200.read / 1e9:g} GB/s a task"
-        )
-        table = Table(title=f"Plan for {self.model}", show_header=False, title_justify="left")
-        for name, text in rows.items():
-            table.add_row(name, text)
-        return table
-
-
-def size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
-
-
-def flops(count: float) -> str:
-    return f"{count / 1e12:,.1f} TFLOP" if count < 1e15 else f"{count / 1e15:,.1f} PFLOP"

@@ -4,16 +4,17 @@ import glob
 import itertools
 import os
 import pkgutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
+import datasets.packaged_modules
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from pydantic_core import from_json
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 KINDS = {
     ".parquet": "Parquet",
@@ -63,6 +64,19 @@ def read_texts(
         rows = ({"text": text} for row in rows if (text := row["text"].strip("\n")))
     texts = _texts(rows, dataset, column)
     return itertools.chain(list(itertools.islice(texts, 1)), texts)
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Returns a model's tokenizer.
+
+    Raises:
+        ValueError: the model has none that transformers knows.
+        OSError: it can't be fetched.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    if tokenizer is None:
+        raise ValueError(f"--model {name} has no tokenizer that transformers knows")
+    return tokenizer
 
 
 def tokenise(
@@ -154,23 +168,29 @@ def _check_schemas(files: list[str], column: str) -> None:
 
 
 def _stream_files(kind: str, files: list[str], column: str) -> datasets.IterableDataset:
-    if kind == "Parquet":
-        builder = "parquet"
-        options = {
-            "columns": [column],
-            # By default the rows of the first row group, which is a crash where there are none.
-            "batch_size": ROWS_A_BATCH,
-            # By default all that was read of a file stays in memory until the file ends.
-            "fragment_scan_options": pads.ParquetFragmentScanOptions(pre_buffer=False),
-        }
-    else:
+    patterns = [glob.escape(file) for file in files]
+    with _readable(f"--dataset {files[0]}: not readable"):
+        if kind == "Parquet":
+            return datasets.load_dataset(
+                "parquet",
+                data_files=patterns,
+                split="train",
+                streaming=True,
+                columns=[column],
+                # By default the rows of the first row group, which is a crash where there are none.
+                batch_size=ROWS_A_BATCH,
+                # By default all that was read of a file stays in memory until the file ends.
+                fragment_scan_options=pads.ParquetFragmentScanOptions(pre_buffer=False),
+            )
         # JSON is read as lines of text. The library's JSON builder refuses rows of differing keys, makes a string of a
         # number that comes after strings, and reads the whole file into memory when a line of it is damaged.
-        builder = "text"
-        options = {"sample_by": "paragraph" if kind == "text" else "line", "encoding": "utf-8-sig"}
-    with _readable(f"--dataset {files[0]}: not readable"):
         return datasets.load_dataset(
-            builder, data_files=[glob.escape(file) for file in files], split="train", streaming=True, **options
+            "text",
+            data_files=patterns,
+            split="train",
+            streaming=True,
+            sample_by="paragraph" if kind == "text" else "line",
+            encoding="utf-8-sig",
         )
 
 
@@ -182,12 +202,12 @@ def _stream_by_name(name: str, subset: str | None, split: str) -> datasets.Itera
     with _readable(f"{options}: no such file or folder, and no such dataset by name that can be loaded"):
         splits = datasets.load_dataset(name, subset, streaming=True)
     if split not in splits:
-        raise ValueError(f"--split {split}: the splits of {name} are {', '.join(splits)}")
+        raise ValueError(f"--split {split}: the splits of {name} are {', '.join(map(str, splits))}")
     return splits[split]
 
 
 @contextmanager
-def _readable(what: str) -> Iterator[None]:
+def _readable(what: str) -> Generator[None]:
     try:
         yield
     except Exception as error:  # the readers let through those of all their layers: Arrow, gzip, UTF-8, HTTP

@@ -1,4 +1,4 @@
-"""The command `sere-dist`. What takes seconds to import is imported in the command that needs it."""
+"""The command `sere-dist`. Each command imports what it needs by itself, so that `--help` answers at once."""
 
 import json
 from dataclasses import asdict
@@ -13,8 +13,6 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from sere_dist.method.placement import MAX_LOAD
-
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red"}  # of a check of `doctor`
 
@@ -25,9 +23,10 @@ def main() -> None:
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="Folder of an artifact.")]) -> None:
+def inspect(path: Annotated[Path, typer.Argument(help="Folder of the artifact.")]) -> None:
     """Check an artifact and describe it."""
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.schema import ArtifactError
 
     try:
         artifact = Artifact.load(path)
@@ -37,17 +36,17 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of an artifact.")]
     facts = Table(title=str(path), show_header=False, title_justify="left")
     facts.add_row("base model", config.base_model + (f" at {config.revision}" if config.revision else ""))
     facts.add_row("architecture", f"{config.architecture}, {config.num_layers} layers, hidden {config.hidden_size}")
-    facts.add_row("experts", f"{config.num_experts} a layer, {config.num_experts_per_token} a token")
+    facts.add_row("experts", f"{config.num_experts} per layer, {config.num_experts_per_token} per token")
     facts.add_row("method", config.method + (f", {config.kernel} kernel" if config.kernel else ""))
     facts.add_row("calibrated on", config.data)
     facts.add_row("with", ", ".join(f"{name} {version}" for name, version in config.versions.items()))
     facts.add_row("SHA-256", config.tensors_sha256)
     tuned = artifact.recommended
-    facts.add_row("recommended", str(tuned or "nothing; see sere-dist tune"))
+    facts.add_row("recommended", str(tuned or "nothing yet: run python -m calibration_jobs.tune"))
     recommended = ("recommended",) if tuned else ()
     layers = Table("layer", "fewest tokens of an expert", "median", "similarity mean", "min", "max", *recommended)
-    for row in artifact.layers:
-        layers.add_row(*row.cells(), *(str(tuned.layers[row.layer]) for _ in recommended))
+    for row in (layer.statistics for layer in artifact.layers.values()):
+        layers.add_row(*row.cells(), *([str(tuned.layers[row.layer])] if tuned else []))
     console = Console()
     console.print(facts)
     console.print(layers)
@@ -55,11 +54,12 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of an artifact.")]
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
+    path: Annotated[Path, typer.Argument(help="Folder of the artifact.")],
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
-    """Draw an artifact: one HTML page with every layer's similarities."""
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    """Draw an artifact as one HTML page, with a heat map of the similarities per layer."""
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.schema import ArtifactError
     from sere_dist.cli.report import write_report
 
     try:
@@ -71,16 +71,18 @@ def report(
 
 @app.command()
 def place(
-    path: Annotated[Path, typer.Argument(help="Folder of an artifact.")],
-    ranks: Annotated[int, typer.Option(help="Expert-parallel ranks.")],
+    path: Annotated[Path, typer.Argument(help="Folder of the artifact.")],
+    ranks: Annotated[int, typer.Option(help="Number of expert-parallel ranks.")],
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("placement.json"),
     max_load: Annotated[
-        float, typer.Option(min=1, help="Tokens routed to a rank's experts, at most, over the mean of the ranks.")
-    ] = MAX_LOAD,
+        float,
+        typer.Option(min=1, help="Highest load of a rank: tokens routed to its experts over the mean of the ranks."),
+    ] = 1.1,
 ) -> None:
-    """Propose which rank holds which expert, so that tokens cross ranks less when they are re-routed."""
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    """Propose which rank should hold which expert, so that re-routed tokens cross ranks less often."""
+    from sere_dist.artifact.folder import Artifact
     from sere_dist.artifact.placement import PlacementError, propose
+    from sere_dist.artifact.schema import ArtifactError
 
     console = Console()
     try:
@@ -105,36 +107,75 @@ def place(
     print(f"wrote {output}")
 
 
-@app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
-def tune(context: typer.Context) -> None:
-    """Find the settings that fit a budget best, on a Ray cluster, and write them into an artifact."""
-    from calibration_jobs.tune import main
+@app.command()
+def accuracy(
+    url: Annotated[str, typer.Argument(help="Base URL of the endpoint, with /v1.")],
+    suite: Annotated[str, typer.Option(help="Tasks to run: paper, paper_chat, or a YAML file of lm-eval.")],
+    concurrency: Annotated[int, typer.Option(help="Requests at a time, which decode in one batch.", min=1)] = 16,
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model at the endpoint. Not needed if it serves only one.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send requests to /chat/completions instead of /completions.")
+    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option(help="Longest answer in tokens, for tasks that do not set their own limit.", min=1)
+    ] = 1024,
+    gen_kwargs: Annotated[
+        str, typer.Option(help="JSON object of request parameters, which replace those of the tasks.")
+    ] = "{}",
+    limit: Annotated[
+        int | None, typer.Option(help="Number of documents per task, for a trial run. The first ones are used.", min=2)
+    ] = None,
+    run_model_code: Annotated[
+        bool,
+        typer.Option("--run-model-code", help="Let tasks execute code that the model writes, on this machine."),
+    ] = False,
+    results: Annotated[Path | None, typer.Option(help="JSON file to add the results to.")] = None,
+) -> None:
+    """Score a served model on tasks of lm-eval, with re-routing off and on.
 
-    job = typer.Typer(add_completion=False)
-    job.command()(main)
-    job(context.args, prog_name=context.command_path)
+    The command needs the admin token (SERE_ADMIN_TOKEN): it switches re-routing, and restores the setting afterwards.
+    """
+    try:
+        from sere_dist.evaluation.accuracy import Evaluation, run
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"error: {error}. The harness is the extra `eval`: install it with pip install '.[eval]' in the "
+            "repository of sere_dist, or pip install 'WHEEL[eval]' with the path of a wheel"
+        ) from error
+
+    try:
+        parameters = json.loads(gen_kwargs)
+    except ValueError as error:
+        raise SystemExit(f"error: --gen-kwargs is not JSON: {error}") from error
+    if not isinstance(parameters, dict):
+        raise SystemExit("error: --gen-kwargs must be a JSON object")
+    run(Evaluation(url, suite, concurrency, model, chat, max_tokens, parameters, limit, run_model_code), results)
 
 
 settings_app = typer.Typer(no_args_is_help=True, help="Read or change the settings of a serving application.")
 app.add_typer(settings_app, name="settings")
-Url = Annotated[str, typer.Option(help="Of the application.")]
+Url = Annotated[str, typer.Option(help="URL of the application.")]
 
 
 @settings_app.command()
 def get(url: Url = "http://127.0.0.1:8000") -> None:
-    """Show the settings in force, and the replicas that run them."""
+    """Show the settings in force, and how many replicas run them."""
     show_settings(url)
 
 
 @settings_app.command(name="set")
 def set_settings(
-    settings: Annotated[list[str], typer.Argument(help="NAME=VALUE, such as select_top_k=4 or enabled=false.")],
+    settings: Annotated[
+        list[str], typer.Argument(help="New values, such as select_top_k=4 enabled=false.", metavar="NAME=VALUE")
+    ],
     url: Url = "http://127.0.0.1:8000",
 ) -> None:
     """Change settings on every replica, without a restart."""
     pairs = [setting.partition("=") for setting in settings]
     if wrong := [name for name, equals, _value in pairs if not equals]:
-        raise SystemExit(f"error: {', '.join(wrong)}: settings are written NAME=VALUE")
+        raise SystemExit(f"error: {', '.join(wrong)}: write each setting as NAME=VALUE")
     try:
         changes = {name: yaml.safe_load(value) for name, _equals, value in pairs}
     except yaml.YAMLError as error:
@@ -155,23 +196,26 @@ def show_settings(url: str, changes: dict[str, Any] | None = None) -> None:
     console = Console()
     console.print(table)
     running = len(state["replicas"]) - len(state["pending"])
-    console.print(f"{running} of {len(state['replicas'])} replicas run it")
+    console.print(f"{running} of {len(state['replicas'])} replicas run these settings")
     if state["pending"]:
-        raise SystemExit(f"pending: {', '.join(state['pending'])}; they will follow, ask again with `get`")
+        raise SystemExit(
+            f"pending: {', '.join(state['pending'])}; they will follow; ask again with `sere-dist settings get`"
+        )
 
 
 @app.command()
 def doctor(
     artifact: Annotated[Path | None, typer.Option(help="Folder of an artifact to check.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint folder or Hugging Face model id that the artifact must fit.")
+        str | None, typer.Option(help="Checkpoint folder or Hugging Face id of the model that the artifact must fit.")
     ] = None,
     ray_address: Annotated[
-        str | None, typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to check; default: none.")
+        str | None,
+        typer.Option(envvar="RAY_ADDRESS", help="Ray cluster to check. Without an address, none is checked."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of lines.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as a JSON list.")] = False,
 ) -> None:
-    """Check whether this machine is ready to calibrate and to serve. Exit status 1: something failed."""
+    """Check whether this machine is ready to calibrate and to serve. The exit status is 1 if a check failed."""
     from sere_dist.cli.doctor import examine
 
     if model is not None and artifact is None:

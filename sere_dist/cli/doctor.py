@@ -1,35 +1,27 @@
-"""Is this machine ready to calibrate and to serve? What `sere-dist doctor` looks at, a function a check.
+"""Is this machine ready to calibrate and to serve? What `sere-dist doctor` looks at, one function per check.
 
 A check returns a `Finding` or raises; then the exception is what was found. What imports vLLM or joins a Ray cluster
-does so in a process of its own (`in_fresh_process`): it starts as an engine's worker does, can be given up on, and what
-it logs stays out of the answer.
+does so in a process of its own (`fresh_process`).
 """
 
-import contextlib
 import importlib.metadata
-import json
 import logging
 import os
 import pkgutil
 import platform
-import signal
-import subprocess
-import sys
 import tempfile
-import textwrap
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import combinations
 from logging.handlers import BufferingHandler
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
-from sere_dist.config import ALLOW_UNTESTED_VLLM, PLUGIN, environment_flag, plugin_is_disabled
+from sere_dist.cli.fresh_process import ChildError, call_in_fresh_process, describe, one_line
+from sere_dist.cli.gpus import Gpus, read_gpus
+from sere_dist.environment import ALLOW_UNTESTED_VLLM, PLUGIN, environment_flag, plugin_is_disabled
 
 PLUGIN_GROUP = "vllm.general_plugins"
 # What the plugin replaces or extends in vLLM, besides the workers.
@@ -37,14 +29,12 @@ HOOKS = (
     "vllm.engine.arg_utils:EngineArgs.create_engine_config",
     "vllm.model_executor.layers.fused_moe.router.base_router:BaseRouter._compute_routing",
 )
-NO_DRIVER = ("NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded")
 MIN_CAPABILITY = (8, 0)  # of the re-routing kernel
 ARCH_WITHOUT_GPU = "sm_90"  # an H200's
 IMPORT_SECONDS = 180  # of a process that imports vLLM, on a slow disk
 RAY_SECONDS = 60  # of joining a cluster, on a busy machine
 # Ray logs these within seconds, then tries on for more than a minute.
 RAY_REFUSED, RAY_UNREACHABLE = "InvalidAuthToken", "Failed to connect to"
-LONGEST_TEXT = 500  # characters of what was found, a compiler's log for one
 
 # Not by the package's name: what an index has under it may be somebody else's.
 INSTALL = "in sere_dist's repository: pip install '.[gpu]', or '.[cpu]' without a GPU"
@@ -66,40 +56,13 @@ class Finding:
     advice: str = ""
 
 
-@dataclass(frozen=True)
-class Gpu:
-    name: str
-    capability: tuple[int, int]
-    memory_bytes: int | None  # None where the GPU shares the host's
-
-
-@dataclass(frozen=True)
-class Gpus:
-    """This machine's GPUs, as NVIDIA's management library (NVML) sees them: all, whatever CUDA_VISIBLE_DEVICES says.
-
-    Attributes:
-        links: how each pair is linked: "NVLink", "PCIe", "across sockets" or "unknown".
-        driver: the driver's version; empty without one.
-        cuda: the newest CUDA that the driver runs, (major, minor).
-        trouble: why NVML could not be asked; empty if it could.
-        is_broken: the trouble is not just that there is no driver.
-    """
-
-    devices: tuple[Gpu, ...] = ()
-    links: tuple[str, ...] = ()
-    driver: str = ""
-    cuda: tuple[int, int] = (0, 0)
-    trouble: str = ""
-    is_broken: bool = False
-
-
 def examine(
     artifact: Path | None = None, model: str | None = None, ray_address: str | None = None
 ) -> Iterator[Finding]:
-    """Yields what each check found, in order. The checks run side by side: most of them wait for imports."""
+    """Yields what each check found, in order. The checks run at the same time: most of them wait for imports."""
     gpus = read_gpus()
     with ThreadPoolExecutor() as pool:
-        vllm = pool.submit(in_fresh_process, "look_at_vllm", seconds=IMPORT_SECONDS)
+        vllm = pool.submit(call_in_fresh_process, look_at_vllm, seconds=IMPORT_SECONDS)
         checks: list[tuple[str, Callable[[], Finding], str]] = [  # name, check, advice if it raises
             ("python", lambda: check_python(platform.python_version()), INSTALL),
             ("torch", lambda: check_torch(gpus), INSTALL),
@@ -122,18 +85,6 @@ def attempt(name: str, check: Callable[[], Finding], advice: str) -> Finding:
         return Finding(name, "fail", describe(error), advice)
 
 
-def describe(error: Exception) -> str:
-    """Returns an exception's name and message on one line; a fresh process has put the name in its message."""
-    if isinstance(error, ChildError):
-        return one_line(str(error))
-    return one_line(f"{type(error).__name__}: {error}")
-
-
-def one_line(text: str) -> str:
-    text = text.replace("\0", " ")  # NVRTC's logs end in one
-    return textwrap.shorten(text, LONGEST_TEXT, placeholder=" ...")
-
-
 def check_python(version: str) -> Finding:
     from packaging.specifiers import SpecifierSet
 
@@ -150,59 +101,11 @@ def check_torch(gpus: Gpus) -> Finding:
     found = f"{version}, built for CUDA {cuda}" if cuda else f"{version}, built without CUDA"
     if gpus.devices and not cuda:
         return Finding("torch", "warning", found, "the GPUs stay idle: install its build for CUDA")
-    if gpus.devices and int(cuda.split(".")[0]) > gpus.cuda[0]:
+    if gpus.devices and cuda and int(cuda.split(".")[0]) > gpus.cuda[0]:
         newest = "{}.{}".format(*gpus.cuda)
         advice = f"the driver runs CUDA {newest} at most: install a newer driver, or a torch built for CUDA {newest}"
         return Finding("torch", "fail", found, advice)
     return Finding("torch", "ok", found)
-
-
-def load_nvml() -> ModuleType:
-    import pynvml
-
-    return pynvml
-
-
-def read_gpus() -> Gpus:
-    """Asks NVML. Raises nothing: what went wrong is in `trouble`."""
-    try:
-        nvml = load_nvml()
-        nvml.nvmlInit()
-    except Exception as error:
-        if type(error).__name__ in NO_DRIVER:
-            return Gpus(trouble=str(error))
-        return Gpus(trouble=describe(error), is_broken=True)
-    try:
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()  # 13020 is 13.2
-        return Gpus(
-            devices=tuple(_gpu(nvml, handle) for handle in handles),
-            links=tuple(_link(nvml, *pair) for pair in combinations(handles, 2)),
-            driver=nvml.nvmlSystemGetDriverVersion(),
-            cuda=(cuda // 1000, cuda % 1000 // 10),
-        )
-    except Exception as error:
-        return Gpus(trouble=describe(error), is_broken=True)
-    finally:
-        nvml.nvmlShutdown()
-
-
-def _gpu(nvml: ModuleType, handle: Any) -> Gpu:
-    try:
-        memory = nvml.nvmlDeviceGetMemoryInfo(handle).total
-    except nvml.NVMLError_NotSupported:
-        memory = None
-    return Gpu(nvml.nvmlDeviceGetName(handle), tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)), memory)
-
-
-def _link(nvml: ModuleType, one: Any, other: Any) -> str:
-    try:
-        if nvml.nvmlDeviceGetP2PStatus(one, other, nvml.NVML_P2P_CAPS_INDEX_NVLINK) == nvml.NVML_P2P_STATUS_OK:
-            return "NVLink"
-        ancestor = nvml.nvmlDeviceGetTopologyCommonAncestor(one, other)
-    except nvml.NVMLError:  # virtual machines and parts of a GPU (MIG) don't say
-        return "unknown"
-    return "across sockets" if ancestor >= nvml.NVML_TOPOLOGY_SYSTEM else "PCIe"
 
 
 def check_gpus(gpus: Gpus) -> Finding:
@@ -347,7 +250,7 @@ def check_ray(address: str | None) -> Finding:
         return Finding("ray", "warning", f"not asked: {address} is where jobs are submitted", advice)
     hopeless = (RAY_REFUSED, RAY_UNREACHABLE)
     try:
-        cluster = in_fresh_process("look_at_cluster", address, seconds=RAY_SECONDS, hopeless=hopeless)
+        cluster = call_in_fresh_process(look_at_cluster, address, seconds=RAY_SECONDS, hopeless=hopeless)
     except ChildError as error:
         if RAY_REFUSED in error.log or "AuthenticationError" in error.log:
             mode, token = os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN")
@@ -378,9 +281,10 @@ def look_at_cluster(address: str) -> dict[str, Any]:
 def check_artifact(path: Path | None, model: str | None) -> Finding:
     if path is None:
         return Finding("artifact", "ok", "not asked: no --artifact")
-    from sere_dist.artifact.folder import Artifact, ArtifactError
+    from sere_dist.artifact.folder import Artifact
     from sere_dist.artifact.folder import logger as artifact_logger
     from sere_dist.artifact.reference import load_artifact_of
+    from sere_dist.artifact.schema import ArtifactError
 
     heard = BufferingHandler(capacity=100)
     artifact_logger.addHandler(heard)
@@ -395,61 +299,10 @@ def check_artifact(path: Path | None, model: str | None) -> Finding:
     finally:
         artifact_logger.removeHandler(heard)
     config = artifact.config
-    layers = f"{len(artifact.similarity)} layers of {config.num_experts} experts"
+    layers = f"{len(artifact.layers)} layers of {config.num_experts} experts"
     found = f"{config.base_model}, method {config.method}, {layers}"
     if config.tensors_sha256:
         found += f", SHA-256 {config.tensors_sha256[:12]}..."
     if heard.buffer:
         return Finding("artifact", "warning", found, one_line("; ".join(each.getMessage() for each in heard.buffer)))
     return Finding("artifact", "ok", found if model is None else f"{found}; fits {model}")
-
-
-class ChildError(RuntimeError):
-    """A process of ours failed, or was given up on. `log` is all that it wrote to its standard error."""
-
-    def __init__(self, message: str, log: str):
-        super().__init__(message)
-        self.log = log
-
-
-def in_fresh_process(function: str, *arguments: str, seconds: float, hopeless: tuple[str, ...] = ()) -> Any:
-    """Returns what a function of this module returns (as JSON has it) in a new process, which lives that long at most.
-
-    The process does not have the current folder on its path: an engine's worker may start anywhere.
-
-    Args:
-        hopeless: the process is given up on as soon as a line of its log has one of these.
-
-    Raises:
-        ChildError: it failed, took longer, or was hopeless.
-    """
-    answers = "import sys; from sere_dist.cli.doctor import answer; answer(*sys.argv[1:])"
-    command = [sys.executable, "-P", "-c", answers, function, *arguments]
-    pipe, log = subprocess.PIPE, ""
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, errors="replace") as child:
-        limit = threading.Timer(seconds, child.kill)
-        limit.start()
-        try:
-            for line in child.stderr:
-                log += line
-                if any(sign in line for sign in hopeless):
-                    child.kill()
-            printed = child.stdout.read()
-        finally:
-            limit.cancel()
-    if child.returncode == 0:
-        return json.loads(printed)
-    last = (log.strip() or f"exit status {child.returncode}").splitlines()[-1]
-    if child.returncode == -signal.SIGKILL:
-        last = f"{function} was killed (its limit: {seconds:g} s; or was memory short?): {last}"
-    raise ChildError(last, log)
-
-
-def answer(function: str, *arguments: str) -> None:
-    """What a fresh process runs: prints a function's result and nothing else, or ends with why there is none."""
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to standard output
-            result = globals()[function](*arguments)
-    except Exception as error:
-        raise SystemExit(describe(error)) from error
-    print(json.dumps(result))

@@ -5,8 +5,6 @@ Shape suffix: E experts. The page is `report.html.jinja`; its pictures are PNG d
 
 import base64
 import io
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,12 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from tqdm import tqdm
 
-from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact, LayerStatistics
+from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact
+from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.artifact.recommendation import Recommendation
+from sere_dist.evaluation.figures import ACTIVE_EXPERTS, BLUE, GREY, KL_DIVERGENCE, PALE_RED, RED, draw_recommendation
+from sere_dist.files import written_whole
+from sere_dist.method.similarity import method_named
 
 PERCENTILES = 1, 99.5  # of the similarities between different experts, all layers: the ends of the colour scale
 ROWS = 5  # of each of a layer's tables
@@ -35,7 +37,6 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 128, 12, 64
 COLOUR_BAR, LABEL = 18, 10
 
 COLOURS = matplotlib.colormaps["YlGnBu"].with_extremes(bad="0.62")  # prints well; bad: the diagonal
-BLUE, GREY, RED, PALE_RED = "#2b6a9e", "#777777", "#c0392b", "#f6c9c3"
 TEXT = 7  # points
 
 
@@ -50,7 +51,7 @@ class Picture:
 
 @dataclass
 class Strip:
-    """Bars above a heat map, one an expert; `few` marks those that got too few tokens."""
+    """Bars above a heat map, one per expert; `few` marks those that got too few tokens."""
 
     label: str
     values_E: np.ndarray
@@ -90,32 +91,30 @@ def hardest_to_replace(similarity_EE: torch.Tensor, count: int) -> list[tuple[in
 
 
 def write_report(artifact: Artifact, path: Path, min_tokens: int = MIN_TOKENS_PER_EXPERT) -> None:
-    """Writes the page aside, in the same folder, and renames it to `path` when it is whole. A file there is replaced.
+    """Writes the page to `path` when it is whole. A file there is replaced.
 
     Experts that were routed fewer than `min_tokens` of the calibration's tokens are listed and marked.
 
     Raises:
         OSError: `path` can't be written, or is a folder; what was there is unchanged.
     """
-    path = path.resolve()
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file for the report")
     # Before the drawing, which takes a while: a folder that can't be written is noticed at once.
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as aside:
-        written = Path(aside) / "new"
-        written.write_text(_page(artifact, min_tokens), encoding="utf-8")
-        os.replace(written, path)
+    with written_whole(path) as file:
+        file.write_text(_page(artifact, min_tokens), encoding="utf-8")
 
 
 def _page(artifact: Artifact, min_tokens: int) -> str:
-    scale = _colour_scale(list(artifact.similarity.values()))
+    scale = _colour_scale([layer.similarity_EE for layer in artifact.layers.values()])
+    layers = artifact.layers.values()
+    tokens = {layer.statistics.layer: layer.tokens_E.tolist() for layer in layers if layer.tokens_E is not None}
     few = {
-        layer: [expert for expert, count in enumerate(tokens) if count < min_tokens]
-        for layer, tokens in artifact.tokens_per_expert.items()
+        index: [expert for expert, count in enumerate(counts) if count < min_tokens] for index, counts in tokens.items()
     }
     sections = [
-        _section(artifact, row, min_tokens, scale)
-        for row in tqdm(artifact.layers, desc="layers", disable=None)  # None: no bar where stderr is no terminal
+        _section(layer, min_tokens, scale, directed=method_named(artifact.config.method).directed)
+        for layer in tqdm(layers, desc="layers", disable=None)  # None: no bar where stderr is no terminal
     ]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -129,48 +128,45 @@ def _page(artifact: Artifact, min_tokens: int) -> str:
         summary=_draw_summary(artifact, min_tokens),
         sections=sections,
         few={layer: experts for layer, experts in few.items() if experts},
-        tokens_per_expert=artifact.tokens_per_expert,
+        tokens_per_expert=tokens,
         min_tokens=min_tokens,
         scale=scale,
         percentiles=PERCENTILES,
-        directed=_directed(artifact),
+        directed=method_named(artifact.config.method).directed,
         has_tokens=_has_tokens(artifact),
-        has_size=bool(artifact.size),
+        has_size=artifact.is_projection,
         recommended=artifact.recommended,
         trade_off=_draw_trade_off(artifact.recommended) if artifact.recommended else None,
     )
 
 
-def _directed(artifact: Artifact) -> bool:
-    """Returns whether similarity(i, j) differs from similarity(j, i)."""
-    return artifact.config.method == "projection"
-
-
 def _has_tokens(artifact: Artifact) -> bool:
     """Returns whether the fewest and the median tokens of an expert are known: a method may look at none."""
-    return all(row.tokens_per_expert_min is not None for row in artifact.layers)
+    return all(row.tokens_per_expert_min is not None for row in _statistics(artifact))
 
 
-def _section(artifact: Artifact, row: LayerStatistics, min_tokens: int, scale: tuple[float, float]) -> dict[str, Any]:
+def _statistics(artifact: Artifact) -> list[LayerStatistics]:
+    return [layer.statistics for layer in artifact.layers.values()]
+
+
+def _section(layer: Layer, min_tokens: int, scale: tuple[float, float], directed: bool) -> dict[str, Any]:
     """Returns what the template shows of one layer."""
-    similarity_EE = artifact.similarity[row.layer]
-    tokens = artifact.tokens_per_expert.get(row.layer)
     strips = []
-    if tokens is not None:
-        tokens_E = np.array(tokens)
+    if layer.tokens_E is not None:
+        tokens_E = layer.tokens_E.numpy()
         strips.append(Strip(f"tokens,\n0 to {tokens_E.max():,}", tokens_E, tokens_E < min_tokens))
-    if row.layer in artifact.size:
-        size_E = artifact.size[row.layer].numpy()
+    if layer.size_E is not None:
+        size_E = layer.size_E.numpy()
         strips.append(Strip(f"size,\n0 to {size_E.max():.2f}", size_E, np.zeros(len(size_E), dtype=bool)))
-    order = clustered_order(similarity_EE)
+    order = clustered_order(layer.similarity_EE)
     return {
-        "row": row,
+        "row": layer.statistics,
         "order": order,
-        "picture": _draw_layer(similarity_EE, order, strips, scale, _directed(artifact)),
-        "pairs": similar_pairs(similarity_EE, ROWS, _directed(artifact)),
-        "hardest": hardest_to_replace(similarity_EE, ROWS),
-        "tokens": tokens,
-        "coefficient": artifact.coefficient.get(row.layer),
+        "picture": _draw_layer(layer.similarity_EE, order, strips, scale, directed),
+        "pairs": similar_pairs(layer.similarity_EE, ROWS, directed),
+        "hardest": hardest_to_replace(layer.similarity_EE, ROWS),
+        "tokens": None if layer.tokens_E is None else layer.tokens_E.tolist(),
+        "coefficient": layer.coefficient_EE,
     }
 
 
@@ -198,8 +194,9 @@ def _draw_layer(
     axes = place(LEFT, BOTTOM, side, side)
     image = axes.imshow(ordered_EE, COLOURS, aspect="auto", interpolation="nearest", vmin=scale[0], vmax=scale[1])
     every = -(-LABEL // cell)
-    axes.set_xticks(range(0, num_experts, every), order[::every], rotation=90)
-    axes.set_yticks(range(0, num_experts, every), order[::every])
+    names = [str(expert) for expert in order[::every]]
+    axes.set_xticks(range(0, num_experts, every), names, rotation=90)
+    axes.set_yticks(range(0, num_experts, every), names)
     axes.tick_params(labelsize=min(TEXT, 0.95 * every * cell * 72 / DPI), length=2, pad=1.5, width=0.5)
     axes.set_xlabel("substitute" if directed else "expert", fontsize=TEXT)
     axes.set_ylabel("expert that is replaced" if directed else "expert", fontsize=TEXT)
@@ -226,28 +223,29 @@ def _draw_layer(
 
 def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
     """Draws what the layers have in common, one below the other: similarities, and tokens if there."""
-    layers = [row.layer for row in artifact.layers]
+    rows = _statistics(artifact)
+    layers = [row.layer for row in rows]
     num_panels = 2 if _has_tokens(artifact) else 1
     figure = Figure(figsize=(8, 2.1 * num_panels + 0.3), dpi=DPI, layout="constrained")
     panels = figure.subplots(num_panels, sharex=True, squeeze=False)[:, 0]
 
-    lowest, highest = [row.similarity_min for row in artifact.layers], [row.similarity_max for row in artifact.layers]
+    lowest, highest = [row.similarity_min for row in rows], [row.similarity_max for row in rows]
     panels[0].fill_between(layers, lowest, highest, color=BLUE, alpha=0.15, linewidth=0)
     panels[0].plot(layers, highest, "^-", color=BLUE, alpha=0.6, label="max")
-    panels[0].plot(layers, [row.similarity_mean for row in artifact.layers], "o-", color=BLUE, label="mean")
+    panels[0].plot(layers, [row.similarity_mean for row in rows], "o-", color=BLUE, label="mean")
     panels[0].plot(layers, lowest, "v-", color=BLUE, alpha=0.6, label="min")
     panels[0].set_ylabel("similarity of\ndifferent experts", fontsize=TEXT)
 
     if _has_tokens(artifact):
-        medians = [row.tokens_per_expert_median for row in artifact.layers]
-        fewest = [row.tokens_per_expert_min for row in artifact.layers]
+        medians = [row.tokens_per_expert_median or 0.0 for row in rows]
+        fewest = [row.tokens_per_expert_min for row in rows]
         panels[1].plot(layers, medians, "o-", color=GREY, label="median")
         panels[1].plot(layers, fewest, "v-", color=BLUE, label="fewest")
         panels[1].axhline(min_tokens, color=RED, linestyle="--", linewidth=0.8, label=f"floor: {min_tokens}")
         panels[1].set_yscale("symlog", linthresh=1)  # logarithmic, with a place for 0
         panels[1].yaxis.set_major_formatter(ScalarFormatter())
         panels[1].set_ylim(-0.2, 2 * max(*medians, min_tokens))
-        panels[1].set_ylabel("tokens an expert", fontsize=TEXT)
+        panels[1].set_ylabel("tokens per expert", fontsize=TEXT)
 
     for panel in panels:
         for line in panel.lines:
@@ -263,25 +261,14 @@ def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
 
 
 def _draw_trade_off(recommended: Recommendation) -> Picture:
-    """Draws KL against active experts, at the batch that was tuned for."""
+    """Draws KL divergence against active experts, at the batch that was tuned for."""
     figure = Figure(figsize=(8, 3.2), dpi=DPI, layout="constrained")
     axes = figure.subplots()
-    uniform = [recommended.uniform[keep] for keep in sorted(recommended.uniform)]
-    for label, outcomes, style in (
-        ("weighed, on the texts to tune on", recommended.curve, {"color": BLUE, "marker": ".", "alpha": 0.6}),
-        ("the same S in all layers, on other texts", uniform, {"color": GREY, "marker": "s"}),
-        ("recommended, on other texts", [recommended.at(recommended.recommended)], {"color": RED, "marker": "D"}),
-    ):
-        active, kl, errors = zip(*((o.active_experts, o.kl, o.kl_error) for o in outcomes), strict=True)
-        axes.errorbar(active, kl, yerr=errors, markersize=3, linewidth=0.9, label=label, **style)
-    axes.axvline(recommended.at(recommended.off).active_experts, color=GREY, linestyle="--", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.set_ylabel("KL, nats a token", fontsize=TEXT)
-    axes.set_xlabel(f"experts that a layer runs in a step of {recommended.batch} (dashed: as it is)", fontsize=TEXT)
-    axes.grid(alpha=0.3, linewidth=0.5)
+    draw_recommendation(axes, recommended)
+    axes.set_ylabel(KL_DIVERGENCE, fontsize=TEXT)
+    axes.set_xlabel(f"{ACTIVE_EXPERTS}, batch {recommended.batch} (dashed: the baseline)", fontsize=TEXT)
     axes.tick_params(labelsize=TEXT)
     axes.legend(fontsize=TEXT, frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     return _picture(figure)
 
 

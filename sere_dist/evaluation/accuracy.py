@@ -1,11 +1,12 @@
-"""A served model's scores on lm-eval's tasks, with re-routing off and on.
+"""A served model's scores on lm-eval's tasks, with re-routing off and on: `sere-dist accuracy`.
 
     sere-dist accuracy http://127.0.0.1:8000/v1 --suite examples/tiny_moe/tasks/heldout.yaml
     sere-dist accuracy http://HOST:8000/v1 --suite paper --run-model-code
 
-Needs the admin token: it switches re-routing, and leaves it as it was. A suite is a YAML file of lm-eval's own, of a
-group or a task. Tasks must generate, as re-routing acts on what a model writes; and as many requests at once as
-`--concurrency` says are what a step's re-routing sees. Prints a table and one JSON line last. More: docs/accuracy.md.
+A suite is a YAML file of lm-eval with a group or a task; `paper` and `paper_chat` are bundled. The tasks must generate:
+re-routing acts on what a model writes, not on its prompt. `--concurrency` decides how many requests share a step.
+
+It needs lm-eval, which the extra `eval` installs, and the admin token, because it switches re-routing.
 """
 
 import json
@@ -14,32 +15,61 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import aiohttp
 import lm_eval
 import openai
 import requests
-import typer
 import yaml
 from lm_eval.tasks import TaskManager
 from rich.table import Table
 
 from sere_dist.admin import AdminError, request_settings
-from sere_dist.config import API_KEY, environment_secrets
 from sere_dist.console import progress, tables
+from sere_dist.environment import API_KEY, environment_secrets
 from sere_dist.evaluation.errors import with_error
 from sere_dist.provenance import keep, machine, versions
 
 FOLLOW_SECONDS = 120  # for replicas to follow a change
 REQUEST_SECONDS = 3600  # a long answer in a full batch
-PATHS = ("artifact", "placement")  # settings of the policy: only their names are kept
+PATHS = ("artifact", "placement")  # settings that are paths: only their names are kept
+TASKS = Path(__file__).parent / "tasks"
+SUITES = ("paper", "paper_chat")  # the bundled ones
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"  # the metric's own
 
 COLUMNS = ("task", "metric", "documents", "off", "on", "difference", "other answers")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate, as `sere-dist accuracy` has it.
+
+    Attributes:
+        url: the endpoint, with /v1.
+        suite: a name of `SUITES`, or a YAML file of lm-eval.
+        concurrency: requests at a time.
+        model: its name at the endpoint; None if it is the only one there.
+        chat: ask for chats instead of completions.
+        max_tokens: of an answer, where a task has no limit of its own.
+        gen_kwargs: parameters of every request, over the tasks' own.
+        limit: documents per task; None for all.
+        run_model_code: let tasks execute what the model writes.
+    """
+
+    url: str
+    suite: str
+    concurrency: int
+    model: str | None
+    chat: bool
+    max_tokens: int
+    gen_kwargs: dict[str, Any]
+    limit: int | None
+    run_model_code: bool
 
 
 class SuiteLoader(yaml.SafeLoader):
@@ -49,9 +79,29 @@ class SuiteLoader(yaml.SafeLoader):
 SuiteLoader.add_constructor("!function", lambda _loader, node: node.value)
 
 
+def find_suite(suite: str) -> Path:
+    """Returns the file of a suite that is bundled, or the file that `suite` names.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    if suite in SUITES:
+        return TASKS / f"{suite}.yaml"
+    if not Path(suite).is_file():
+        raise ValueError(f"there is no suite {suite!r}: choose {' or '.join(SUITES)}, or name a YAML file of lm-eval")
+    return Path(suite)
+
+
 def open_suite(suite: Path) -> tuple[str, TaskManager]:
-    """Returns the name of a file's group or task, and lm-eval's index with the tasks of the file's folder in it."""
+    """Returns the name of a file's group or task, and lm-eval's index with the tasks of the file's folder in it.
+
+    Raises:
+        ValueError: the file names no group and no task.
+        YAMLError: it is not YAML.
+    """
     config = yaml.load(suite.read_text(), SuiteLoader)
+    if not isinstance(config, dict) or not config.keys() & {"group", "task"}:
+        raise ValueError(f"{suite} names no group and no task of lm-eval")
     is_group = "group" in config  # a task alone needs none of lm-eval's thousands, which take 10 seconds to find
     manager = TaskManager(include_path=str(suite.parent), include_defaults=is_group)
     return config["group" if is_group else "task"], manager
@@ -68,9 +118,10 @@ def leaf_tasks(manager: TaskManager, name: str, changes: dict | None = None) -> 
     if entry is None:
         raise ValueError(f"lm-eval {lm_eval.__version__} has no task {name}")
     if entry.kind.name not in ("GROUP", "TAG"):
+        assert entry.cfg is not None  # the index has it of a task, as of a group
         yield name, entry.cfg | changes
         return
-    for child in entry.cfg["task"] if entry.kind.name == "GROUP" else sorted(entry.tags):
+    for child in (entry.cfg or {})["task"] if entry.kind.name == "GROUP" else sorted(entry.tags):
         child = {"task": child} if isinstance(child, str) else child
         own = {key: value for key, value in child.items() if key not in ("task", "group")}
         yield from leaf_tasks(manager, child.get("group") or child["task"], changes | own)
@@ -92,10 +143,10 @@ def check(tasks: dict[str, dict[str, Any]], run_model_code: bool) -> None:
 
 
 def switch(url: str, enabled: bool) -> dict[str, Any]:
-    """Switches re-routing and returns the policy's state, as soon as every replica runs it.
+    """Switches re-routing and returns the state of the settings as soon as every replica runs it.
 
     Raises:
-        AdminError: a replica does not follow, or the policy can't be changed at all.
+        AdminError: a replica does not follow, or the settings can't be changed at all.
     """
     state, deadline = request_settings(url, {"enabled": enabled}), time.monotonic() + FOLLOW_SECONDS
     while state["pending"] or not state["replicas"]:
@@ -107,17 +158,22 @@ def switch(url: str, enabled: bool) -> dict[str, Any]:
 
 
 def only_model(url: str) -> str:
+    """Returns the name of the model at the endpoint.
+
+    Raises:
+        ValueError: the endpoint does not answer, or serves more than one model, or none.
+    """
     try:
         models = [model.id for model in openai.OpenAI(base_url=url).models.list()]
     except openai.OpenAIError as error:
-        raise SystemExit(f"error: {url} does not say what it serves: {error}") from None
+        raise ValueError(f"{url} does not say what it serves: {error}") from error
     if len(models) != 1:
-        raise SystemExit(f"error: {url} has {', '.join(models) or 'no models'}: choose with --model")
+        raise ValueError(f"{url} has {', '.join(models) or 'no models'}: choose with --model")
     return models[0]
 
 
 @contextmanager
-def restore_settings(url: str) -> Iterator[None]:
+def restore_settings(url: str) -> Generator[None]:
     enabled = request_settings(url)["settings"]["enabled"]
     try:
         yield
@@ -126,10 +182,10 @@ def restore_settings(url: str) -> Iterator[None]:
 
 
 def evaluate_off_and_on(url: str, evaluate: Callable[[], dict[str, Any]]) -> tuple[dict[bool, dict], dict[str, Any]]:
-    """Returns what `evaluate` returns without and with re-routing, and the policy that was then in force.
+    """Returns what `evaluate` returns without and with re-routing, and the settings that were in force with it.
 
     Raises:
-        AdminError: the policy can't be changed, or someone else changed it meanwhile.
+        AdminError: the settings can't be changed, or someone else changed them meanwhile.
     """
     found = {}
     with restore_settings(url):
@@ -137,7 +193,7 @@ def evaluate_off_and_on(url: str, evaluate: Callable[[], dict[str, Any]]) -> tup
             state, started = switch(url, enabled), time.monotonic()
             found[enabled] = evaluate() | {"seconds": round(time.monotonic() - started, 1)}
             if request_settings(url)["revision"] != state["revision"]:
-                raise AdminError("the policy was changed by someone else while a suite ran")
+                raise AdminError("someone else changed the settings while a suite ran")
     return found, state["settings"]
 
 
@@ -176,7 +232,11 @@ def compare(off: dict[str, Any], on: dict[str, Any], name: str) -> list[dict[str
         stderr = f"{metric}_stderr,{of_filter}"
         pairs = zip(answers(off, name, of_filter).values(), answers(on, name, of_filter).values(), strict=True)
         changes, others = zip(*((b[metric] - a[metric], a["resps"] != b["resps"]) for a, b in pairs), strict=True)
-        row = {"task": name, "metric": metric if of_filter == "none" else key, "documents": len(changes)}
+        row: dict[str, Any] = {
+            "task": name,
+            "metric": metric if of_filter == "none" else key,
+            "documents": len(changes),
+        }
         for way, result in (("off", off), ("on", on)):
             row[way], row[f"{way}_stderr"] = result["results"][name][key], result["results"][name][stderr]
         row["difference"], row["difference_stderr"] = row["on"] - row["off"], with_error(changes)[1]
@@ -195,35 +255,30 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     return drawn
 
 
-def main(
-    url: Annotated[str, typer.Argument(help="Base URL of the endpoint, with /v1.")],
-    suite: Annotated[Path, typer.Option(help="YAML file of a group or a task of lm-eval.", exists=True)],
-    concurrency: Annotated[int, typer.Option(help="Requests at once: the batch that is decoded.", min=1)] = 16,
-    model: Annotated[str | None, typer.Option(help="Its name at the endpoint, which may have only one.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask /chat/completions, not /completions.")] = False,
-    max_tokens: Annotated[int, typer.Option(help="Of an answer, where the task does not say.", min=1)] = 1024,
-    gen_kwargs: Annotated[str, typer.Option(help="JSON object that every request gets, over the task's own.")] = "{}",
-    limit: Annotated[int | None, typer.Option(help="Documents of each task, the first; to try it.", min=2)] = None,
-    run_model_code: Annotated[bool, typer.Option("--run-model-code", help="Let tasks run the model's code.")] = False,
-    results: Annotated[Path | None, typer.Option(help="JSON file to keep the results in.")] = None,
-) -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the policy is put back then too
-    name, manager = open_suite(suite)
+def run(evaluation: Evaluation, results: Path | None = None) -> None:
+    """Evaluates with re-routing off and on; prints a table and, as the last line, JSON.
+
+    The results are added to the file `results` too, if it is given. What the user can put right ends the process with
+    one line.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the settings are restored then too
+    url, chat = evaluation.url, evaluation.chat
     try:
-        check(dict(leaf_tasks(manager, name)), run_model_code)
+        name, manager = open_suite(find_suite(evaluation.suite))
+        check(dict(leaf_tasks(manager, name)), evaluation.run_model_code)
         keys = environment_secrets(API_KEY)
-    except ValueError as error:
+        os.environ.setdefault("OPENAI_API_KEY", keys[0] if keys else "none")  # where lm-eval looks for it
+        model = evaluation.model or only_model(url)
+    except (ValueError, OSError, yaml.YAMLError) as error:
         raise SystemExit(f"error: {error}") from None
-    if run_model_code:
+    if evaluation.run_model_code:
         os.environ[CODE_SWITCH] = "1"
-    os.environ.setdefault("OPENAI_API_KEY", keys[0] if keys else "none")  # where lm-eval looks for it
-    model = model or only_model(url)
     backend, route = ("local-chat-completions", "chat/completions") if chat else ("local-completions", "completions")
     arguments = {
         "model": model,
         "base_url": f"{url.rstrip('/')}/{route}",
-        "num_concurrent": concurrency,
-        "max_gen_toks": max_tokens,
+        "num_concurrent": evaluation.concurrency,
+        "max_gen_toks": evaluation.max_tokens,
         "timeout": REQUEST_SECONDS,
         "tokenizer_backend": "none",  # the server's tokenizer, and its word on what is too long: nothing is cut here
     }
@@ -234,10 +289,10 @@ def main(
             arguments,
             [name],
             task_manager=manager,
-            limit=limit,
-            gen_kwargs=json.loads(gen_kwargs),
+            limit=evaluation.limit,
+            gen_kwargs=evaluation.gen_kwargs,
             apply_chat_template=chat,
-            confirm_run_unsafe_code=run_model_code,
+            confirm_run_unsafe_code=evaluation.run_model_code,
         )
 
     try:
@@ -249,16 +304,16 @@ def main(
     shown = [row for task in off["group_subtasks"].get(name, [name]) for row in scores[task]]
     what = f"S = {settings['select_top_k']}, rho = {settings['threshold']}, policy {settings['policy']}"
     what = "as recommended" if settings["policy"] == "recommended" else what
-    title = f"{model}, {concurrency} requests at once, {what}"
+    title = f"{model}, {evaluation.concurrency} requests at a time, {what}"
     tables().print(table(shown, title))
     if not any(row["other_answers"] for row in shown):
         progress().print("[yellow]Every answer is the same with re-routing: did it act at all?")
     report = {
-        "command": shlex.join(["python", "-m", "sere_dist.evaluation.accuracy", *sys.argv[1:]]),
+        "command": shlex.join(["sere-dist", *sys.argv[1:]]),
         "suite": name,
         "model": model,
         "chat": chat,
-        "concurrency": concurrency,
+        "concurrency": evaluation.concurrency,
         "settings": settings | {key: Path(settings[key]).name for key in PATHS if settings[key]},
         "runs": {
             way: {"requests": num_requests(result), "seconds": result["seconds"]}
@@ -271,7 +326,3 @@ def main(
     if results:
         keep(results, {name: report})
     print(json.dumps({name: report}))
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -5,7 +5,7 @@ causal, so one forward pass over the whole sequences gives what stepwise decodin
 re-routed experts made of the earlier ones. The prompt part is not re-routed, as in serving. (vLLM's own prompt
 log-probabilities would show no difference: prefill is not re-routed.)
 
-Shape suffixes: B sequences, L positions, D decode steps, K experts a token, E experts, V tokens of the vocabulary.
+Shape suffixes: B sequences, L positions, D decode steps, K experts per token, E experts, V tokens of the vocabulary.
 """
 
 import math
@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from sere_dist.method.rerouting import repeat_dropped
+from sere_dist.method.projection import repeat_dropped
+from sere_dist.method.records import Step
 from sere_dist.moe import Routing, hooked_routing, routed_experts
 
 Routed = tuple[torch.Tensor, torch.Tensor]  # weights_DBK, ids_DBK; an id of -1 is a dropped slot, of weight 0
 # What re-routes all decode steps of a layer, each by itself: (layer, weights_DBK, ids_DBK, scores_DBE) -> the first two
 # of what runs. The router's scores of all experts are in proportion to the weights; None where they can't be read.
-Policy = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], Routed]
+Rerouter = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], Routed]
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class LockstepResult:
 def unchanged(
     _layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, _scores_DBE: torch.Tensor | None
 ) -> Routed:
-    """The policy of a model as it is."""
+    """The rerouter of the baseline: the model without re-routing."""
     return weights_DBK, ids_DBK
 
 
@@ -103,7 +104,7 @@ def lockstep(
     ids_BL: torch.Tensor,
     *,
     prompt_length: int,
-    policy: Policy = unchanged,
+    rerouter: Rerouter = unchanged,
     reference_BDV: torch.Tensor | None = None,
 ) -> LockstepResult:
     """Scores one batch decoded in lockstep.
@@ -113,7 +114,7 @@ def lockstep(
         ids_BL: token ids [B, L].
         prompt_length: positions before this one are prefill: neither re-routed nor scored. The steps are the positions
             from here to L - 2, each predicting the token that follows.
-        policy: what re-routes.
+        rerouter: what re-routes.
         reference_BDV: logits of the steps, those of the model as it is (`decode_logits`), to diverge from.
     """
     active_sum, steps = 0, 0
@@ -122,13 +123,13 @@ def lockstep(
         layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None
     ) -> Routed:
         nonlocal active_sum, steps
-        weights_DBK, ids_DBK = policy(layer, weights_DBK, ids_DBK, scores_DBE)
+        weights_DBK, ids_DBK = rerouter(layer, weights_DBK, ids_DBK, scores_DBE)
         active_sum += int(active_by_step(ids_DBK, num_experts[layer]).sum())
         steps += len(ids_DBK)
         return weights_DBK, ids_DBK
 
     num_experts = {layer: experts.num_experts for layer, (_, experts) in routed_experts(model).items()}
-    logits_BDV = decode_logits(model, ids_BL, prompt_length=prompt_length, policy=counted)
+    logits_BDV = decode_logits(model, ids_BL, prompt_length=prompt_length, rerouter=counted)
     next_BD = ids_BL[:, prompt_length + 1 :].to(logits_BDV.device)
     # A sequence at a time: over a large vocabulary each of these tensors is as large as a model's layer.
     losses = tuple(
@@ -153,7 +154,7 @@ def divergence_and_agreement(reference_DV: torch.Tensor, logits_DV: torch.Tensor
 
 @torch.inference_mode()
 def decode_logits(
-    model: PreTrainedModel, ids_BL: torch.Tensor, *, prompt_length: int, policy: Policy = unchanged
+    model: PreTrainedModel, ids_BL: torch.Tensor, *, prompt_length: int, rerouter: Rerouter = unchanged
 ) -> torch.Tensor:
     """Returns the logits [B, D, V], float32, of one batch's decode steps; arguments as in `lockstep`."""
     batch, length = ids_BL.shape
@@ -166,10 +167,10 @@ def decode_logits(
         ids_BLK, weights_BLK = (tensor.view(batch, length, -1).clone() for tensor in index_and_weights)
         weights_DBK, ids_DBK = weights_BLK[:, steps].transpose(0, 1), ids_BLK[:, steps].transpose(0, 1)
         scores_DBE = None if scores_NE is None else scores_NE.view(batch, length, -1)[:, steps].transpose(0, 1)
-        new_weights_DBK, new_ids_DBK = policy(layer, weights_DBK, ids_DBK, scores_DBE)
+        new_weights_DBK, new_ids_DBK = rerouter(layer, weights_DBK, ids_DBK, scores_DBE)
         # The experts of transformers can't skip a slot.
-        slots_TK = [tensor.flatten(0, 1) for tensor in (weights_DBK, ids_DBK, new_ids_DBK)]
-        run_ids_DBK = repeat_dropped(*slots_TK).view_as(ids_DBK)
+        step = Step(weights_DBK.flatten(0, 1), ids_DBK.flatten(0, 1))
+        run_ids_DBK = repeat_dropped(step, new_ids_DBK.flatten(0, 1)).view_as(ids_DBK)
         weights_BLK[:, steps], ids_BLK[:, steps] = new_weights_DBK.transpose(0, 1), run_ids_DBK.transpose(0, 1)
         return hidden_states, ids_BLK.flatten(0, 1), weights_BLK.flatten(0, 1)
 
@@ -190,8 +191,8 @@ class HeldOut:
         parts = self.ids_NL.split(16)
         return torch.cat([decode_logits(self.model, part, prompt_length=self.prompt_length).cpu() for part in parts])
 
-    def run(self, policy: Policy, batch: int) -> LockstepResult:
-        """Scores the texts, in batches of so many in their order, under a policy, beside the model as it is.
+    def run(self, rerouter: Rerouter, batch: int) -> LockstepResult:
+        """Scores the texts, in batches of so many in their order, under a rerouter, beside the model as it is.
 
         Those at the end that do not fill a batch are left out: fewer rows run fewer experts.
 
@@ -201,9 +202,11 @@ class HeldOut:
         whole = len(self.ids_NL) // batch * batch
         if whole == 0:
             raise ValueError(f"{len(self.ids_NL)} texts do not fill a batch of {batch}: use more texts")
-        settings = {"prompt_length": self.prompt_length, "policy": policy}
         parts = zip(self.ids_NL[:whole].split(batch), self.reference_NDV[:whole].split(batch), strict=True)
-        results = [lockstep(self.model, ids_BL, reference_BDV=reference, **settings) for ids_BL, reference in parts]
+        results = [
+            lockstep(self.model, ids_BL, prompt_length=self.prompt_length, rerouter=rerouter, reference_BDV=reference)
+            for ids_BL, reference in parts
+        ]
         return sum(results[1:], results[0])
 
 

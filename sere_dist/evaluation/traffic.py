@@ -1,6 +1,6 @@
 """What decode steps cost under expert parallelism: where tokens go, what they carry there, and how even the ranks are.
 
-A domain is a rank here. Shape suffixes: D decode steps, B sequences, K experts a token, E experts.
+A domain is a rank here. Shape suffixes: D decode steps, B sequences, K experts per token, E experts.
 """
 
 import math
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sere_dist.evaluation.lockstep import Policy, Routed, active_by_step
-from sere_dist.method.rerouting import is_remote, remote_domains
+from sere_dist.evaluation.lockstep import Rerouter, Routed, active_by_step
+from sere_dist.method.counters import is_remote, remote_domains
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,13 @@ def traffic(ids: Mapping[int, torch.Tensor], layout: Layout) -> Traffic:
     return Traffic(*(tuple(torch.stack(layers).mean(dim=0).tolist()) for layers in zip(*measures, strict=True)))
 
 
-def recorded(policy: Policy, ids: dict[int, torch.Tensor]) -> Policy:
-    """Returns the policy, leaving in `ids` by layer what it lets run: what `traffic` measures."""
+def recorded(rerouter: Rerouter, ids: dict[int, torch.Tensor]) -> Rerouter:
+    """Returns the rerouter, leaving in `ids` by layer what it lets run: what `traffic` measures."""
 
     def recording(
         layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None
     ) -> Routed:
-        routed = policy(layer, weights_DBK, ids_DBK, scores_DBE)
+        routed = rerouter(layer, weights_DBK, ids_DBK, scores_DBE)
         ids[layer] = routed[1]
         return routed
 

@@ -12,10 +12,10 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting, Outcome
-from sere_dist.evaluation.lockstep import HeldOut, Policy, Routed
+from sere_dist.evaluation.lockstep import HeldOut, Rerouter, Routed
 from sere_dist.evaluation.rerouters import of_layers, paper_rerouter, primary_by_step, projection_rerouter
+from sere_dist.method.records import LayerTables
 
 Combination = dict[int, LayerSetting]  # by decoder layer; a layer that is not there stays as it is
 
@@ -30,36 +30,26 @@ class Cost(NamedTuple):
     kl: float
 
 
-def rerouter_of(artifact: Artifact, policy: Literal["sere", "projection"], combination: Combination) -> Policy:
-    """Returns the policy that gives each layer its setting."""
-    if policy == "sere":
-        return of_layers(
-            {
-                layer: paper_rerouter(artifact.similarity, setting.select_top_k, setting.threshold)
-                for layer, setting in combination.items()
-            }
-        )
-    tables = artifact.similarity, artifact.coefficient, artifact.size
-    return of_layers(
-        {
-            layer: projection_rerouter(
-                *tables, setting.select_top_k, threshold=setting.threshold, expert_price=setting.expert_price
-            )
-            for layer, setting in combination.items()
-        }
-    )
+def rerouter_of(
+    tables: Mapping[int, LayerTables], policy: Literal["sere", "projection"], combination: Combination
+) -> Rerouter:
+    """Returns what re-routes each layer by its setting. `tables`: by decoder layer index."""
+    make = paper_rerouter if policy == "sere" else projection_rerouter
+    return of_layers({layer: make(tables, setting.numbers) for layer, setting in combination.items()})
 
 
-def losses_of_steps(held_out: HeldOut, batch: int, size: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+def losses_of_steps(held_out: HeldOut, batch: int, tables: Mapping[int, LayerTables]) -> dict[int, torch.Tensor]:
     """Returns, by layer, what each decode step would lose without each expert that no token has as its heaviest.
 
     As in `projection.losses_without_each_expert`: the sum of w w size over the slots that name it. All steps and
     experts are in one row.
     """
-    found: dict[int, list[torch.Tensor]] = {layer: [] for layer in size}
+    found: dict[int, list[torch.Tensor]] = {layer: [] for layer in tables}
 
     def look(layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, _scores: torch.Tensor | None) -> Routed:
-        size_E = size[layer].to(weights_DBK.device)
+        size_E = tables[layer].size_E
+        assert size_E is not None  # tables of method projection
+        size_E = size_E.to(weights_DBK.device)
         losses_DN = (weights_DBK.float() ** 2 * size_E[ids_DBK.long()]).flatten(1)
         losses_DE = torch.zeros(len(ids_DBK), len(size_E), device=ids_DBK.device)
         losses_DE.scatter_add_(1, ids_DBK.flatten(1).long(), losses_DN)
@@ -84,6 +74,7 @@ def candidates(
         different = similarity_EE[~torch.eye(len(similarity_EE), dtype=torch.bool)]
         thresholds = [0.0, *_distinct(different.quantile(torch.tensor(RHO_QUANTILES)).tolist())]
         return [LayerSetting(select_top_k=s, threshold=rho) for s in range(1, top_k) for rho in thresholds]
+    assert losses_N is not None  # policy projection is given them
     losses = losses_N.sort().values
     prices = _distinct(float(losses[int(share * len(losses))]) for share in PRICE_QUANTILES) if len(losses) else []
     return [LayerSetting(select_top_k=1, expert_price=price) for price in (0.0, *prices)]
@@ -126,6 +117,7 @@ def combinations(alone: Mapping[int, Mapping[LayerSetting, Cost]], off: Cost) ->
     for layer, costs in alone.items():
         along = hull(costs, off)
         for place, ((_, before), (setting, after)) in enumerate(pairwise(along)):
+            assert setting is not None  # only the first on a hull is off
             steps.append((slope(before, after), layer, place, setting))
     found: list[Combination] = []
     for _slope, layer, _place, setting in sorted(steps, key=lambda step: step[:3]):

@@ -1,4 +1,4 @@
-// Re-routes one step of one MoE layer in place, and counts what that did. The same in torch: sere_dist/method/rerouting.py.
+// Re-routes one step of one MoE layer in place, and counts what that did. The same in torch: sere_dist/method.
 //
 // A step is T tokens (rows) of K slots, each a weight and the id of one of E experts. A token's slots are neighbouring
 // lanes of a warp: K rounded up to a power of two is the `width` of such a group.
@@ -13,7 +13,7 @@
 // `reroute_settle`), which hand over the votes in a workspace that is all zero before and after. Between the two, other
 // ranks' votes may be added; `chosen` stays this rank's own.
 //
-// Whatever a CUDA graph must not freeze is read from memory here: the policy, the tables, the rows' masks.
+// Whatever a CUDA graph must not freeze is read from memory here: the settings, the tables, the rows' masks.
 // Compiled by NVRTC through reroute.py, and by g++ against tests/support/cuda_on_host.h. No fused multiply-add: results equal
 // torch's to the bit. Macros choose the types: IDS_64; one of BFLOAT16, FLOAT16 (default: float32).
 
@@ -26,7 +26,7 @@ constexpr int NOWHERE = -1;
 
 // A vote is a loss or a price as an integer: sums of votes do not depend on the order of threads.
 typedef unsigned long long Count;
-constexpr Count LARGEST_VOTE = 1ull << 40;
+constexpr Count ALWAYS_PRIMARY = 1ull << 40;
 
 #ifdef IDS_64
 typedef long long Id;
@@ -69,15 +69,15 @@ __device__ Weight to_weight(float value) { return value; }
 #endif
 
 // One per model, changed between steps; reroute.py writes it.
-struct Policy {
+struct Settings {
     int on;
     int select_top_k;
     int least_rows, most_rows;  // valid rows of a step between which re-routing is on
     float traffic_price;
-    Count votes_that_suffice;  // of an expert that has a price; LARGEST_VOTE: it has none
+    Count loss_that_suffices;  // of an expert that has a price; ALWAYS_PRIMARY: it has none
 };
 
-enum Counter {  // COUNTERS of rerouting.py; of a pair, the second is AFTER
+enum Counter {  // COUNTERS of counters.py; of a pair, the second is AFTER
     STEPS, ROWS, REROUTED, CRITICAL, DROPPED, ACTIVE, ACTIVE_AFTER, LARGEST_RANK, LARGEST_RANK_AFTER,
     DOMAINS, DOMAINS_AFTER, REMOTE_DOMAINS, REMOTE_DOMAINS_AFTER, REMOTE_SLOTS, REMOTE_SLOTS_AFTER, NUM_COUNTERS
 };
@@ -92,7 +92,7 @@ struct Votes {
 
 // What two launches share.
 struct Workspace {
-    Count votes[MAX_EXPERTS];  // LARGEST_VOTE of every block that marked an expert primary, else its losses. Comes
+    Count votes[MAX_EXPERTS];  // ALWAYS_PRIMARY of every block that marked an expert primary, else its losses. Comes
                                // first: reroute.py shows it to other ranks
     unsigned char chosen[MAX_EXPERTS];
     unsigned char runs[MAX_EXPERTS];  // experts of valid tokens that are settled
@@ -115,7 +115,7 @@ struct Step {
     Weight *weights_TK;
     Id *ids_TK;
     int T, K, E;
-    const Policy *policy;
+    const Settings *settings;
     const unsigned char *valid_T;         // ? all rows are valid
     const unsigned short *neighbors_EE;   // every row: all experts, the most similar first
     const unsigned short *cutoff_E;       // how many of them are similar enough
@@ -133,12 +133,12 @@ struct Step {
 
 // All kernels take the members of Step, one by one: cuda.core passes no structs.
 #define PARAMETERS                                                                                                \
-    Weight *weights_TK, Id *ids_TK, int T, int K, int E, const Policy *policy, const unsigned char *valid_T,      \
+    Weight *weights_TK, Id *ids_TK, int T, int K, int E, const Settings *settings, const unsigned char *valid_T,      \
         const unsigned short *neighbors_EE, const unsigned short *cutoff_E, const float *ranked_similarity_EE,    \
         const float *coefficient_EE, const float *size_E, const short *domain_E, const int *home_T,               \
         const short *rank_E, int num_ranks, int repeats, Count *counters, Workspace *workspace
 #define ARGUMENTS                                                                                                 \
-    weights_TK, ids_TK, T, K, E, policy, valid_T, neighbors_EE, cutoff_E, ranked_similarity_EE, coefficient_EE,   \
+    weights_TK, ids_TK, T, K, E, settings, valid_T, neighbors_EE, cutoff_E, ranked_similarity_EE, coefficient_EE,   \
         size_E, domain_E, home_T, rank_E, num_ranks, repeats, counters, workspace
 
 __device__ int warp_index() { return threadIdx.x / 32; }
@@ -207,14 +207,14 @@ __device__ void count_visit(int visits, int home, int column, int K, int width, 
     counts[REMOTE_SLOTS + when] += remote;
 }
 
-// The votes with which an expert is primary: it has a price under policy projection alone.
-__device__ Count votes_that_suffice(const Step &step, const Policy &policy) {
-    return step.size_E ? policy.votes_that_suffice : LARGEST_VOTE;
+// The loss with which an expert is primary: it has a price under policy projection alone.
+__device__ Count loss_that_suffices(const Step &step, const Settings &settings) {
+    return step.size_E ? settings.loss_that_suffices : ALWAYS_PRIMARY;
 }
 
 // 2^24 votes for a loss of 1; NaN has none.
 __device__ Count votes_of_loss(float loss) {
-    return static_cast<Count>(fminf(fmaxf(rintf(loss * 0x1p24f), 0.0f), static_cast<float>(LARGEST_VOTE)));
+    return static_cast<Count>(fminf(fmaxf(rintf(loss * 0x1p24f), 0.0f), static_cast<float>(ALWAYS_PRIMARY)));
 }
 
 __device__ void clear_votes(Votes &votes, int E) {
@@ -280,9 +280,9 @@ __device__ void find_substitute(const Step &step, const Votes &votes, Experts &e
 // Finds out for the tokens of a warp what each settling slot becomes: an expert, or -1 (drop). The slots of a token are
 // settled in order of weight. Only two substitutes can be the cheapest: the most similar expert of all, and the most
 // similar one in a domain that the token visits anyway, since costs rise as similarity falls.
-__device__ int settle_by_price(const Step &step, const Policy &policy, const Votes &votes, const Experts &experts,
+__device__ int settle_by_price(const Step &step, const Settings &settings, const Votes &votes, const Experts &experts,
                                Slot slot, bool settles, int rank, int home, int &visits) {
-    float price = policy.traffic_price;
+    float price = settings.traffic_price;
     int width = group_width(step.K), lane = lane_index(), first_lane = lane / width * width;
     unsigned group = (width == 32 ? ALL : (1u << width) - 1) << first_lane;
     int substitute = settles ? experts.substitute[slot.expert] : -1;
@@ -292,7 +292,7 @@ __device__ int settle_by_price(const Step &step, const Policy &policy, const Vot
 
     int outcome = substitute;
 #pragma unroll 1
-    for (int turn = policy.select_top_k; turn < step.K; ++turn) {
+    for (int turn = settings.select_top_k; turn < step.K; ++turn) {
         unsigned ready = __ballot_sync(ALL, settles && rank == turn);
         if (!ready) continue;
         bool active = ready & group;  // else this token's slot of the turn stays as it is
@@ -369,9 +369,9 @@ __device__ void find_substitutes(const Step &step, const Votes &votes, Experts &
     }
 }
 
-// Rewrites the slots of the block's tokens. `acts`: the policy is on in this step; then `runs`, unless it is null, gets
+// Rewrites the slots of the block's tokens. `acts`: re-routing is on in this step; then `runs`, unless it is null, gets
 // the marks of their experts.
-__device__ void settle_slots(const Step &step, const Policy &policy, Slot slot, const Votes &votes,
+__device__ void settle_slots(const Step &step, const Settings &settings, Slot slot, const Votes &votes,
                              const Experts &experts, bool acts, unsigned char *runs, int block, int blocks,
                              int (&counts)[NUM_COUNTERS]) {
     int width = group_width(step.K), tokens = 32 / width, warps = blockDim.x / 32, lane = lane_index();
@@ -386,13 +386,13 @@ __device__ void settle_slots(const Step &step, const Policy &policy, Slot slot, 
         if (step.domain_E) count_visit(visits, home, slot.column, step.K, width, BEFORE, counts);
         if (acts) {
             int rank = priced ? rank_in_group(slot, step.K, width) : 0;
-            bool settles = slot.expert >= 0 && (priced ? rank >= policy.select_top_k : !votes.primary[slot.expert]);
+            bool settles = slot.expert >= 0 && (priced ? rank >= settings.select_top_k : !votes.primary[slot.expert]);
             bool critical = settles && experts.substitute[slot.expert] == NO_SUBSTITUTE;
             settles &= !critical;
             int outcome = settles ? experts.substitute[slot.expert] : slot.expert;
             if (priced) {
                 int kept = settles ? NOWHERE : visits;
-                int cheapest = settle_by_price(step, policy, votes, experts, slot, settles, rank, home, kept);
+                int cheapest = settle_by_price(step, settings, votes, experts, slot, settles, rank, home, kept);
                 if (settles) outcome = cheapest;
             }
             int heaviest = -1;
@@ -419,21 +419,21 @@ __device__ void settle_slots(const Step &step, const Policy &policy, Slot slot, 
 }
 
 // Whether re-routing is on in this step.
-__device__ bool is_on(const Policy &policy, const Votes &votes, bool any_primary, int K) {
-    return policy.on && any_primary && 0 < policy.select_top_k && policy.select_top_k < K &&
-           policy.least_rows <= votes.rows && votes.rows <= policy.most_rows;
+__device__ bool is_on(const Settings &settings, const Votes &votes, bool any_primary, int K) {
+    return settings.on && any_primary && 0 < settings.select_top_k && settings.select_top_k < K &&
+           settings.least_rows <= votes.rows && votes.rows <= settings.most_rows;
 }
 
 // Settles and counts the slots of the block's tokens; the totals are complete after a barrier. `votes` and `experts`
 // are the block's own, in shared memory; `slot` is its first.
-__device__ void settle(const Step &step, const Policy &policy, Slot slot, const Votes &votes, Experts &experts,
+__device__ void settle(const Step &step, const Settings &settings, Slot slot, const Votes &votes, Experts &experts,
                        const int (&neighbors)[PREFETCHED], bool acts, unsigned char *runs, int block, int blocks) {
     if (acts) {  // all threads, or none
         find_substitutes(step, votes, experts, neighbors);
         __syncthreads();
     }
     int counts[NUM_COUNTERS] = {};
-    if (acts || step.domain_E) settle_slots(step, policy, slot, votes, experts, acts, runs, block, blocks, counts);
+    if (acts || step.domain_E) settle_slots(step, settings, slot, votes, experts, acts, runs, block, blocks, counts);
     if (block == 0 && threadIdx.x == 0) experts.totals[STEPS] = 1, experts.totals[ROWS] = votes.rows;
 #pragma unroll
     for (int i = REROUTED; i < NUM_COUNTERS; ++i) {
@@ -503,7 +503,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute(PARAMETERS) {
     __shared__ Experts experts;
     __shared__ unsigned char runs[MAX_EXPERTS];
     const Step step = {ARGUMENTS};
-    const Policy now = *policy;
+    const Settings now = *settings;
     const Slot slot = first_slot(step, 0);
     int neighbors[PREFETCHED];
     prefetch(step, neighbors);
@@ -511,8 +511,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute(PARAMETERS) {
     clear_votes(votes, E);
     for (int e = threadIdx.x; e < E; e += blockDim.x) runs[e] = 0;
     __syncthreads();
-    const Count enough = votes_that_suffice(step, now);
-    const bool priced = enough < LARGEST_VOTE;  // of all threads, or none
+    const Count enough = loss_that_suffices(step, now);
+    const bool priced = enough < ALWAYS_PRIMARY;  // of all threads, or none
     bool marked = vote(step, now.select_top_k, priced, slot, votes, 0, 1);
     if (priced) {
         __syncthreads();
@@ -535,11 +535,11 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_vote(PARAMETER
     const Slot slot = first_slot(step, blockIdx.x);
     clear_votes(votes, E);
     __syncthreads();
-    const bool priced = votes_that_suffice(step, *policy) < LARGEST_VOTE;
-    vote(step, policy->select_top_k, priced, slot, votes, blockIdx.x, gridDim.x);
+    const bool priced = loss_that_suffices(step, *settings) < ALWAYS_PRIMARY;
+    vote(step, settings->select_top_k, priced, slot, votes, blockIdx.x, gridDim.x);
     __syncthreads();
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        Count said = votes.primary[e] ? LARGEST_VOTE : votes.losses[e];
+        Count said = votes.primary[e] ? ALWAYS_PRIMARY : votes.losses[e];
         if (said) atomicAdd(&workspace->votes[e], said);
         if (votes.chosen[e]) workspace->chosen[e] = 1;
     }
@@ -551,12 +551,12 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_settle(PARAMET
     __shared__ Experts experts;
     __shared__ bool is_last;
     const Step step = {ARGUMENTS};
-    const Policy now = *policy;
+    const Settings now = *settings;
     const Slot slot = first_slot(step, blockIdx.x);
     int neighbors[PREFETCHED];
     prefetch(step, neighbors);
     load_experts(step, experts);
-    const Count enough = votes_that_suffice(step, now);
+    const Count enough = loss_that_suffices(step, now);
     bool marked = false;
     for (int e = threadIdx.x; e < E; e += blockDim.x) {
         marked |= votes.primary[e] = workspace->votes[e] >= enough;

@@ -1,14 +1,15 @@
 """The re-routing kernel: `reroute.cu`, compiled by NVRTC for the device at hand and launched on torch's current stream.
 
-    policy = Policy("cuda")
-    policy.set(select_top_k=2)
-    layer = Layer(similarity_EE.cuda(), policy)
-    layer.reroute(topk_weights_TK, topk_ids_TK, valid_T)  # in place
+    settings = DeviceSettings("cuda")
+    settings.set(Settings(select_top_k=2))
+    layer = LayerKernel(LayerTables(similarity_EE.cuda()), settings)
+    layer.reroute(Step(topk_weights_TK, topk_ids_TK, valid_T))  # in place
     dict(zip(COUNTERS, layer.counters.tolist()))
 
 A step allocates nothing and waits for nothing, so it can be captured in a CUDA graph, after a first step that compiled
-and loaded the kernel. What a replay may change lies in device memory: the policy, the tables of a layer, the mask of
-valid rows. Shape suffixes as in `rerouting.py`, which computes the same, to the bit.
+and loaded the kernel. What a replay may change lies in device memory: the settings, the tables of a layer, the mask
+of valid rows. `sere_dist.method` computes the same, to the bit. Shape suffixes: T tokens of the step, K experts per
+token, E experts of the layer.
 """
 
 import ctypes
@@ -22,7 +23,10 @@ import torch
 from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
 from cuda.core.utils import FileStreamProgramCache
 
-from sere_dist.method.rerouting import COUNTERS, ranked_neighbors, to_fixed_point
+from sere_dist.kernels.neighbors import ranked_neighbors
+from sere_dist.method.counters import COUNTERS
+from sere_dist.method.projection import to_fixed_point
+from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 
 SOURCE = Path(__file__).with_name("reroute.cu")
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
@@ -47,105 +51,79 @@ Argument = torch.Tensor | int | float | None
 ENTRIES = ("reroute", "reroute_vote", "reroute_settle")
 
 
-class Policy:
-    """What may change while a model runs, one block of device memory for all its layers. Off until it is set."""
+class DeviceSettings:
+    """The settings in force, one block of device memory for any number of layers. Off until they are set."""
 
     def __init__(self, device: torch.device | str):
-        self.block = torch.zeros(8, dtype=torch.int32, device=device)  # struct Policy
+        self.block = torch.zeros(8, dtype=torch.int32, device=device)  # struct Settings
 
-    def set(
-        self,
-        *,
-        select_top_k: int,
-        enabled: bool = True,
-        min_rows: int = 0,
-        max_rows: int | None = None,
-        expert_price: float = 0.0,
-        traffic_price: float = 0.0,
-    ) -> None:
-        """Sets S, on or off, the valid rows of a step between which re-routing is on, and both prices.
+    def set(self, settings: Settings, *, enabled: bool = True, min_rows: int = 0, max_rows: int | None = None) -> None:
+        """Sets S and both prices, whether re-routing is on, and the valid rows of a step between which it is.
 
-        Takes effect in the steps that the current stream runs afterwards, replays of captured graphs too.
+        The threshold is each layer's own: `LayerKernel.set_threshold`. Takes effect in the steps that the current
+        stream runs afterwards, replays of captured graphs too.
         """
         most = NO_LIMIT if max_rows is None else max_rows
-        numbers = torch.tensor([enabled, select_top_k, min_rows, most, 0, 0, 0, 0], dtype=torch.int32)
-        numbers[4:5] = torch.tensor([traffic_price], dtype=torch.float32).view(torch.int32)
-        numbers[6:] = torch.tensor([to_fixed_point(expert_price)]).view(torch.int32)
+        numbers = torch.tensor([enabled, settings.select_top_k, min_rows, most, 0, 0, 0, 0], dtype=torch.int32)
+        numbers[4:5] = torch.tensor([settings.traffic_price], dtype=torch.float32).view(torch.int32)
+        numbers[6:] = torch.tensor([to_fixed_point(settings.expert_price)]).view(torch.int32)
         self.block.copy_(numbers)
 
 
-class Layer:
-    """One MoE layer's tables and counters on a device.
+class LayerKernel:
+    """One MoE layer's tables and counters on a device, and the kernel that re-routes its steps.
 
     Attributes:
-        counters: int64 [len(COUNTERS) + num_ranks], summed over the steps; see `rerouting.step_counts`.
+        counters: int64 [len(COUNTERS) + num_ranks], summed over the steps; see `counters.count_step`.
         domain_E, rank_E: int16 [E], or None: where each expert lives now. May be changed in place between steps; are
-            the very tensors given, if these were int16 on the policy's device.
+            the very tensors given, if these were int16 on the settings' device.
     """
 
     def __init__(
         self,
-        similarity_EE: torch.Tensor,
-        policy: Policy,
+        tables: LayerTables,
+        settings: DeviceSettings,
+        places: ExpertPlaces | None = None,
         *,
         threshold: float = 0.0,
-        coefficient_EE: torch.Tensor | None = None,
-        size_E: torch.Tensor | None = None,
-        domain_E: torch.Tensor | None = None,
-        rank_E: torch.Tensor | None = None,
-        num_ranks: int = 0,
         repeats_dropped: bool = False,
     ):
-        """With `coefficient_EE` and `size_E` the layer follows the policy of `reroute_projection`, otherwise that of
-        `reroute`.
+        """With coefficients and sizes the layer follows policy projection, otherwise the paper's.
 
         Args:
-            domain_E: [E], where each expert lives; without it no domain is counted and none has a price.
-            rank_E: [E], which of `num_ranks` ranks holds each expert (a rank beyond them is not counted); without it
-                one rank holds all.
+            tables: on any device, copied to that of the settings.
+            settings: those in force; layers may share them.
+            places: where experts live. Without domains none is counted and none has a price; without ranks one rank
+                holds all. A rank beyond `num_ranks` is not counted.
+            threshold: rho.
+            repeats_dropped: a dropped slot repeats its token's heaviest expert with weight 0, instead of -1.
 
         Raises:
             ValueError: more experts or ranks than MAX_EXPERTS, or tables that don't fit one another.
         """
-        num_experts = len(similarity_EE)
-        for name, number in (("experts", num_experts), ("ranks", num_ranks)):
-            if number > MAX_EXPERTS:
-                raise ValueError(f"the kernel takes at most {MAX_EXPERTS} {name}, not {number}")
-        if (coefficient_EE is None) != (size_E is None):
-            raise ValueError("policy projection needs both coefficient and size")
-        if (rank_E is None) != (num_ranks == 0):
-            raise ValueError("rank_E and num_ranks come together")
-        for name, table, dimensions in (
-            ("similarity", similarity_EE, 2),
-            ("coefficient", coefficient_EE, 2),
-            ("size", size_E, 1),
-            ("domain", domain_E, 1),
-            ("rank", rank_E, 1),
-        ):
-            if table is not None and table.shape != (num_experts,) * dimensions:
-                raise ValueError(
-                    f"{name} is {tuple(table.shape)}, {num_experts} experts call for {dimensions} such axes"
-                )
-        device = policy.block.device
-        similarity_EE = similarity_EE.to(device, torch.float32)
-        if coefficient_EE is not None:
+        places = places or ExpertPlaces()
+        num_experts = len(tables.similarity_EE)
+        _check_sizes(tables, places)
+        device = settings.block.device
+        similarity_EE = tables.similarity_EE.to(device, torch.float32)
+        self.coefficient_EE = self.size_E = None
+        if tables.coefficient_EE is not None and tables.size_E is not None:
             itself_EE = torch.eye(num_experts, dtype=torch.bool, device=device)
             similarity_EE = similarity_EE.masked_fill(itself_EE, 1)
-            self.coefficient_EE = coefficient_EE.to(device, torch.float32).masked_fill(itself_EE, 1).contiguous()
-            self.size_E = size_E.to(device, torch.float32).contiguous()
-        else:
-            self.coefficient_EE = self.size_E = None
-        self.policy, self.repeats_dropped = policy, repeats_dropped
+            coefficient_EE = tables.coefficient_EE.to(device, torch.float32)
+            self.coefficient_EE = coefficient_EE.masked_fill(itself_EE, 1).contiguous()
+            self.size_E = tables.size_E.to(device, torch.float32).contiguous()
+        self.settings, self.repeats_dropped = settings, repeats_dropped
         neighbors_EE, ranked_similarity_EE = ranked_neighbors(similarity_EE)
         self.neighbors_EE = neighbors_EE.to(torch.int16).contiguous()
         self.ranked_similarity_EE = ranked_similarity_EE.contiguous()
         self.cutoff_E = torch.zeros(num_experts, dtype=torch.int16, device=device)
-        self.domain_E = None if domain_E is None else domain_E.to(device, torch.int16).contiguous()
-        self.rank_E = None if rank_E is None else rank_E.to(device, torch.int16).contiguous()
-        self.num_ranks = num_ranks
-        self.counters = torch.zeros(len(COUNTERS) + num_ranks, dtype=torch.int64, device=device)
+        self.domain_E = None if places.domain_E is None else places.domain_E.to(device, torch.int16).contiguous()
+        self.rank_E = None if places.rank_E is None else places.rank_E.to(device, torch.int16).contiguous()
+        self.num_ranks = places.num_ranks
+        self.counters = torch.zeros(len(COUNTERS) + places.num_ranks, dtype=torch.int64, device=device)
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self.votes_E = self.workspace.view(torch.int64)[:num_experts]  # the first member of struct Workspace
+        self.losses_E = self.workspace.view(torch.int64)[:num_experts]  # the first member of struct Workspace
         self.set_threshold(threshold)
 
     def set_threshold(self, threshold: float) -> None:
@@ -153,47 +131,45 @@ class Layer:
         rho = torch.tensor(threshold, dtype=torch.float32, device=self.cutoff_E.device)
         self.cutoff_E.copy_(((self.ranked_similarity_EE >= rho) | (rho <= 0)).sum(dim=1))
 
-    def reroute(
-        self,
-        topk_weights_TK: torch.Tensor,
-        topk_ids_TK: torch.Tensor,
-        valid_T: torch.Tensor | None = None,
-        home_T: torch.Tensor | None = None,
-        unite: Callable[[torch.Tensor], None] | None = None,
-    ) -> None:
-        """Re-routes one step in place and counts it: one launch up to ONE_LAUNCH_ROWS rows, two above and with `unite`.
+    def reroute(self, step: Step, all_reduce: Callable[[torch.Tensor], None] | None = None) -> None:
+        """Re-routes one step in place and counts it.
 
-        Steps of one layer must follow one another (one stream, or events between); different layers need not.
+        One launch up to ONE_LAUNCH_ROWS rows, two above that and with `all_reduce`. Steps of one layer must follow one
+        another (one stream, or events between); different layers need not.
 
         Args:
-            topk_weights_TK: contiguous [T, K], float32, bfloat16 or float16. Changed by policy projection alone.
-            topk_ids_TK: contiguous [T, K], int32 or int64; -1: an empty slot.
-            valid_T: bool, at least T long: the rows that change and vote. None: all.
-            home_T: int32, at least T long: the domain where a token's attention ran, -1: none.
-            unite: where ranks share one primary set, unites them: gets this rank's votes, int64 [E], on torch's current
-                stream, and puts the sum over all ranks in their place. They are `rerouting.primary_votes`, but for a
-                primary expert some multiple of ALWAYS_PRIMARY. Called once in every call, whatever the policy, the rows
-                and the masks: the other ranks wait. Whether this rank then acts, its own policy and rows decide.
+            step: contiguous tensors on the device. Weights [T, K] are float32, bfloat16 or float16, and changed by
+                policy projection alone; ids [T, K] are int32 or int64, -1 is an empty slot. `valid_T` (bool, None: all
+                rows) and `home_T` (int32, -1: none) are at least T long.
+            all_reduce: where ranks share one primary set: gets this rank's losses, int64 [E], on torch's current
+                stream, and puts the sum over all ranks in their place. They are `projection.primary_losses`, but for a
+                primary expert some multiple of ALWAYS_PRIMARY. Called once in every call, whatever the settings, the
+                rows and the masks: the other ranks wait. Whether this rank then acts, its own settings and rows
+                decide.
+
+        Raises:
+            ValueError: a tensor of the step is of another type or size.
         """
+        topk_weights_TK, topk_ids_TK, valid_T, home_T = step
         num_rows, top_k = topk_ids_TK.shape
         _check("topk_ids", topk_ids_TK, ID_DTYPES)
         _check("topk_weights", topk_weights_TK, WEIGHT_DTYPES)
         if topk_weights_TK.shape != topk_ids_TK.shape or top_k > MAX_TOP_K:
             shapes = f"weights {tuple(topk_weights_TK.shape)} and ids {tuple(topk_ids_TK.shape)}"
-            raise ValueError(f"{shapes} must be alike, with at most {MAX_TOP_K} slots a token")
+            raise ValueError(f"{shapes} must be alike, with at most {MAX_TOP_K} slots per token")
         for name, mask, dtype in (("valid", valid_T, torch.bool), ("home", home_T, torch.int32)):
             if mask is not None:
                 _check(name, mask, (dtype,))
                 if len(mask) < num_rows:
                     raise ValueError(f"{name} has {len(mask)} rows, the step {num_rows}")
         if num_rows == 0:
-            if unite is not None:
-                unite(self.votes_E)
-                self.votes_E.zero_()
+            if all_reduce is not None:
+                all_reduce(self.losses_E)
+                self.losses_E.zero_()
             return
         kernels = kernels_for(topk_ids_TK.device, topk_weights_TK.dtype, topk_ids_TK.dtype)
         num_experts = len(self.cutoff_E)
-        arguments = [topk_weights_TK, topk_ids_TK, num_rows, top_k, num_experts, self.policy.block, valid_T]
+        arguments = [topk_weights_TK, topk_ids_TK, num_rows, top_k, num_experts, self.settings.block, valid_T]
         arguments += [self.neighbors_EE, self.cutoff_E, self.ranked_similarity_EE, self.coefficient_EE, self.size_E]
         arguments += [self.domain_E, home_T, self.rank_E, self.num_ranks, int(self.repeats_dropped)]
         arguments += [self.counters, self.workspace]
@@ -203,13 +179,33 @@ class Layer:
             shape = 1, min(MAX_THREADS, 32 * warps)
         else:
             shape = min(BLOCKS_OF_TWO, -(-lanes // THREADS_OF_TWO)), THREADS_OF_TWO
-        if num_rows <= ONE_LAUNCH_ROWS and unite is None:
+        if num_rows <= ONE_LAUNCH_ROWS and all_reduce is None:
             kernels.launch("reroute", *shape, arguments)
         else:
             kernels.launch("reroute_vote", *shape, arguments)
-            if unite is not None:
-                unite(self.votes_E)
+            if all_reduce is not None:
+                all_reduce(self.losses_E)
             kernels.launch("reroute_settle", *shape, arguments)
+
+
+def _check_sizes(tables: LayerTables, places: ExpertPlaces) -> None:
+    num_experts = len(tables.similarity_EE)
+    for name, number in (("experts", num_experts), ("ranks", places.num_ranks)):
+        if number > MAX_EXPERTS:
+            raise ValueError(f"the kernel takes at most {MAX_EXPERTS} {name}, not {number}")
+    if (tables.coefficient_EE is None) != (tables.size_E is None):
+        raise ValueError("policy projection needs both coefficient and size")
+    if (places.rank_E is None) != (places.num_ranks == 0):
+        raise ValueError("rank_E and num_ranks come together")
+    for name, table, dimensions in (
+        ("similarity", tables.similarity_EE, 2),
+        ("coefficient", tables.coefficient_EE, 2),
+        ("size", tables.size_E, 1),
+        ("domain", places.domain_E, 1),
+        ("rank", places.rank_E, 1),
+    ):
+        if table is not None and table.shape != (num_experts,) * dimensions:
+            raise ValueError(f"{name} is {tuple(table.shape)}, {num_experts} experts call for {dimensions} such axes")
 
 
 def _check(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
@@ -296,7 +292,9 @@ def _kernel_argument(value: Argument) -> Any:
     """cuda.core takes a Python int for a pointer, and a Python float for a double."""
     if isinstance(value, torch.Tensor):
         return value.data_ptr()
-    return {int: ctypes.c_int, float: ctypes.c_float, type(None): lambda _: 0}[type(value)](value)
+    if value is None:
+        return 0
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
 @functools.cache

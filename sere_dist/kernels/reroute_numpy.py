@@ -1,36 +1,39 @@
-"""The paper's policy for a decode step on a CPU, in as few calls as it takes.
+"""The paper's policy for a decode step on a CPU, in numpy, in as few calls as it takes.
 
 Between two layers' routers hundreds of megabytes of weights pass through the caches, so every call of a library,
 however small its work, costs tens of microseconds. numpy gets by with a third of the calls that torch needs, each
-cheaper. Computes what `rerouting.reroute` and `rerouting.step_counts` do; shape suffixes as there.
+cheaper. Computes what `method.rerouting.reroute` and `method.counters.count_step` do. Shape suffixes: T tokens of the
+step, S experts that each keeps, K experts per token, E experts of the layer.
 """
 
 import numpy as np
 import torch
 
+from sere_dist.method.records import Settings, Step
+
 
 def reroute_step(
-    topk_weights_TK: torch.Tensor,
-    topk_ids_TK: torch.Tensor,
-    neighbors_EE: torch.Tensor,
-    ranked_similarity_EE: torch.Tensor,
-    counters: torch.Tensor,
-    *,
-    select_top_k: int,
-    threshold: float = 0.0,
-    valid_T: torch.Tensor | None = None,
+    step: Step, neighbors: tuple[torch.Tensor, torch.Tensor], settings: Settings, counters: torch.Tensor
 ) -> torch.Tensor:
-    """Returns the new ids of a step, `topk_ids_TK` itself if none is new; adds to `counters` (int64, COUNTERS first).
+    """Returns the new ids [T, K] of a step, `step.ids_TK` itself if none is new, and counts the step.
 
-    `neighbors_EE` and `ranked_similarity_EE` are those of `rerouting.ranked_neighbors`; the rest is as in
-    `rerouting.reroute`. Counts no domains; one rank holds all experts.
+    Counts no domains; one rank holds all experts.
+
+    Args:
+        step: what the router chose.
+        neighbors: those of `neighbors.ranked_neighbors`.
+        settings: S and rho; prices have no effect.
+        counters: int64, those of COUNTERS first; added to in place.
     """
+    topk_weights_TK, topk_ids_TK, valid_T, _home_T = step
     if valid_T is not None:
         new_ids_TK = topk_ids_TK.clone()
-        of_valid = (topk_weights_TK[valid_T], topk_ids_TK[valid_T], neighbors_EE, ranked_similarity_EE, counters)
-        new_ids_TK[valid_T] = reroute_step(*of_valid, select_top_k=select_top_k, threshold=threshold)
+        of_valid = Step(topk_weights_TK[valid_T], topk_ids_TK[valid_T])
+        new_ids_TK[valid_T] = reroute_step(of_valid, neighbors, settings, counters)
         return new_ids_TK
-    ids_TK, neighbors, num_experts = topk_ids_TK.numpy(), neighbors_EE.numpy(), len(neighbors_EE)
+    neighbors_EE, ranked_similarity_EE = neighbors
+    select_top_k, threshold, *_prices = settings
+    ids_TK, neighbor_EE, num_experts = topk_ids_TK.numpy(), neighbors_EE.numpy(), len(neighbors_EE)
     if not len(ids_TK):
         return topk_ids_TK
     # One place more than there are experts: empty slots (-1) fall into the last.
@@ -47,10 +50,10 @@ def reroute_step(
         others = np.flatnonzero(chosen > primary)
         if 0 < len(others) < active:  # there is something to replace, and something to replace it by
             active -= len(others)
-            first = primary[neighbors[others]].argmax(axis=1)
+            first = primary[neighbor_EE[others]].argmax(axis=1)
             substitute = np.arange(num_experts + 1, dtype=ids_TK.dtype)
             substitute[-1] = -1
-            substitute[others] = neighbors[others, first]
+            substitute[others] = neighbor_EE[others, first]
             if threshold > 0:
                 critical = others[ranked_similarity_EE.numpy()[others, first] < np.float32(threshold)]
                 substitute[critical] = critical

@@ -9,11 +9,17 @@ BLOCK_BYTES = 2**30  # what a block's outputs and Gram matrices take, unless tol
 
 
 class Outputs(Protocol):
-    """Outputs [E, N, H] of all experts, computed when sliced by experts and tokens."""
+    """Outputs [E, N, H] of all experts, or their routing weights [N, E], computed when sliced by experts and tokens."""
 
-    shape: tuple[int, int, int]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, index: tuple[slice, slice]) -> torch.Tensor: ...
+
+
+def float64_zeros(outputs_ENH: torch.Tensor | Outputs, *shape: int) -> torch.Tensor:
+    """Returns zeros to sum in, on the device that the outputs are on."""
+    return torch.zeros(shape, dtype=torch.float64, device=outputs_ENH[:1, :1].device)
 
 
 def split_evenly(count: int, block: int) -> list[slice]:

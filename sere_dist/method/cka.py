@@ -21,7 +21,7 @@ from typing import Literal, get_args
 
 import torch
 
-from sere_dist.method.blocks import BLOCK_BYTES, Outputs, split_evenly
+from sere_dist.method.blocks import BLOCK_BYTES, Outputs, float64_zeros, split_evenly
 
 Kernel = Literal["linear", "polynomial", "rbf"]
 
@@ -66,11 +66,15 @@ def _of_kernel_matrices(outputs_ENH: torch.Tensor | Outputs, kernel: Kernel, blo
     Centring needs no centred matrix: <HKH, HLH> = <K, L> - 2/N sum_t k_t l_t + k l / N^2, with K's row sums k_t and its
     sum k. A constant added to K drops out, so the kernels below lack their 1: what varies keeps its digits.
     """
-    num_tokens, width = outputs_ENH.shape[1], min(block, COLUMN_TOKENS)
+    num_experts, num_tokens, _ = outputs_ENH.shape
+    width = min(block, COLUMN_TOKENS)
     # Linear and rbf do not depend on where the origin is. Among the outputs less has to cancel.
-    origin_E1H = 0 if kernel == "polynomial" else outputs_ENH[:, :1].double()
+    origin_E1H = outputs_ENH[:, :1].double()
+    if kernel == "polynomial":
+        origin_E1H = torch.zeros_like(origin_E1H)
     scale_E11 = _rbf_scale(outputs_ENH, origin_E1H, block)[:, None, None] if kernel == "rbf" else None
-    product_EE, rows_EE, total_E = 0, 0, 0
+    product_EE, rows_EE = (float64_zeros(outputs_ENH, num_experts, num_experts) for _ in range(2))
+    total_E = float64_zeros(outputs_ENH, num_experts)
     for rows in split_evenly(num_tokens, block):
         x_EBH = outputs_ENH[:, rows].to(torch.float64, copy=True).sub_(origin_E1H)
         row_sums_EB = x_EBH.new_zeros(x_EBH.shape[:2])
@@ -96,8 +100,8 @@ def _of_kernel_matrices(outputs_ENH: torch.Tensor | Outputs, kernel: Kernel, blo
 def _kernel_values(
     x_EBH: torch.Tensor, y_ECH: torch.Tensor, kernel: Kernel, scale_E11: torch.Tensor | None
 ) -> torch.Tensor:
-    """Returns the kernel of every x with every y [E, B, C], without its constant."""
-    if kernel == "rbf":  # exp(-|x - y|^2 / (2 v)) - 1
+    """Returns the kernel of every x with every y [E, B, C], without its constant; only rbf has a scale."""
+    if scale_E11 is not None:  # exp(-|x - y|^2 / (2 v)) - 1
         x_size_EB, y_size_EC = (torch.linalg.vector_norm(z, dim=2).square() for z in (x_EBH, y_ECH))
         kernel_EBC = scale_E11 * x_size_EB[:, :, None] + scale_E11 * y_size_EC[:, None, :]
         return kernel_EBC.baddbmm_(x_EBH, (-2 * scale_E11 * y_ECH).transpose(1, 2)).expm1_()
@@ -118,11 +122,13 @@ def _rbf_scale(outputs_ENH: torch.Tensor | Outputs, origin_E1H: torch.Tensor, bl
     With n_t = |x_t|^2 and d_tu = n_t + n_u - 2 x_t.x_u, the sums of d and of d^2 follow from moments of x: no pair of
     tokens is looked at. The second moment [H, H] exists for one expert at a time.
     """
-    num_experts, num_tokens, _ = outputs_ENH.shape
+    num_experts, num_tokens, hidden_size = outputs_ENH.shape
     pairs = num_tokens**2
     scales = []
     for expert in range(num_experts):
-        first_H, second_HH, weighted_H, sizes, sizes_squared = 0, 0, 0, 0, 0
+        first_H, weighted_H = (origin_E1H.new_zeros(hidden_size) for _ in range(2))
+        second_HH = origin_E1H.new_zeros(hidden_size, hidden_size)
+        sizes, sizes_squared = (origin_E1H.new_zeros(()) for _ in range(2))
         for tokens in split_evenly(num_tokens, block):
             x_BH = outputs_ENH[expert : expert + 1, tokens][0].double() - origin_E1H[expert]
             n_B = x_BH.square().sum(dim=1)
@@ -148,10 +154,12 @@ def _linear_of_features(outputs_ENH: torch.Tensor | Outputs, block: int) -> torc
     tiles = list(split_evenly(num_experts, max(1, int((BLOCK_BYTES / 8) ** 0.5) // hidden_size)))
     for i, left in enumerate(tiles):
         for right in tiles[i:]:
-            product, left_sum, right_sum = 0, 0, 0
+            left_size, right_size = ((tile.stop - tile.start) * hidden_size for tile in (left, right))
+            product = origin_E1H.new_zeros(left_size, right_size)
+            left_sum, right_sum = origin_E1H.new_zeros(left_size), origin_E1H.new_zeros(right_size)
             for tokens in split_evenly(num_tokens, block):
                 x, y = (_features(outputs_ENH[tile, tokens].double() - origin_E1H[tile]) for tile in (left, right))
-                product += x @ y.T
+                product.addmm_(x, y.T)  # without a second matrix of this size
                 left_sum += x.sum(dim=1)
                 right_sum += y.sum(dim=1)
             if left == right:

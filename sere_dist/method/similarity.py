@@ -9,15 +9,40 @@ token's Gram matrix [E, E] of expert outputs; CKA is a sum over pairs of tokens,
 within a few tokens are float32, except CKA's; sums over tokens are float64.
 """
 
-from collections.abc import Iterable, Iterator
-from typing import Literal, get_args
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from sere_dist.method.blocks import BLOCK_BYTES, Outputs, split_evenly
+from sere_dist.method.blocks import BLOCK_BYTES, Outputs, float64_zeros, split_evenly
 from sere_dist.method.cka import Kernel, expert_cka, rows_per_block
 
-Method = Literal["frobenius", "cosine", "cka", "projection", "weights", "random"]
+MethodName = Literal["frobenius", "cosine", "cka", "projection", "weights", "random"]
+
+
+class Method(NamedTuple):
+    """What a similarity method needs, and what it leaves."""
+
+    name: str
+    needs_weights: bool = True  # of the experts
+    needs_data: bool = True  # the outputs that the experts give for tokens
+    has_kernel: bool = False  # it compares kernel matrices [N, N]: its sums go over pairs of tokens
+    directed: bool = False  # expert j may replace i better than i replaces j
+    tensors: tuple[str, ...] = ("similarity",)  # per layer
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("frobenius"),
+        Method("cosine"),
+        Method("cka", has_kernel=True),
+        Method("projection", directed=True, tensors=("similarity", "coefficient", "size")),
+        Method("weights", needs_data=False),
+        Method("random", needs_data=False, needs_weights=False),
+    )
+}
 
 GRAM_TOKENS = 64  # whose products are summed in float32, or whose Gram matrices exist at a time
 FLOAT32_ERROR = 1e-6  # of an inner product over GRAM_TOKENS, relative to the factors' sizes; 5e-8 is usual
@@ -26,7 +51,7 @@ TOLERANCE = 1e-5  # of a similarity
 
 def expert_similarity(
     outputs_ENH: torch.Tensor | Outputs,
-    method: Method = "frobenius",
+    method: MethodName = "frobenius",
     kernel: Kernel = "linear",
     block_tokens: int | None = None,
 ) -> torch.Tensor:
@@ -40,25 +65,26 @@ def expert_similarity(
         ValueError: the method or the kernel is not one of these, or there is no token.
     """
     num_experts, num_tokens, hidden_size = outputs_ENH.shape
-    if method not in ("frobenius", "cosine", "cka"):
-        raise ValueError(f"method {method!r} is not one of frobenius, cosine, cka")
+    functions = {"frobenius": _frobenius, "cosine": _cosine, "cka": partial(expert_cka, kernel=kernel)}
+    if method not in functions:
+        raise ValueError(f"method {method!r} is not one of {', '.join(functions)}")
     if kernel not in get_args(Kernel):
         raise ValueError(f"kernel {kernel!r} is not one of {', '.join(get_args(Kernel))}")
     if num_tokens == 0:
         raise ValueError("no tokens: similarity needs the experts' outputs on at least one")
-    block = block_tokens or tokens_a_block(num_experts, hidden_size, method)
-    if method == "frobenius":
-        similarity_EE = _frobenius(outputs_ENH, block)
-    elif method == "cosine":
-        similarity_EE = _cosine(outputs_ENH, block)
-    else:
-        similarity_EE = expert_cka(outputs_ENH, kernel, block)
+    block = block_tokens or tokens_a_block(num_experts, hidden_size, METHODS[method])
+    similarity_EE = functions[method](outputs_ENH, block=block)
     return ((similarity_EE + similarity_EE.T) / 2).fill_diagonal_(1).float()
+
+
+def method_named(name: str) -> Method:
+    """Returns the record of a method; one that is not ours has what every similarity has."""
+    return METHODS.get(name, Method(name))
 
 
 def tokens_a_block(num_experts: int, hidden_size: int, method: Method, block_bytes: int = BLOCK_BYTES) -> int:
     """Returns how many tokens' outputs, or for CKA rows of kernel matrices, fit into `block_bytes`, at least 1."""
-    if method == "cka":
+    if method.has_kernel:
         return rows_per_block(num_experts, hidden_size, block_bytes)
     return max(1, block_bytes // (4 * num_experts * hidden_size))
 
@@ -73,7 +99,8 @@ def _token_grams(outputs_ENH: torch.Tensor | Outputs, block: int) -> Iterator[tu
 
 
 def _frobenius(outputs_ENH: torch.Tensor | Outputs, block: int) -> torch.Tensor:
-    gram_EE = 0
+    num_experts = outputs_ENH.shape[0]
+    gram_EE = float64_zeros(outputs_ENH, num_experts, num_experts)
     for tokens in split_evenly(outputs_ENH.shape[1], block):
         for outputs_EBH in outputs_ENH[:, tokens].float().split(GRAM_TOKENS, dim=1):
             flat = outputs_EBH.flatten(1)
@@ -82,7 +109,7 @@ def _frobenius(outputs_ENH: torch.Tensor | Outputs, block: int) -> torch.Tensor:
     if rounding > TOLERANCE:
         # Experts that are nearly equal, as in upcycled models: their distance is what is left of a difference of large
         # numbers. Once more in float64, without what all experts share at a token, which no distance depends on.
-        gram_EE = 0
+        gram_EE.zero_()
         for tokens in split_evenly(outputs_ENH.shape[1], block):
             outputs_EBH = outputs_ENH[:, tokens].to(torch.float64, copy=True)
             flat = outputs_EBH.sub_(outputs_EBH.mean(dim=0)).flatten(1)
@@ -103,11 +130,12 @@ def _distances(gram_EE: torch.Tensor) -> tuple[torch.Tensor, float]:
 
 
 def _cosine(outputs_ENH: torch.Tensor | Outputs, block: int) -> torch.Tensor:
-    cosine_EE = 0
+    num_experts, num_tokens, _ = outputs_ENH.shape
+    cosine_EE = float64_zeros(outputs_ENH, num_experts, num_experts)
     for _, gram_BEE in _token_grams(outputs_ENH, block):
         length_BE = gram_BEE.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12)
         cosine_EE += gram_BEE.div_(length_BE[:, :, None]).div_(length_BE[:, None, :]).sum(dim=0, dtype=torch.float64)
-    return (cosine_EE / outputs_ENH.shape[1] + 1) / 2
+    return (cosine_EE / num_tokens + 1) / 2
 
 
 def expert_projection(
@@ -129,9 +157,13 @@ def expert_projection(
         raise ValueError("no tokens: projection needs the experts' outputs on at least one")
     if tuple(routing_weights_NE.shape) != (num_tokens, num_experts):
         raise ValueError(f"routing weights are {tuple(routing_weights_NE.shape)}, not [N, E] {num_tokens, num_experts}")
-    block = block_tokens or tokens_a_block(num_experts, hidden_size, "projection")
-    reached_E = sum((routing_weights_NE[tokens, :] != 0).sum(dim=0) for tokens in split_evenly(num_tokens, block)) > 0
-    product_EE, squared_EE, size_E = 0, 0, 0  # sums of r^2 <O_i, O_j>, of r^2 |O_j|^2, and of |O_i|^2
+    block = block_tokens or tokens_a_block(num_experts, hidden_size, METHODS["projection"])
+    # Sums of r^2 <O_i, O_j>, of r^2 |O_j|^2, and of |O_i|^2.
+    product_EE, squared_EE = (float64_zeros(outputs_ENH, num_experts, num_experts) for _ in range(2))
+    size_E = float64_zeros(outputs_ENH, num_experts)
+    reached_E = torch.zeros_like(size_E, dtype=torch.bool)
+    for tokens in split_evenly(num_tokens, block):
+        reached_E |= (routing_weights_NE[tokens, :] != 0).any(dim=0)
     for tokens, gram_BEE in _token_grams(outputs_ENH, block):
         gram_BEE = gram_BEE.double()
         squared_BE = gram_BEE.diagonal(dim1=1, dim2=2).clone()
@@ -148,12 +180,13 @@ def expert_projection(
     return similarity_EE.float(), coefficient_EE.float(), size_E.float()
 
 
-def weight_similarity(weights: Iterable[torch.Tensor]) -> torch.Tensor:
+def weight_similarity(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Returns the cosine [E, E], float32, diagonal 1, of the experts' concatenated weights: tensors [E, ...] each.
 
     A control: it needs no data. Hidden neurons have no order, so equal functions need not have equal weights.
     """
-    gram_EE = 0
+    num_experts = len(weights[0])
+    gram_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=weights[0].device)
     for weight in weights:
         flat = weight.flatten(1)
         for part in flat.split(max(1, BLOCK_BYTES // (8 * len(flat))), dim=1):

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import psutil
 
-from sere_dist.config import ADMIN_TOKEN, API_KEY
+from sere_dist.environment import ADMIN_TOKEN, API_KEY
 
 START_SECONDS = 300
 STOP_SECONDS = 5  # then it is killed: nothing in it is worth more patience
@@ -63,7 +63,7 @@ class LocalCluster:
         ]
         if self.worker_types is not None:
             config = self.folder / "autoscaling.json"
-            config.write_text(json.dumps(self._autoscaling()))
+            config.write_text(json.dumps(self._autoscaling(self.worker_types)))
             command.append(f"--autoscaling-config={config}")
             # The provider refuses to work without the first; the second: look for work and idleness every second.
             self.environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
@@ -77,7 +77,7 @@ class LocalCluster:
             raise
         return self
 
-    def _autoscaling(self) -> dict[str, Any]:
+    def _autoscaling(self, worker_types: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Returns what `ray up` would hand to the autoscaler, with Ray's provider of several nodes on one machine."""
         head = {"resources": {"CPU": self.num_cpus}, "node_config": {}, "max_workers": 0}
         return {
@@ -90,8 +90,8 @@ class LocalCluster:
                 "disable_launch_config_check": True,
             },
             "head_node_type": "ray.head.default",  # the provider's name for it
-            "available_node_types": {**self.worker_types, "ray.head.default": head},
-            "max_workers": sum(node["max_workers"] for node in self.worker_types.values()),
+            "available_node_types": {**worker_types, "ray.head.default": head},
+            "max_workers": sum(node["max_workers"] for node in worker_types.values()),
             "idle_timeout_minutes": self.idle_seconds / 60,
             "upscaling_speed": 1,
             "auth": {},

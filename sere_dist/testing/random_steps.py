@@ -3,26 +3,27 @@
 Used by the tests, on a CPU (tests/support/cuda_on_host.h), and by `python -m benchmarks.kernel`, on a GPU.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 
-from sere_dist.kernels.reroute import ID_DTYPES, WEIGHT_DTYPES, Layer, Policy
+from sere_dist.kernels.neighbors import ranked_neighbors
+from sere_dist.kernels.reroute import ID_DTYPES, WEIGHT_DTYPES, DeviceSettings, LayerKernel
 from sere_dist.kernels.reroute_numpy import reroute_step
-from sere_dist.method.rerouting import (
+from sere_dist.method.counters import COUNTERS, count_step
+from sere_dist.method.projection import (
     ALWAYS_PRIMARY,
-    COUNTERS,
     FIXED_POINT_ONE,
-    primary_votes,
-    ranked_neighbors,
+    primary_losses,
     repeat_dropped,
-    reroute,
     reroute_projection,
-    step_counts,
     to_fixed_point,
 )
+from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
+from sere_dist.method.rerouting import replace_experts, substitutes
 
 
 @dataclass
@@ -90,92 +91,74 @@ class RandomStep:
             losses_E = (uniform(experts) / 4 * FIXED_POINT_ONE).long()
             self.elsewhere_E = losses_E.masked_fill(heaviest_E, ALWAYS_PRIMARY)
 
-    def by_torch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns weights, ids and counts by the functions of `rerouting.py`."""
-        select_top_k, valid_T, home_T = self._in_force()
-        primary_E = None
-        if self.elsewhere_E is not None:
-            primary_E = self.elsewhere_E + self.own_votes() >= to_fixed_point(self._expert_price())
-        common = {"select_top_k": select_top_k, "valid_T": valid_T, "primary_E": primary_E}
-        weights_TK = self.weights_TK
-        if self.projection:
-            weights_TK, ids_TK = reroute_projection(
-                self.weights_TK,
-                self.ids_TK,
-                self.similarity_EE,
-                self.coefficient_EE,
-                self.size_E,
-                threshold=self.threshold,
-                expert_price=self.expert_price,
-                traffic_price=self.traffic_price,
-                domain_E=self.domain_E,
-                home_T=home_T,
-                **common,
-            )
-        else:
-            ids_TK = reroute(self.weights_TK, self.ids_TK, self.similarity_EE, threshold=self.threshold, **common)
-        counts = step_counts(
-            self.weights_TK,
-            self.ids_TK,
-            ids_TK,
-            num_experts=self.experts,
-            expert_price=self._expert_price(),
-            size_E=self.size_E,
-            rank_E=self.rank_E,
-            num_ranks=self.ranks,
-            domain_E=self.domain_E,
-            home_T=home_T,
-            **common,
-        )
-        if self.repeats_dropped:
-            ids_TK = repeat_dropped(self.weights_TK, self.ids_TK, ids_TK)
-        return weights_TK, ids_TK, counts
-
-    def own_votes(self) -> torch.Tensor:
-        """Returns int64 [E]: this rank's votes for primary experts, whether or not it then acts."""
-        _, valid_T, _ = self._in_force()
-        settings = {"select_top_k": self.select_top_k, "expert_price": self._expert_price(), "size_E": self.size_E}
-        return primary_votes(self.weights_TK, self.ids_TK, self.experts, valid_T=valid_T, **settings)
-
-    def _expert_price(self) -> float:
-        return self.expert_price if self.projection else 0.0
-
-    def by_cpu(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the same by `reroute_cpu`, which knows neither projection nor domains nor ranks."""
-        select_top_k, valid_T, _ = self._in_force()
-        counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
-        tables = ranked_neighbors(self.similarity_EE)
-        common = {"select_top_k": select_top_k, "threshold": self.threshold, "valid_T": valid_T}
-        ids_TK = reroute_step(self.weights_TK, self.ids_TK, *tables, counters, **common)
-        return self.weights_TK, ids_TK, counters
-
-    def _in_force(self) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
-        """Returns S (0 where gates or switch leave the step alone), and the masks cut to the step."""
+    @property
+    def step(self) -> Step:
+        """The step as the functions of `method` take it: masks cut to its rows."""
         valid_T = None if self.valid_T is None else self.valid_T[: self.rows]
         home_T = None if self.home_T is None else self.home_T[: self.rows]
-        votes = self.rows if valid_T is None else int(valid_T.sum())
-        most = votes if self.max_rows is None else self.max_rows
-        return self.select_top_k if self.enabled and self.min_rows <= votes <= most else 0, valid_T, home_T
+        return Step(self.weights_TK, self.ids_TK, valid_T, home_T)
 
-    def layer(self, device: torch.device | str) -> Layer:
-        """Returns the layer of this step, with a policy of its own."""
-        policy = Policy(device)
-        self.set(policy)
-        tables = {"domain_E": self.domain_E, "rank_E": self.rank_E, "num_ranks": self.ranks}
+    @property
+    def tables(self) -> LayerTables:
+        if not self.projection:
+            return LayerTables(self.similarity_EE)
+        return LayerTables(self.similarity_EE, self.coefficient_EE, self.size_E)
+
+    @property
+    def places(self) -> ExpertPlaces:
+        return ExpertPlaces(self.rank_E, self.ranks, self.domain_E)
+
+    @property
+    def settings(self) -> Settings:
+        """Those that the user set; prices are policy projection's alone."""
+        prices = (self.expert_price, self.traffic_price) if self.projection else (0.0, 0.0)
+        return Settings(self.select_top_k, self.threshold, *prices)
+
+    @property
+    def settings_in_force(self) -> Settings:
+        """The same with S = 0 where the switch or the gates leave the step alone."""
+        valid_T = self.step.valid_T
+        rows = self.rows if valid_T is None else int(valid_T.sum())
+        most = rows if self.max_rows is None else self.max_rows
+        is_on = self.enabled and self.min_rows <= rows <= most
+        return self.settings if is_on else self.settings._replace(select_top_k=0)
+
+    def by_torch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns weights, ids and counts by the functions of `method`."""
+        step, tables, settings = self.step, self.tables, self.settings_in_force
+        losses_E = primary_losses(step, tables, settings)
+        if self.elsewhere_E is not None and 0 < settings.select_top_k < self.top_k:
+            losses_E = losses_E + self.elsewhere_E
+        primary_E = losses_E >= to_fixed_point(settings.expert_price)
         if self.projection:
-            tables |= {"coefficient_EE": self.coefficient_EE, "size_E": self.size_E}
-        settings = {"threshold": self.threshold, "repeats_dropped": self.repeats_dropped}
-        return Layer(self.similarity_EE, policy, **settings, **tables)
+            weights_TK, ids_TK = reroute_projection(step, tables, settings, self.places, primary_E)
+        else:
+            substitute_E = substitutes(self.similarity_EE, primary_E, self.threshold)
+            weights_TK, ids_TK = self.weights_TK, replace_experts(self.ids_TK, substitute_E, step.valid_T)
+        counts = count_step(step, ids_TK, primary_E, self.places)
+        return weights_TK, repeat_dropped(step, ids_TK) if self.repeats_dropped else ids_TK, counts
 
-    def set(self, policy: Policy) -> None:
-        policy.set(
-            select_top_k=self.select_top_k,
-            enabled=self.enabled,
-            min_rows=self.min_rows,
-            max_rows=self.max_rows,
-            expert_price=self.expert_price,
-            traffic_price=self.traffic_price,
+    def own_losses(self) -> torch.Tensor:
+        """Returns int64 [E]: this rank's say in what is primary, whether or not it then acts."""
+        return primary_losses(self.step, self.tables, self.settings)
+
+    def by_numpy(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the same by `reroute_numpy`, which knows neither projection nor domains nor ranks."""
+        counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
+        neighbors = ranked_neighbors(self.similarity_EE)
+        ids_TK = reroute_step(self.step, neighbors, self.settings_in_force, counters)
+        return self.weights_TK, ids_TK, counters
+
+    def layer(self, device: torch.device | str) -> LayerKernel:
+        """Returns the layer of this step, with settings of its own."""
+        settings = DeviceSettings(device)
+        self.set(settings)
+        return LayerKernel(
+            self.tables, settings, self.places, threshold=self.threshold, repeats_dropped=self.repeats_dropped
         )
+
+    def set(self, settings: DeviceSettings) -> None:
+        settings.set(self.settings, enabled=self.enabled, min_rows=self.min_rows, max_rows=self.max_rows)
 
     def by_kernel(self, device: torch.device | str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the same by the kernel, on the CPU again."""
@@ -184,15 +167,16 @@ class RandomStep:
         masks = [None if mask is None else mask.to(device) for mask in (self.valid_T, self.home_T)]
         offered = []
 
-        def unite(votes_E: torch.Tensor) -> None:
-            offered.append(votes_E.clone().cpu())
-            votes_E += self.elsewhere_E.to(votes_E)
+        def all_reduce(losses_E: torch.Tensor) -> None:
+            assert self.elsewhere_E is not None  # else nobody is asked
+            offered.append(losses_E.clone().cpu())
+            losses_E += self.elsewhere_E.to(losses_E)
 
-        layer.reroute(weights_TK, ids_TK, *masks, unite=None if self.elsewhere_E is None else unite)
+        layer.reroute(Step(weights_TK, ids_TK, *masks), None if self.elsewhere_E is None else all_reduce)
         if self.elsewhere_E is not None:
             (own,) = offered
-            same = torch.equal(*(votes_E.clamp(max=ALWAYS_PRIMARY) for votes_E in (own, self.own_votes())))
-            assert same, "other ranks got other votes"
+            same = torch.equal(*(losses_E.clamp(max=ALWAYS_PRIMARY) for losses_E in (own, self.own_losses())))
+            assert same, "other ranks got other losses"
         assert not layer.workspace.any(), "the workspace was not left as it was found"
         return weights_TK.cpu(), ids_TK.cpu(), layer.counters.cpu()
 
@@ -215,7 +199,7 @@ def assert_equal(kernels: tuple[torch.Tensor, ...], torchs: tuple[torch.Tensor, 
 
 
 # What a random step is drawn from: all kinds, the common ones more often.
-CHOICES = {
+CHOICES: dict[str, Sequence[Any]] = {
     "rows": [0, 1, 2, 5, 16, 33, 80],
     "top_k": [1, 2, 3, 4, 6, 8, 10, 32],
     "experts": [1, 2, 8, 31, 33, 60, 64, 128, 256, 300],

@@ -1,8 +1,7 @@
-"""The vLLM plugin, front-end half: reads `additional_config["sere"]`, checks it, and picks the worker that re-routes.
+"""The vLLM plugin. vLLM finds `register` by the entry point `vllm.general_plugins`.
 
 This package is the only place that touches vLLM's internals: here `EngineArgs.create_engine_config`, in `worker` and
-`backends` the MoE layers' routers, in `rows` the model runner's batch. vLLM finds `register` by the entry point
-`vllm.general_plugins`.
+`backend` the MoE layers' routers, in `rows` the model runner's batch.
 """
 
 # vLLM logs a plugin whose import fails and goes on without it. So what could fail is imported when it is needed, where
@@ -12,19 +11,10 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
-import vllm
 from vllm.engine.arg_utils import EngineArgs
-from vllm.logger import init_logger
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from vllm.config import ParallelConfig, VllmConfig
-
-    from sere_dist.config import ReroutingConfig
-    from sere_dist.moe import MoeShape
-
-logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
+    from vllm.config import VllmConfig
 
 TESTED_VLLM = ("0.32.0",)
 # vLLM's workers, and ours that take their place.
@@ -42,128 +32,16 @@ def register() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args, **kwargs) -> VllmConfig:
-        from sere_dist.config import settings_from_overrides
+        from sere_dist.artifact.reference import settings_from_overrides
 
         if translated := settings_from_overrides(self.hf_overrides, self.additional_config or {}, self.model):
             self.hf_overrides, self.additional_config = translated
         vllm_config = original(self, *args, **kwargs)
         if isinstance(vllm_config.additional_config, dict) and "sere" in vllm_config.additional_config:
+            from sere_dist.vllm_plugin.configure import configure_engine
+
             configure_engine(vllm_config)
         return vllm_config
 
-    create_engine_config.checks_sere = True
-    EngineArgs.create_engine_config = create_engine_config
-
-
-def configure_engine(vllm_config: VllmConfig) -> None:
-    """Checks the settings against the model and the engine, and has the engine use the worker that re-routes.
-
-    Raises:
-        ValueError: a setting, the artifact or a feature of the engine rules re-routing out. Nothing is ever served
-            un-re-routed in silence.
-    """
-    from sere_dist.artifact.reference import load_artifact
-    from sere_dist.config import ALLOW_UNTESTED_VLLM, ReroutingConfig, environment_flag
-    from sere_dist.moe import MoeShape
-
-    if vllm.__version__ not in TESTED_VLLM and not environment_flag(ALLOW_UNTESTED_VLLM):
-        raise ValueError(
-            f"sere_dist was tested with vLLM {', '.join(TESTED_VLLM)}, this is {vllm.__version__}. Install a tested "
-            f"release, or set {ALLOW_UNTESTED_VLLM}=1 and check the counters."
-        )
-    settings = ReroutingConfig.model_validate(vllm_config.additional_config["sere"]).resolved()
-    model = vllm_config.model_config
-    shape = MoeShape.from_config(model.hf_config)
-    settings.check_top_k(shape.num_experts_per_token)
-    artifact = load_artifact(settings.artifact, shape, model.model)
-    artifact.check_serves(shape, model.model, getattr(model.hf_config, "_commit_hash", None))
-    artifact.settings_by_layer(settings)
-    for unsupported, advice in unsupported_features(vllm_config):
-        if unsupported:
-            raise ValueError(f"sere_dist does not re-route yet with {advice}, or remove 'sere' from additional_config")
-    parallel = vllm_config.parallel_config
-    if settings.placement is not None:
-        check_placement(settings.placement, shape, set(artifact.similarity), vllm_config)
-    if settings.select_top_k == 1 < shape.num_experts_per_token:
-        logger.warning(
-            "sere_dist: select_top_k 1 leaves a token one expert of its own; quality falls steeply there. Compare "
-            'with requests that opt out (extra_args {"sere": "off"}), set a threshold, or raise select_top_k'
-        )
-    if advice := saves_no_traffic(settings, parallel):
-        logger.warning("sere_dist: no bytes between ranks are saved: %s", advice)
-    parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
-    vllm_config.additional_config["sere"] = settings.model_dump(mode="json")
-
-
-def check_placement(path: Path, shape: MoeShape, layers: set[int], vllm_config: VllmConfig) -> None:
-    """Raises ValueError if vLLM would not load a model's experts as this placement says."""
-    from sere_dist.artifact.placement import Placement
-
-    parallel = vllm_config.parallel_config
-    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size if parallel.enable_expert_parallel else 1
-    Placement.load(path).check_serves(shape, layers, ranks)
-    for wrong, advice in (
-        (parallel.enable_eplb, "EPLB moves experts: set enable_eplb=False"),
-        (parallel.expert_placement_strategy != "linear", "set expert_placement_strategy='linear'"),
-        (parallel.enable_ep_weight_filter, "set enable_ep_weight_filter=False"),
-        (vllm_config.aux_output_config.enable_return_routed_experts, "set enable_return_routed_experts=False"),
-    ):
-        if wrong:
-            raise ValueError(f"a placement permutes the model's experts; {advice}, or remove 'placement'")
-
-
-def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
-    """Returns, for each feature of vLLM that re-routing can't follow yet, whether it is on and what to set."""
-    from vllm.config import CompilationMode
-    from vllm.platforms import current_platform
-
-    parallel = vllm_config.parallel_config
-    is_data_parallel = parallel.data_parallel_size > 1
-    compiles = vllm_config.compilation_config.mode != CompilationMode.NONE
-    return [
-        (
-            is_data_parallel and not parallel.enable_expert_parallel,
-            "data-parallel attention without expert parallelism: set enable_expert_parallel=True",
-        ),
-        (
-            is_data_parallel and parallel.tensor_parallel_size > 1,
-            "data and tensor parallelism together (sequence-parallel MoE): set tensor_parallel_size=1",
-        ),
-        (
-            is_data_parallel and current_platform.is_cpu() and compiles,
-            "compiled data-parallel attention on CPUs: set enforce_eager=True",
-        ),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set pipeline_parallel_size=1"),
-        (vllm_config.speculative_config is not None, "speculative decoding: remove speculative_config"),
-        (
-            parallel.prefill_context_parallel_size > 1,
-            "prefill context parallelism: set prefill_context_parallel_size=1",
-        ),
-        (parallel.use_ubatching, "micro-batches: remove enable_dbo and ubatch_size"),
-        (
-            parallel.worker_cls not in {*WORKERS, *WORKERS.values()},
-            f"the worker {parallel.worker_cls}: use vLLM's CPU or CUDA worker",
-        ),
-    ]
-
-
-def saves_no_traffic(settings: ReroutingConfig, parallel: ParallelConfig) -> str | None:
-    """Says why re-routing can't save traffic between the ranks of this engine, and what to set; None if it can."""
-    from vllm.platforms import current_platform
-
-    if not parallel.enable_expert_parallel:
-        if settings.traffic_price:
-            return "experts are not split between ranks, traffic_price has no effect; set enable_expert_parallel"
-        return None
-    if parallel.data_parallel_size == 1:
-        if settings.traffic_price:
-            return (
-                "under tensor parallelism every rank has every token, traffic_price only costs quality; set it to 0, "
-                "or use data_parallel_size"
-            )
-        return None
-    if current_platform.is_cpu():
-        return None if settings.cpu_dispatch == "all_to_all" else "all_gather sends all; set cpu_dispatch: all_to_all"
-    if parallel.all2all_backend == "allgather_reducescatter":
-        return "all-gather sends every token to every rank; set all2all_backend=deepep_high_throughput"
-    return None
+    create_engine_config.checks_sere = True  # ty: ignore[missing-attribute]  # the mark that is looked for above
+    EngineArgs.create_engine_config = create_engine_config  # ty: ignore[invalid-assignment]  # it takes the same

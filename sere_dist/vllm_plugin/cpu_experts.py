@@ -4,11 +4,12 @@ Loaded by workers on a CPU alone. Each part steps aside when vLLM has its own. W
 one on CPUs) works under data-parallel attention; `SparseAll2AllManager` is one that sends a token only where its
 experts are, as DeepEP does on GPUs, so that what re-routing saves can be seen on the wire.
 
-Shape suffixes: T tokens of this rank, K experts a token, E experts, R ranks, H hidden size.
+Shape suffixes: T tokens of this rank, K experts per token, E experts, R ranks, H hidden size.
 """
 
 import dis
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,14 +29,15 @@ def provide() -> None:
     if not reads_map:
         _choose_local_experts()
     if CpuCommunicator.all_gatherv is DeviceCommunicatorBase.all_gatherv:
-        CpuCommunicator.all_gatherv = all_gatherv
+        CpuCommunicator.all_gatherv = all_gatherv  # ty: ignore[invalid-assignment]  # the method that it lacks
     if CpuCommunicator.reduce_scatterv is DeviceCommunicatorBase.reduce_scatterv:
-        CpuCommunicator.reduce_scatterv = reduce_scatterv
+        CpuCommunicator.reduce_scatterv = reduce_scatterv  # ty: ignore[invalid-assignment]  # likewise
 
 
 def send_sparsely(rank_E: torch.Tensor) -> None:
     """Has this worker's expert-parallel group dispatch by `SparseAll2AllManager` from now on."""
     group = get_ep_group()
+    assert group.device_communicator is not None  # the group has several ranks
     group.device_communicator.all2all_manager = SparseAll2AllManager(group.cpu_group, rank_E)
 
 
@@ -63,7 +65,7 @@ def _choose_local_experts() -> None:
             topk_weights, topk_ids = local_slots(topk_weights, topk_ids, expert_map)
         original(self, topk_weights=topk_weights, topk_ids=topk_ids, expert_map=expert_map, **others)
 
-    CPUUnquantizedExperts.apply = apply
+    CPUUnquantizedExperts.apply = apply  # ty: ignore[invalid-assignment]  # vLLM calls it by names alone
 
 
 def exchange(group: dist.ProcessGroup, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
@@ -73,7 +75,7 @@ def exchange(group: dist.ProcessGroup, parts: Sequence[torch.Tensor], sizes: Seq
     """
     global bytes_sent
     shape, dtype = parts[0].shape[1:], parts[0].dtype
-    row_bytes = shape.numel() * dtype.itemsize
+    row_bytes = math.prod(shape) * dtype.itemsize
     # As bytes: gloo does not know every dtype.
     outgoing = torch.cat([part.reshape(-1) for part in parts]).view(torch.uint8)
     incoming = outgoing.new_empty(sum(sizes) * row_bytes)
@@ -87,12 +89,14 @@ def all_gatherv(
     self: CpuCommunicator, input_: torch.Tensor | list[torch.Tensor], dim: int = 0, sizes: list[int] | None = None
 ) -> torch.Tensor | list[torch.Tensor]:
     """Returns the rows of all ranks, in order; rank r has `sizes[r]` (None: as many as this one)."""
-    if isinstance(input_, list):
-        return [all_gatherv(self, tensor, dim, sizes) for tensor in input_]
     if dim != 0:
         raise NotImplementedError(f"all_gatherv gathers rows (dim 0), not dim {dim}")
-    sizes = sizes or [len(input_)] * self.world_size
-    return torch.cat(exchange(self.cpu_group, [input_] * self.world_size, sizes))
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        rows = sizes or [len(tensor)] * self.world_size
+        return torch.cat(exchange(self.cpu_group, [tensor] * self.world_size, rows))
+
+    return [gather(tensor) for tensor in input_] if isinstance(input_, list) else gather(input_)
 
 
 def reduce_scatterv(

@@ -3,6 +3,8 @@
 Shape suffixes: L MoE layers, E experts, R ranks, X replicas of an expert.
 """
 
+from typing import Literal
+
 import torch
 from torch.distributed import ProcessGroup
 from vllm.config import ParallelConfig
@@ -11,10 +13,14 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_ex
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 
-def ranks_of_placement(num_experts: int, num_ranks: int, strategy: str) -> torch.Tensor:
-    """Returns int64 [E]: the rank of each expert under vLLM's placement "linear" or "round_robin"."""
-    maps = (determine_expert_map(num_ranks, rank, num_experts, strategy)[1] for rank in range(num_ranks))
-    return torch.stack([local_E >= 0 for local_E in maps]).int().argmax(dim=0)
+def ranks_of_placement(num_experts: int, num_ranks: int, strategy: Literal["linear", "round_robin"]) -> torch.Tensor:
+    """Returns int64 [E]: the rank of each expert under vLLM's placement; there are several ranks."""
+    is_local_RE = torch.zeros(num_ranks, num_experts, dtype=torch.bool)
+    for rank in range(num_ranks):
+        _, local_E, *_ = determine_expert_map(num_ranks, rank, num_experts, strategy)
+        assert local_E is not None  # only a single rank has no map
+        is_local_RE[rank] = local_E >= 0
+    return is_local_RE.int().argmax(dim=0)
 
 
 def ranks_of_replicas(logical_to_physical_LEX: torch.Tensor, experts_a_rank: int) -> torch.Tensor:
@@ -29,6 +35,13 @@ def nodes_of_ranks(group: ProcessGroup) -> torch.Tensor:
     """Returns int64 [R]: the node of each rank, named by its first rank. All ranks of the group must call it."""
     together = torch.tensor([in_the_same_node_as(group, source) for source in range(group.size())])
     return together.int().argmax(dim=0)
+
+
+def _replicas(runner: MoERunner) -> torch.Tensor:
+    """Returns EPLB's map [E, X] of a layer's physical experts."""
+    state = runner.router.eplb_state
+    assert state is not None and state.logical_to_physical_map is not None  # EPLB is on
+    return state.logical_to_physical_map
 
 
 class ExpertMap:
@@ -63,8 +76,7 @@ class ExpertMap:
     def refresh(self) -> None:
         """Takes over where the experts are now."""
         if self.is_moving:
-            states = [runner.router.eplb_state for runner in self.runners.values()]
-            first_LE1 = torch.stack([state.logical_to_physical_map[:, :1] for state in states])
+            first_LE1 = torch.stack([_replicas(runner)[:, :1] for runner in self.runners.values()])
             local = next(iter(self.runners.values())).moe_config.num_local_experts
             self.rank_LE.copy_(ranks_of_replicas(first_LE1, local))
         else:

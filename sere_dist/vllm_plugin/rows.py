@@ -6,7 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from sere_dist.config import ReroutingConfig, opts_out
+from sere_dist.config import ReroutingConfig
+
+OPT_OUT = "sere"  # The key of a request's own `extra_args` (`vllm_xargs` over HTTP).
 
 
 class Rows:
@@ -26,7 +28,7 @@ class Rows:
         self.which: str = "decode"
         self.opted_out: set[str] = set()
 
-    def set_policy(self, settings: ReroutingConfig) -> None:
+    def set_settings(self, settings: ReroutingConfig) -> None:
         self.which = settings.rows
 
     def follow(self, runner: Any) -> None:
@@ -85,3 +87,11 @@ class Rows:
         self.valid[len(rows) :] = False
         self.count[0], self.count[1] = len(rows), int(rows.sum())
         self.is_of_this_step = True
+
+
+def opts_out(extra_args: Mapping[str, Any] | None) -> bool:
+    """Returns whether a request's extra arguments switch `sere` off: its rows then neither change nor vote.
+
+    "off", "false", 0 and False switch it off. Any other value changes nothing: a request can't switch re-routing on.
+    """
+    return bool(extra_args) and str(extra_args.get(OPT_OUT, "")).lower() in ("off", "false", "0")

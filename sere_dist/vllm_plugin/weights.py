@@ -1,7 +1,7 @@
 """What a checkpoint's tensors go through on their way into vLLM."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +19,7 @@ ROUTER = re.compile(r"\.(gate|router)\.(weight|bias|e_score_correction_bias)$") 
 
 
 @contextmanager
-def checkpoint_weights(placement: Placement | None) -> Iterator[None]:
+def checkpoint_weights(placement: Placement | None) -> Generator[None]:
     """Has vLLM's loader of checkpoints leave out the matrices of the reference implementation, and place experts.
 
     Raises:

@@ -7,7 +7,7 @@ This module imports neither of vLLM's workers. Importing vLLM's CPU worker repla
 process, so `cpu_worker` and `gpu_worker` are modules of their own, and a GPU process never imports the first.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from vllm.distributed.parallel_state import get_ep_group
@@ -19,12 +19,17 @@ from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.placement import Placement
 from sere_dist.artifact.reference import load_artifact
 from sere_dist.config import ReroutingConfig
-from sere_dist.method.rerouting import COUNTERS, dispatch_bytes
+from sere_dist.method.counters import COUNTERS, dispatch_bytes
 from sere_dist.moe import MoeShape, by_layer
-from sere_dist.vllm_plugin.backends import Backend
+from sere_dist.vllm_plugin.backend import Backend
 from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.rows import Rows
 from sere_dist.vllm_plugin.weights import checkpoint_weights
+
+if TYPE_CHECKING:  # vLLM's CPU worker is one, too
+    from vllm.v1.worker.gpu_worker import Worker
+else:
+    Worker = object
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
@@ -54,9 +59,9 @@ def rerouted_layers(model: torch.nn.Module, artifact: Artifact, is_placed: bool 
                 f"layer {layer} routes the gathered tokens of all ranks, which can't be re-routed: use weights "
                 "that are not quantised, another moe_backend, or data_parallel_size=1"
             )
-    if runners.keys() != artifact.similarity.keys():
+    if runners.keys() != artifact.layers.keys():
         raise ValueError(
-            f"the model's MoE layers are {sorted(runners)}, the artifact has {sorted(artifact.similarity)}: "
+            f"the model's MoE layers are {sorted(runners)}, the artifact has {sorted(artifact.layers)}: "
             "calibrate this model"
         )
     return runners
@@ -71,18 +76,21 @@ def scaled(settings: ReroutingConfig, scale: float) -> ReroutingConfig:
     return settings.model_copy(update=prices)
 
 
-class Rerouting:
+class Rerouting(Worker):
     """Goes before a worker class of vLLM. Its `sere_` methods answer `LLM.collective_rpc`."""
 
     sere_backend_class: type[Backend]
 
     def load_model(self, **kwargs) -> None:
-        settings = ReroutingConfig.model_validate(self.vllm_config.additional_config["sere"])
+        additional = self.vllm_config.additional_config
+        assert isinstance(additional, dict)  # the front end has put the settings there
+        settings = ReroutingConfig.model_validate(additional["sere"])
         served = self.vllm_config.model_config
         artifact = load_artifact(settings.artifact, MoeShape.from_config(served.hf_config), served.model)
         placement = None if settings.placement is None else Placement.load(settings.placement)
         with checkpoint_weights(placement):
             super().load_model(**kwargs)
+        assert self.device is not None  # vLLM's worker has set it
         if placement is not None:
             artifact = artifact.in_order(placement.orders())
         model = self.model_runner.get_model()
@@ -90,16 +98,17 @@ class Rerouting:
         padding = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self.sere_rows = Rows(self.scheduler_config.max_num_batched_tokens + padding, self.device)
         self.sere_rows.follow(self.model_runner)
-        self.sere_owners = None
+        self.sere_expert_map = None
         if self.parallel_config.enable_expert_parallel and get_ep_group().world_size > 1:
             num_experts = artifact.config.num_experts
-            self.sere_owners = ExpertMap(runners, num_experts, settings.domain, self.parallel_config, self.device)
+            self.sere_expert_map = ExpertMap(runners, num_experts, settings.domain, self.parallel_config, self.device)
         self.sere_artifact = artifact
-        self.sere_backend = self.sere_backend_class(artifact, self.sere_rows, settings, self.sere_owners)
-        self.sere_layers = {layer: self.sere_backend.attach(runner.router, layer) for layer, runner in runners.items()}
+        self.sere_backend = self.sere_backend_class(artifact, self.sere_rows, settings, self.sere_expert_map)
+        routers = {layer: cast(BaseRouter, runner.router) for layer, runner in runners.items()}  # as was checked
+        self.sere_layers = {layer: self.sere_backend.attach(router, layer) for layer, router in routers.items()}
         self.sere_top_k = artifact.config.num_experts_per_token
         self.sere_seen_rerouting = False
-        self._set_policy(settings)
+        self._apply_settings(settings)
         what = f"select_top_k {settings.select_top_k} of {self.sere_top_k}, threshold {settings.threshold:g}"
         if settings.policy == "recommended":
             what = f"as recommended {artifact.recommended}"
@@ -108,8 +117,8 @@ class Rerouting:
     def execute_model(self, scheduler_output, *args, **kwargs):
         """Runs a step, and stops the engine if vLLM did not go through what re-routing hooked."""
         self.sere_rows.is_of_this_step = False
-        if self.sere_owners is not None and self.sere_owners.is_moving:
-            self.sere_owners.refresh()
+        if self.sere_expert_map is not None and self.sere_expert_map.is_moving:
+            self.sere_expert_map.refresh()
         output = super().execute_model(scheduler_output, *args, **kwargs)
         if scheduler_output.total_num_scheduled_tokens and not self.sere_rows.is_of_this_step:
             raise RuntimeError(
@@ -126,21 +135,22 @@ class Rerouting:
             self.sere_seen_rerouting = True
         return output
 
-    def _set_policy(self, settings: ReroutingConfig) -> None:
+    def _apply_settings(self, settings: ReroutingConfig) -> None:
         of_layers = self.sere_artifact.settings_by_layer(settings)
         scales = {layer: runner.routed_scaling_factor for layer, runner in self.sere_runners.items()}
         self.sere_config = settings
-        self.sere_rows.set_policy(settings)
-        self.sere_backend.set_policy({layer: scaled(own, scales[layer]) for layer, own in of_layers.items()})
+        self.sere_rows.set_settings(settings)
+        self.sere_backend.set_settings({layer: scaled(own, scales[layer]) for layer, own in of_layers.items()})
 
     def sere_counters(self, reset: bool = False) -> dict[str, Any]:
         """Returns the counters of every layer of this worker, and sets them to 0 if asked to.
 
         With experts on several ranks a layer has `active_experts_by_rank` too: after re-routing, summed over steps. And
-        with data-parallel attention `bytes_by_dispatch`, of re-routed rows; see `rerouting.dispatch_bytes`.
+        with data-parallel attention `bytes_by_dispatch`, of re-routed rows; see `counters.dispatch_bytes`.
         """
-        owners, model = self.sere_owners, self.vllm_config.model_config
-        layers = {}
+        expert_map, model = self.sere_expert_map, self.vllm_config.model_config
+        assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved its name
+        layers: dict[int, dict[str, Any]] = {}
         # One copy from the device for all layers: steps wait for it.
         all_counters = torch.stack(list(self.sere_layers.values())).tolist()
         for layer, counters in zip(self.sere_layers, all_counters, strict=True):
@@ -148,11 +158,11 @@ class Rerouting:
             layers[layer] = dict(zip(COUNTERS, totals, strict=True))
             if by_rank:
                 layers[layer]["active_experts_by_rank"] = by_rank
-            if owners is not None and owners.home is not None and self.sere_config.domain == "rank":
+            if expert_map is not None and expert_map.home is not None and self.sere_config.domain == "rank":
                 layers[layer]["bytes_by_dispatch"] = {
                     when: dispatch_bytes(
                         *(layers[layer][name] for name in ("rows", f"remote_domains_{when}", f"remote_slots_{when}")),
-                        num_ranks=owners.num_ranks,
+                        num_ranks=expert_map.num_ranks,
                         hidden_size=model.get_hidden_size(),
                         element_size=model.dtype.itemsize,
                     )
@@ -165,11 +175,11 @@ class Rerouting:
         return {"rank": ranks_before + self.rank, "layers": layers}
 
     def sere_settings(self, **changes: Any) -> dict[str, Any]:
-        """Changes the policy from the next step on, if anything is given, and returns what is in force.
+        """Changes the settings from the next step on, if any are given, and returns those in force.
 
         Raises:
             ValueError: a value is out of range, or can't be changed in a running engine; nothing was changed.
         """
         settings = self.sere_config.changed(changes, self.sere_top_k)
-        self._set_policy(settings)
+        self._apply_settings(settings)
         return settings.model_dump(mode="json")

@@ -44,8 +44,8 @@ def built(cluster, tmp_path_factory) -> dict[str, dict[str, dict]]:
         )
         if args["rerouting"].get("policy") == "projection":
             artifact.config.method = "projection"
-            artifact.coefficient = {layer: matrix.clone() for layer, matrix in artifact.similarity.items()}
-            artifact.size = {layer: torch.ones(shape.num_experts) for layer in artifact.similarity}
+            for layer in artifact.layers.values():
+                layer.coefficient_EE, layer.size_E = layer.similarity_EE.clone(), torch.ones(shape.num_experts)
         artifact.save(folder / path.stem)
         args["rerouting"]["artifact"] = str(folder / path.stem)
         all_arguments[path.name] = args | {"model": str(SHAPE_OF[args["model"]]), "model_id": args["model"]}

@@ -15,7 +15,7 @@ from examples import demo
 from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.admin import request_settings
 from sere_dist.artifact.folder import TENSORS_FILE
-from sere_dist.config import ADMIN_TOKEN
+from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 from tests.soak.load import ENVIRONMENT
 from tests.support.polling import eventually

@@ -42,11 +42,12 @@ def test_the_job_gives_the_similarity_of_the_experts_outputs(job_artifact, model
     settings = artifact.settings
     texts = calibration_texts(settings["num_samples"], settings["max_length"])
     expected = direct(model, texts)
-    assert artifact.similarity.keys() == expected.keys() == set(range(model.config.num_hidden_layers))
+    assert artifact.layers.keys() == expected.keys() == set(range(model.config.num_hidden_layers))
     for layer, (outputs_ENH, weights_NE) in expected.items():
-        assert (artifact.similarity[layer] - expert_similarity(outputs_ENH)).abs().max() < 1e-5
-        torch.testing.assert_close(artifact.coactivation[layer], weights_NE.T @ weights_NE, rtol=1e-4, atol=1e-3)
-        assert artifact.tokens_per_expert[layer] == (weights_NE > 0).sum(dim=0).tolist()
+        found = artifact.layers[layer]
+        assert (found.similarity_EE - expert_similarity(outputs_ENH)).abs().max() < 1e-5
+        torch.testing.assert_close(found.coactivation_EE, weights_NE.T @ weights_NE, rtol=1e-4, atol=1e-3)
+        assert found.tokens_E.equal((weights_NE > 0).sum(dim=0))
 
 
 def test_the_job_says_what_it_did(job_artifact):
@@ -54,8 +55,9 @@ def test_the_job_says_what_it_did(job_artifact):
     config = artifact.config
     assert config.shape == MoeShape.from_config(AutoConfig.from_pretrained(MODEL))
     assert config.num_tokens == 64 * 128 and config.method == "frobenius"
-    assert [row.layer for row in artifact.layers] == list(range(config.num_layers))
-    assert all(row.seconds > 0 and 0 <= row.similarity_min <= row.similarity_max <= 1 for row in artifact.layers)
+    rows = [layer.statistics for layer in artifact.layers.values()]
+    assert [row.layer for row in rows] == list(range(config.num_layers))
+    assert all(row.seconds > 0 and 0 <= row.similarity_min <= row.similarity_max <= 1 for row in rows)
     assert config.base_model in (job_artifact / "README.md").read_text()
     assert not job_artifact.with_name("tiny-moe-sere.partial").exists()
 
@@ -66,10 +68,10 @@ def test_projection_from_a_file_and_flags(projection_job, model):
     texts = calibration_texts(12, 32, min_length=8, max_tokens=300)
     assert artifact.config.num_tokens == sum(map(len, texts)) <= 300, "a flag did not win over the file"
     for layer, (outputs_ENH, weights_NE) in direct(model, texts).items():
-        kinds = (artifact.similarity, artifact.coefficient, artifact.size)
-        for ours, theirs in zip(kinds, expert_projection(outputs_ENH, weights_NE), strict=True):
-            assert torch.allclose(ours[layer], theirs, rtol=1e-4, atol=1e-4)
-    few = {layer: sum(count < 20 for count in tokens) for layer, tokens in artifact.tokens_per_expert.items()}
+        expected = expert_projection(outputs_ENH, weights_NE)
+        for ours, theirs in zip(artifact.layers[layer].tables, expected, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    few = {layer: int((found.tokens_E < 20).sum()) for layer, found in artifact.layers.items()}
     warned = {int(layer): int(count) for layer, count in re.findall(r"layer (\d): (\d+) experts got fewer", printed)}
     assert warned == {layer: count for layer, count in few.items() if count}
 
@@ -95,14 +97,14 @@ def test_a_model_whose_first_layer_is_dense(cluster, tmp_path):
     )
     printed = job(cluster, *options, "--num-samples", "4", "--max-length", "16")
     assert "3, of which 2 MoE: 8 experts, 2 a token" in printed
-    assert list(Artifact.load(tmp_path / "out").similarity) == [1, 2]
+    assert list(Artifact.load(tmp_path / "out").layers) == [1, 2]
 
 
 def test_a_method_without_data_reads_none(cluster, tmp_path):
     """Not even the default dataset, which is on the Hub."""
     job(cluster, "--model", str(MODEL), "--method", "weights", "--output", str(tmp_path / "out"))
     artifact = Artifact.load(tmp_path / "out")
-    assert artifact.config.dataset is None and artifact.tokens_per_expert == {}
+    assert artifact.config.dataset is None and all(layer.tokens_E is None for layer in artifact.layers.values())
 
 
 def test_an_error_in_a_task_is_told_plainly(cluster, tmp_path):

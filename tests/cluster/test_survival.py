@@ -109,7 +109,7 @@ def test_a_killed_driver(nodes, undisturbed, tmp_path):
     assert scored == set(range(6)) - {int(name[6:10]) for name in finished}
     assert (output / TENSORS_FILE).read_bytes() == undisturbed
     assert not partial.exists()
-    assert Artifact.load(output).tokens_per_expert.keys() == set(range(6))
+    assert Artifact.load(output).layers.keys() == set(range(6))
 
 
 def test_the_layers_of_a_stopped_job_can_be_thrown_away(nodes, tmp_path):
@@ -143,7 +143,7 @@ def test_out_of_memory(cluster, tmp_path):
 COUNTS = """
 import sys
 from calibration_jobs.calibrate import CalibrationConfig
-from calibration_jobs.job import Workers
+from calibration_jobs.workers import Workers
 workers = Workers.of_cluster(CalibrationConfig(model="m", output="o", cpus_per_task=1))
 for _line in sys.stdin:
     print(workers.count, flush=True)

@@ -1,4 +1,4 @@
-"""`sere-dist tune` on the cluster, from its command to what a server may load."""
+"""Tuning on the cluster, from its command to what a server may load."""
 
 import json
 import os
@@ -13,11 +13,12 @@ from transformers import AutoTokenizer
 
 from examples.tiny_moe.data import HELDOUT, MODEL
 from sere_dist.artifact.folder import Artifact
-from sere_dist.artifact.recommendation import Outcome
 from sere_dist.calibration.texts import read_texts, tokenise
 from sere_dist.evaluation.lockstep import HeldOut, unchanged
+from sere_dist.evaluation.outcome import outcome_of
 from sere_dist.evaluation.rerouters import projection_rerouter
 from sere_dist.evaluation.tuning import rerouter_of
+from sere_dist.method.records import Settings
 from tests.soak.load import processes
 from tests.support.polling import eventually
 from tests.support.tuning import options
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 
 def command(artifact: Path, **sizes: str) -> list[str]:
-    return [str(Path(sys.executable).with_name("sere-dist")), "tune", *options(artifact, **sizes)]
+    return [sys.executable, "-m", "calibration_jobs.tune", *options(artifact, **sizes)]
 
 
 def copied(artifact: Path, folder: Path) -> Path:
@@ -60,21 +61,20 @@ def test_what_is_recommended_costs_what_it_says_on_texts_that_had_no_say(model, 
     artifact = Artifact.load(path)
     found, report = artifact.recommended, HeldOut(model, torch.tensor(texts()[1::2]), 12)
     assert (found.policy, found.batch, found.budget) == ("projection", 3, "a KL of at most 0.05 nats a token")
-    policy = rerouter_of(artifact, "projection", found.layers)
+    rerouter = rerouter_of(artifact.tables, "projection", found.layers)
     for off, ours in zip(found.off, found.recommended, strict=True):
         as_it_is = report.run(unchanged, off.batch)
         assert off.active_experts == pytest.approx(as_it_is.active_experts, rel=1e-3)
-        again = Outcome.of(report.run(policy, ours.batch), as_it_is, ours.batch)
+        again = outcome_of(report.run(rerouter, ours.batch), as_it_is, ours.batch)
         assert ours.model_dump() == pytest.approx(again.model_dump(), rel=1e-2, abs=1e-6)
     assert [outcome.batch for outcome in found.off] == [1, 3, 4]
     assert found.at(found.off).batch == 3
-    tables = artifact.similarity, artifact.coefficient, artifact.size
-    again = report.run(projection_rerouter(*tables, 2), 3)
+    again = report.run(projection_rerouter(artifact.tables, Settings(2)), 3)
     assert found.uniform[2].kl == pytest.approx(again.divergence, rel=1e-2)
     assert found.uniform.keys() == set(range(1, 8))
 
     tuning = HeldOut(model, torch.tensor(texts()[0::2]), 12)
-    assert found.tuned.kl == pytest.approx(tuning.run(policy, 3).divergence, rel=1e-2)
+    assert found.tuned.kl == pytest.approx(tuning.run(rerouter, 3).divergence, rel=1e-2)
     assert found.tuned.kl + 2 * found.tuned.kl_error <= 0.05
     harder = [outcome for outcome in found.curve if outcome.active_experts < found.tuned.active_experts]
     assert harder and harder[0].kl + 2 * harder[0].kl_error > 0.05

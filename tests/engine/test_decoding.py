@@ -10,12 +10,13 @@ from vllm import LLM, SamplingParams
 from examples.tiny_moe.data import MODEL
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting
-from sere_dist.evaluation.lockstep import Policy, decode_logits, unchanged
+from sere_dist.evaluation.lockstep import Rerouter, decode_logits, unchanged
 from sere_dist.evaluation.rerouters import paper_rerouter, projection_rerouter
 from sere_dist.evaluation.tuning import rerouter_of
+from sere_dist.method.records import Settings
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import MoeShape
-from tests.support.artifacts import recommend, small_artifact
+from tests.support.artifacts import change_layers, recommend, small_artifact
 
 BATCH, PROMPT, NEW, KEEP, LIKELIEST = 8, 24, 24, 2, 5
 TOLERANCE = 1e-3  # nats; float32 sums in another order cost about 1e-5
@@ -35,11 +36,14 @@ def artifact(model) -> Artifact:
     torch.manual_seed(0)
     shape, layers = MoeShape.from_config(model.config), tuple(range(6))
     artifact = small_artifact(layers=layers, method="projection", **vars(shape))
-    artifact.similarity = {layer: random_similarity(shape.num_experts, seed=layer) for layer in layers}
-    artifact.coefficient = {layer: 0.2 + matrix for layer, matrix in artifact.similarity.items()}
-    artifact.size = {layer: 0.5 + torch.rand(shape.num_experts) for layer in layers}
-    artifact.tokens_per_expert = {layer: [1] * shape.num_experts for layer in layers}
-    return artifact
+    similarity = {layer: random_similarity(shape.num_experts, seed=layer) for layer in layers}
+    return change_layers(
+        artifact,
+        similarity_EE=similarity,
+        coefficient_EE={layer: 0.2 + matrix for layer, matrix in similarity.items()},
+        size_E={layer: 0.5 + torch.rand(shape.num_experts) for layer in layers},
+        tokens_E=dict.fromkeys(layers, torch.ones(shape.num_experts, dtype=torch.int64)),
+    )
 
 
 def settings(kind: str) -> dict[int, LayerSetting]:
@@ -85,9 +89,9 @@ def served(request, artifact, heldout_ids, tmp_path_factory) -> tuple[str, torch
     return request.param, ids_BL, found
 
 
-def largest_error(model, policy: Policy, ids_BL: torch.Tensor, found: list[list[dict[int, float]]]) -> float:
+def largest_error(model, rerouter: Rerouter, ids_BL: torch.Tensor, found: list[list[dict[int, float]]]) -> float:
     """Returns by how much log-probabilities in lockstep differ at most from those that an engine reported."""
-    logits_BDV = decode_logits(model, ids_BL, prompt_length=PROMPT, policy=policy)
+    logits_BDV = decode_logits(model, ids_BL, prompt_length=PROMPT, rerouter=rerouter)
     assert logits_BDV.shape[1] == NEW - 1  # the first new token is the prompt's, which is not re-routed
     return max(
         abs(float(logprobs_V[token]) - logprob)
@@ -99,14 +103,16 @@ def largest_error(model, policy: Policy, ids_BL: torch.Tensor, found: list[list[
 
 def test_lockstep_equals_decoding_in_vllm(model, artifact, served):
     name, ids_BL, found = served
-    policies = {
-        "sere": paper_rerouter(artifact.similarity, KEEP),
-        "projection": projection_rerouter(artifact.similarity, artifact.coefficient, artifact.size, KEEP),
+    rerouters = {
+        "sere": paper_rerouter(artifact.tables, Settings(KEEP)),
+        "projection": projection_rerouter(artifact.tables, Settings(KEEP)),
     }
-    policies |= {f"recommended: {kind}": rerouter_of(artifact, kind, settings(kind)) for kind in list(policies)}
-    errors = {other: largest_error(model, policy, ids_BL, found) for other, policy in policies.items()}
+    rerouters |= {
+        f"recommended: {kind}": rerouter_of(artifact.tables, kind, settings(kind)) for kind in list(rerouters)
+    }
+    errors = {other: largest_error(model, rerouter, ids_BL, found) for other, rerouter in rerouters.items()}
     assert errors.pop(name) < TOLERANCE
     # The same check without re-routing, with another policy, and with half of the batch, fails by far.
     errors["off"] = largest_error(model, unchanged, ids_BL, found)
-    errors["half"] = largest_error(model, policies[name], ids_BL[: BATCH // 2], found[: BATCH // 2])
+    errors["half"] = largest_error(model, rerouters[name], ids_BL[: BATCH // 2], found[: BATCH // 2])
     assert min(errors.values()) > 100 * TOLERANCE, errors

@@ -44,7 +44,7 @@ def test_calibrated_and_rerouted(family, tmp_path):
     assert tuple(inputs) == layers
     artifact = small_artifact(layers=layers, **vars(MoeShape.from_config(checkpoint.config)))
     for layer in layers:
-        artifact.similarity[layer] = score_layer(checkpoint, layer, inputs[layer], "frobenius").similarity_EE
+        artifact.layers[layer].similarity_EE = score_layer(checkpoint, layer, inputs[layer], "frobenius").similarity_EE
     artifact.save(tmp_path / "artifact")
 
     llm = LLM(

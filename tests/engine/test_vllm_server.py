@@ -26,8 +26,8 @@ def checkpoint(tmp_path_factory, artifact_path):
         if file.suffix != ".safetensors":
             (folder / file.name).symlink_to(file)
     tensors = load_file(MODEL / "model.safetensors")
-    similarity = Artifact.load(artifact_path).similarity
-    matrices = {f"model.layers.{layer}.mlp.similarity_matrix": matrix for layer, matrix in similarity.items()}
+    tables = Artifact.load(artifact_path).tables
+    matrices = {f"model.layers.{layer}.mlp.similarity_matrix": of.similarity_EE for layer, of in tables.items()}
     save_file(tensors | matrices, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

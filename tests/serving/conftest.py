@@ -6,7 +6,8 @@ import pytest
 
 from examples import demo
 from sere_dist.admin import request_settings
-from sere_dist.config import ADMIN_TOKEN, API_KEY, CHANGEABLE
+from sere_dist.config import CHANGEABLE
+from sere_dist.environment import ADMIN_TOKEN, API_KEY
 from sere_dist.testing.local_cluster import free_ports
 from tests.soak.load import ENVIRONMENT
 

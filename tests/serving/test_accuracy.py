@@ -2,13 +2,12 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
 from examples.demo import ROOT
 from sere_dist.admin import AdminError, request_settings
-from sere_dist.config import ADMIN_TOKEN
+from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.evaluation.accuracy import evaluate_off_and_on, restore_settings
 
 pytestmark = pytest.mark.parametrize("url", ["one worker"], indirect=True)
@@ -23,15 +22,7 @@ def enabled(cluster, url, monkeypatch):
 
 
 def accuracy(cluster, url: str, *options: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "sere_dist.evaluation.accuracy",
-        url,
-        "--suite",
-        "examples/tiny_moe/tasks/heldout.yaml",
-        *options,
-    ]
+    command = ["sere-dist", "accuracy", url, "--suite", "examples/tiny_moe/tasks/heldout.yaml", *options]
     return cluster.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -64,7 +55,7 @@ def test_the_first_token_is_not_rerouted(cluster, url, enabled):
     assert "did it act at all?" in done.stderr
 
 
-def test_the_policy_is_put_back_after_a_failure(cluster, url, enabled):
+def test_the_settings_are_restored_after_a_failure(cluster, url, enabled):
     request_settings(url, {"enabled": False})
     done = accuracy(cluster, url, "--limit", "2", "--concurrency", "1", "--gen-kwargs", '{"max_gen_toks": 9999}')
     assert done.returncode == 1 and not done.stdout
@@ -77,7 +68,7 @@ def test_the_policy_is_put_back_after_a_failure(cluster, url, enabled):
     assert seen == [False] and enabled()
 
 
-def test_another_policy_meanwhile(url, enabled):
-    with pytest.raises(AdminError, match="changed by someone else"):
+def test_other_settings_meanwhile(url, enabled):
+    with pytest.raises(AdminError, match="someone else changed the settings"):
         evaluate_off_and_on(url, lambda: request_settings(url, {"threshold": 0.0}) and {})
     assert enabled()

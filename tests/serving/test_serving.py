@@ -11,7 +11,7 @@ import pytest
 from examples import demo
 from examples.tiny_moe.data import MODEL, example_texts
 from sere_dist.admin import AdminError, request_settings
-from sere_dist.config import ADMIN_TOKEN
+from sere_dist.environment import ADMIN_TOKEN
 from tests.soak.load import REPLICA, processes
 from tests.support import engines
 from tests.support.metrics import metrics
@@ -96,7 +96,7 @@ def test_off_is_off_while_serving(admin, client, prompts):
     assert greedy(client, prompts) == stock
 
 
-def test_policies_out_of_range_change_nothing(admin):
+def test_settings_out_of_range_change_nothing(admin):
     before = admin()
     for changes in (
         {"select_top_k": 0},
@@ -119,12 +119,12 @@ def test_the_admin_route_needs_its_token(url, monkeypatch):
         request_settings(url)
 
 
-def test_the_policy_from_a_terminal(cluster, url, admin):
+def test_the_settings_from_a_terminal(cluster, url, admin):
     def run(*command: str) -> subprocess.CompletedProcess:
         return cluster.run(["sere-dist", "settings", *command, "--url", url], capture_output=True, text=True)
 
     changed = run("set", "select_top_k=3", "enabled=off", "max_rows=64")
-    assert changed.returncode == 0 and "1 of 1 replicas run it" in changed.stdout
+    assert changed.returncode == 0 and "1 of 1 replicas run these settings" in changed.stdout
     assert [admin()["settings"][name] for name in ("select_top_k", "enabled", "max_rows")] == [3, False, 64]
     assert run("get").stdout == changed.stdout
     refused = run("set", "select_top_k=99")
@@ -158,7 +158,7 @@ def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
 
 @pytest.mark.slow
 def test_a_replica_and_a_keeper_that_start_again_run_the_same(cluster, admin, client, prompts):
-    """Ray Serve replaces both after their processes are killed; the policy in force stays. A stream is told."""
+    """Ray Serve replaces both after their processes are killed; the settings in force stay. A stream is told."""
     (killed,) = admin(select_top_k=3)["replicas"]
     expected = greedy(client, prompts)
     options = {"model": demo.MODEL_ID, "max_tokens": 480, "extra_body": {"ignore_eos": True}}

@@ -1,12 +1,12 @@
-"""What a served model stands: requests that schemathesis makes up, and policy changes under load.
+"""What a served model stands: requests that schemathesis makes up, and changes of settings under load.
 
     make soak                                                       # 5 minutes of each
     python -m tests.soak.fuzz --seconds 60 --schemathesis PATH/st   # its command, of an environment of its own
 
 Serves the example model behind an API key and an admin token. Fuzzing sends every route what its OpenAPI document
 allows and what it doesn't, then completions and chats what they can answer. Under load, clients ask for completions,
-streamed or not, while the policy changes every second. Before, between and after, greedy tokens without re-routing must
-be the same.
+streamed or not, while the settings change every second. Before, between and after, greedy tokens without re-routing
+must be the same.
 
 Exits with 1 if a check failed. A server error (5xx) is a failure if our code raised it, or it is unknown whose did.
 """
@@ -30,7 +30,7 @@ import typer
 from rich.table import Table
 
 from examples.demo import MODEL_ID, ROOT, calibrate, served
-from sere_dist.config import ADMIN_TOKEN, API_KEY
+from sere_dist.environment import ADMIN_TOKEN, API_KEY
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 from tests.soak.load import PROMPTS, Memory, finish, greedy_without_rerouting, is_flat, seeded
 
@@ -267,7 +267,7 @@ def soak(schemathesis: Path, seconds: int, seed: int) -> dict[str, Any]:
         "checks": {
             "no server error of ours": all(error["whose"] in ("ray", "vllm") for error in errors),
             "no traceback in an answer": not leaks and "Traceback" not in str(loaded["wrong"]),
-            "every policy change confirmed": not unconfirmed,
+            "every change of settings confirmed": not unconfirmed,
             "every completion whole": not loaded["wrong"],
             "memory bounded": is_flat(loaded["memory"]),
             "greedy tokens as before": tokens[0] == tokens[1] == tokens[2],
@@ -296,9 +296,11 @@ def details(result: dict[str, Any]) -> Iterator[Table]:
 
 
 def main(
-    schemathesis: Annotated[Path, typer.Option(help="Its command `st`.", exists=True, dir_okay=False)],
-    seconds: Annotated[int, typer.Option(help="Of fuzzing, and of load.", min=4)] = 300,
-    seed: Annotated[int | None, typer.Option(help="Of what is made up; default: another one each time.")] = None,
+    schemathesis: Annotated[
+        Path, typer.Option(help="Path of schemathesis' command `st`.", exists=True, dir_okay=False)
+    ],
+    seconds: Annotated[int, typer.Option(help="Seconds of fuzzing, and of load.", min=4)] = 300,
+    seed: Annotated[int | None, typer.Option(help="Seed of the requests. By default, it is drawn.")] = None,
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "tests" / "soak" / "results" / "soak.json",
 ) -> None:
     seed = seeded(seed)

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from examples.demo import MODEL_ID
 from sere_dist.admin import SETTINGS_PATH
-from sere_dist.config import ADMIN_TOKEN
 from sere_dist.console import tables
+from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.testing.local_cluster import LocalCluster
 

@@ -3,9 +3,9 @@
     make soak                                # 5 minutes; beside it the fuzzing of tests.soak.fuzz
     python -m tests.soak.survival --seconds 60
 
-Serves two replicas of the example model. 16 clients ask, streaming or not, and never ask again for what failed; the
-policy changes every 10 seconds. Meanwhile a replica is killed, then the engine of one, then the application is deployed
-again with other settings. Afterwards greedy tokens without re-routing must be those of before.
+Serves two replicas of the example model. 16 clients ask, streaming or not, and never ask again for what failed.
+The settings change every 10 seconds. Meanwhile a replica is killed, then the engine of one, then the application is
+deployed again with other settings. Afterwards greedy tokens without re-routing must be those of before.
 
 Exits with 1 if a check failed.
 """
@@ -29,7 +29,7 @@ from rich.table import Table
 from benchmarks.common import spread
 from examples.demo import MODEL_ID, ROOT, calibrate, served
 from sere_dist.admin import SETTINGS_PATH
-from sere_dist.config import ADMIN_TOKEN
+from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.provenance import rounded
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 from tests.soak.load import (
@@ -46,7 +46,7 @@ from tests.soak.load import (
 )
 
 CLIENTS, REPLICAS = 16, 2
-CHANGE_SECONDS = 10  # between policy changes
+CHANGE_SECONDS = 10  # between changes of settings
 HUNG_SECONDS = 60  # a request that takes longer
 FAST_SECONDS = 5  # after a death its requests have failed
 RECOVERY_SECONDS = 240
@@ -73,7 +73,7 @@ class Event:
 
 
 class Load:
-    """The clients, the policy changes, and what came of them. Times are in seconds since it began."""
+    """The clients, the changes of settings, and what came of them. Times are in seconds since it began."""
 
     def __init__(self, cluster: LocalCluster, url: str, seconds: float):
         self.cluster, self.url, self.seconds = cluster, url, seconds
@@ -227,7 +227,7 @@ def survive(cluster: LocalCluster, url: str, seconds: float, deploys: bool = Tru
         "answered_in_seconds": spread(load.latencies),
         "failed": len(load.failures),
         "why": causes,
-        "policy_changes": dict(load.changes),
+        "changes_of_settings": dict(load.changes),
         "failed_changes": load.failed_changes,
         "events": [
             {"name": e.name, "at": rounded(e.at), "whole_after": e.recovered and rounded(e.recovered)}
@@ -267,7 +267,7 @@ def details(result: dict[str, Any]) -> Iterator[Table]:
         later = row["seconds_later"]
         table.add_row(row["after"], row["request"], row["error"], str(row["times"]), f"{later['min']}-{later['max']}")
     yield table
-    changes = f"policy changes: {result['policy_changes']}"
+    changes = f"changes of settings: {result['changes_of_settings']}"
     table = Table("disturbance", "at second", "seconds until whole", title=changes)
     for event in result["events"]:
         table.add_row(event["name"], str(event["at"]), str(event["whole_after"]))
@@ -275,8 +275,8 @@ def details(result: dict[str, Any]) -> Iterator[Table]:
 
 
 def main(
-    seconds: Annotated[int, typer.Option(help="Of load, at least.", min=20)] = 300,
-    seed: Annotated[int | None, typer.Option(help="Of what is asked; default: another one each time.")] = None,
+    seconds: Annotated[int, typer.Option(help="Seconds of load, at least.", min=20)] = 300,
+    seed: Annotated[int | None, typer.Option(help="Seed of the requests. By default, it is drawn.")] = None,
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "tests" / "soak" / "results" / "survival.json",
 ) -> None:
     seed = seeded(seed)

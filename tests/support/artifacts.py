@@ -1,12 +1,15 @@
 """Artifacts for tests: a small made-up one, and one of the example model that is computed here, without Ray."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 
 from examples.tiny_moe.data import MODEL
-from sere_dist.artifact.folder import SCHEMA_VERSION, Artifact, ArtifactConfig, LayerStatistics
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.artifact.recommendation import LayerSetting, Outcome, Recommendation
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import expert_inputs, score_layer, text_blocks
 from sere_dist.method.similarity import Method
@@ -46,10 +49,23 @@ def small_artifact(num_experts: int = 4, layers: tuple[int, ...] = (0, 1), **cha
     row |= {"similarity_mean": 0.5, "similarity_min": 0.1, "similarity_max": 0.9}
     return Artifact(
         config,
-        {layer: torch.rand(num_experts, num_experts).fill_diagonal_(1) for layer in layers},
-        [LayerStatistics(layer=layer, name=config.layer_names[layer], **row) for layer in layers],
+        {
+            layer: Layer(
+                torch.rand(num_experts, num_experts).fill_diagonal_(1),
+                LayerStatistics(layer=layer, name=config.layer_names[layer], **row),
+            )
+            for layer in layers
+        },
         settings={"model": "nobody/small-moe", "num_samples": 2},
     )
+
+
+def change_layers(artifact: Artifact, **tables: Mapping[int, torch.Tensor] | None) -> Artifact:
+    """Replaces tables of an artifact's layers in place: `similarity_EE={layer: ...}`, or None for all layers."""
+    for index, layer in artifact.layers.items():
+        for name, by_layer in tables.items():
+            setattr(layer, name, None if by_layer is None else by_layer[index])
+    return artifact
 
 
 def example_artifact(texts: list[list[int]], method: Method) -> Artifact:
@@ -59,10 +75,6 @@ def example_artifact(texts: list[list[int]], method: Method) -> Artifact:
     results = {layer: score_layer(checkpoint, layer, of_layer, method) for layer, of_layer in inputs}
     names = {"base_model": str(MODEL), "num_tokens": sum(map(len, texts))}
     artifact = small_artifact(layers=tuple(results), method=method, **names, **vars(shape))
-    artifact.similarity = {layer: result.similarity_EE for layer, result in results.items()}
-    artifact.coactivation = {layer: result.coactivation_EE for layer, result in results.items()}
-    artifact.tokens_per_expert = {layer: result.tokens_E.tolist() for layer, result in results.items()}
-    if method == "projection":
-        artifact.coefficient = {layer: result.coefficient_EE for layer, result in results.items()}
-        artifact.size = {layer: result.size_E for layer, result in results.items()}
+    for layer, result in results.items():
+        artifact.layers[layer] = result
     return artifact

@@ -20,7 +20,7 @@ def watch(_worker) -> int:
     import os
 
     global _library
-    from sere_dist.vllm_plugin import backends as plugin
+    from sere_dist.vllm_plugin import cpu_backend as plugin
 
     kernel = torch.library.get_kernel(KERNEL, "CPU")
 
@@ -33,10 +33,10 @@ def watch(_worker) -> int:
 
     original = plugin.reroute_step
 
-    def spied(topk_weights, topk_ids, *tables, valid_T, **settings):
-        valid = [True] * len(topk_ids) if valid_T is None else valid_T.tolist()
-        rerouted.append((topk_weights.float().tolist(), topk_ids.tolist(), valid))
-        return original(topk_weights, topk_ids, *tables, valid_T=valid_T, **settings)
+    def spied(step, *others):
+        valid = [True] * len(step.ids_TK) if step.valid_T is None else step.valid_T.tolist()
+        rerouted.append((step.weights_TK.float().tolist(), step.ids_TK.tolist(), valid))
+        return original(step, *others)
 
     plugin.reroute_step = spied
     return os.getpid()
@@ -51,16 +51,16 @@ def take(_worker) -> tuple[list, list]:
 
 
 def kernel(worker, library: str) -> None:
-    """Has the worker re-route by `KernelBackend`, as on a GPU; the kernel itself is the build for this CPU."""
+    """Has the worker re-route by `GpuBackend`, as on a GPU; the kernel itself is the build for this CPU."""
     from pathlib import Path
 
     from sere_dist.kernels import reroute
-    from sere_dist.vllm_plugin.backends import KernelBackend
+    from sere_dist.vllm_plugin.gpu_backend import GpuBackend
     from tests.support.host_kernels import HostKernels
 
     kernels = HostKernels(Path(library))
     reroute.kernels_for = lambda *_: kernels
-    _attach_anew(worker.worker, KernelBackend)
+    _attach_anew(worker.worker, GpuBackend)
 
 
 def pretend(worker, ranks: int, homes: list[int] | None) -> None:
@@ -70,14 +70,14 @@ def pretend(worker, ranks: int, homes: list[int] | None) -> None:
 
     import torch
 
-    from sere_dist.vllm_plugin.backends import CpuBackend
+    from sere_dist.vllm_plugin.cpu_backend import CpuBackend
     from sere_dist.vllm_plugin.expert_map import ranks_of_placement
 
     worker = worker.worker
     experts = worker.sere_runners[0].router.global_num_experts
     rank = dict.fromkeys(worker.sere_runners, ranks_of_placement(experts, ranks, "linear"))
     home = None if homes is None else 0
-    worker.sere_owners = SimpleNamespace(num_ranks=ranks, rank=rank, domain=rank, home=home, is_moving=False)
+    worker.sere_expert_map = SimpleNamespace(num_ranks=ranks, rank=rank, domain=rank, home=home, is_moving=False)
     _attach_anew(worker, CpuBackend)
     if homes is not None:
         worker.sere_backend.home[: len(homes)] = torch.tensor(homes)
@@ -89,11 +89,11 @@ def _attach_anew(worker, backend_class) -> None:
 
     shape = MoeShape.from_config(worker.vllm_config.model_config.hf_config)
     artifact = load_artifact(worker.sere_config.artifact, shape, "")
-    worker.sere_backend = backend_class(artifact, worker.sere_rows, worker.sere_config, worker.sere_owners)
+    worker.sere_backend = backend_class(artifact, worker.sere_rows, worker.sere_config, worker.sere_expert_map)
     worker.sere_layers = {
         layer: worker.sere_backend.attach(runner.router, layer) for layer, runner in worker.sere_runners.items()
     }
-    worker.sere_backend.set_policy(artifact.settings_by_layer(worker.sere_config))
+    worker.sere_backend.set_settings(artifact.settings_by_layer(worker.sere_config))
 
 
 def forget_a_layer(worker) -> None:

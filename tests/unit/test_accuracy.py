@@ -10,17 +10,15 @@ from datasets import Dataset, DatasetDict
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-from examples.demo import ROOT
-from sere_dist.evaluation.accuracy import check, compare, leaf_tasks, open_suite
+from sere_dist.evaluation.accuracy import check, compare, find_suite, leaf_tasks, open_suite
 
-TASKS = ROOT / "sere_dist" / "evaluation" / "tasks"
 CODE = {"sere_paper": ["humaneval", "mbpp"], "sere_paper_chat": ["humaneval_instruct", "mbpp_instruct"]}
 EXACT = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
 
 
 @pytest.fixture(scope="module")
 def manager() -> TaskManager:
-    name, manager = open_suite(TASKS / "paper.yaml")
+    name, manager = open_suite(find_suite("paper"))
     assert name == "sere_paper"
     return manager
 

@@ -23,15 +23,14 @@ from sere_dist.artifact.folder import (
     SETTINGS_FILE,
     TENSORS_FILE,
     Artifact,
-    ArtifactConfig,
-    ArtifactError,
     check_output,
 )
 from sere_dist.artifact.recommendation import LayerSetting
+from sere_dist.artifact.schema import ArtifactConfig, ArtifactError
 from sere_dist.cli.commands import app
 from sere_dist.config import ReroutingConfig
 from sere_dist.moe import MoeShape
-from tests.support.artifacts import recommend, small_artifact
+from tests.support.artifacts import change_layers, recommend, small_artifact
 
 
 @pytest.fixture
@@ -56,9 +55,11 @@ def test_round_trip(saved):
     path, artifact = saved
     loaded = Artifact.load(path)
     assert loaded.config.model_copy(update={"tensors_sha256": ""}) == artifact.config
-    assert loaded.similarity.keys() == artifact.similarity.keys()
-    assert all(torch.equal(loaded.similarity[layer], artifact.similarity[layer]) for layer in artifact.similarity)
-    assert loaded.layers == artifact.layers and loaded.settings == artifact.settings
+    assert loaded.layers.keys() == artifact.layers.keys()
+    for layer, saved_layer in artifact.layers.items():
+        assert torch.equal(loaded.layers[layer].similarity_EE, saved_layer.similarity_EE)
+        assert loaded.layers[layer].statistics == saved_layer.statistics
+    assert loaded.settings == artifact.settings
     assert sorted(os.listdir(path)) == sorted(
         ["README.md", "calibration.yaml", "layers.csv", "sere_config.json", "similarity.safetensors"]
     )
@@ -69,10 +70,13 @@ def test_round_trip(saved):
 def projection(tmp_path):
     """An artifact of method projection, with the tokens of each expert."""
     artifact = small_artifact(method="projection")
-    artifact.coefficient = {layer: torch.rand(4, 4) for layer in (0, 1)}
-    artifact.size = {layer: torch.rand(4) for layer in (0, 1)}
-    artifact.coactivation = {layer: torch.rand(4, 4) for layer in (0, 1)}
-    artifact.tokens_per_expert = {0: [5, 0, 7, 9], 1: [3, 4, 4, 99]}
+    change_layers(
+        artifact,
+        coefficient_EE={layer: torch.rand(4, 4) for layer in (0, 1)},
+        size_E={layer: torch.rand(4) for layer in (0, 1)},
+        coactivation_EE={layer: torch.rand(4, 4) for layer in (0, 1)},
+        tokens_E={0: torch.tensor([5, 0, 7, 9]), 1: torch.tensor([3, 4, 4, 99])},
+    )
     artifact.save(tmp_path / "projection")
     return tmp_path / "projection", artifact
 
@@ -80,10 +84,9 @@ def projection(tmp_path):
 def test_round_trip_of_a_projection(projection):
     path, artifact = projection
     loaded = Artifact.load(path)
-    for kind in ("similarity", "coefficient", "size", "coactivation"):
-        for layer, tensor in getattr(artifact, kind).items():
-            assert torch.equal(getattr(loaded, kind)[layer], tensor)
-    assert loaded.tokens_per_expert == artifact.tokens_per_expert
+    for name in ("similarity_EE", "coefficient_EE", "size_E", "coactivation_EE", "tokens_E"):
+        for layer, saved_layer in artifact.layers.items():
+            assert torch.equal(getattr(loaded.layers[layer], name), getattr(saved_layer, name))
 
 
 def test_a_projection_without_its_coefficients(projection):
@@ -137,11 +140,11 @@ def test_wrong_tokens_of_experts(projection, old, new, message):
 
 def test_an_artifact_of_no_data(tmp_path):
     artifact = small_artifact(method="random", dataset=None, num_tokens=0)
-    for row in artifact.layers:
-        row.tokens_per_expert_min = row.tokens_per_expert_median = None
+    for layer in artifact.layers.values():
+        layer.statistics.tokens_per_expert_min = layer.statistics.tokens_per_expert_median = None
     artifact.save(tmp_path / "artifact")
     loaded = Artifact.load(tmp_path / "artifact")
-    assert loaded.layers == artifact.layers and loaded.tokens_per_expert == {}
+    assert loaded.layers[0].statistics == artifact.layers[0].statistics and loaded.layers[0].tokens_E is None
     assert "| 0 | - | - | 0.500 |" in (tmp_path / "artifact" / "README.md").read_text()
 
 
@@ -178,7 +181,7 @@ def test_round_trip_of_a_recommendation(tuned):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tensors_sha256": "0"}, "was found with other matrices .*run sere-dist tune again"),
+        ({"tensors_sha256": "0"}, "was found with other matrices .*run python -m calibration_jobs.tune again"),
         ({"layers": {"0": {"select_top_k": 1}}}, r"has layers \[0\], layer_names has \[0, 1\]"),
         (
             {"layers": {"0": {"select_top_k": 1}, "1": {"select_top_k": 3}}},
@@ -215,7 +218,7 @@ def test_a_flipped_byte(saved, position):
 
 def test_a_missing_layer(saved):
     path, artifact = saved
-    replace_tensors(path, {"layers.0.similarity": artifact.similarity[0]})
+    replace_tensors(path, {"layers.0.similarity": artifact.layers[0].similarity_EE})
     with pytest.raises(ArtifactError, match=r"missing \['layers.1.similarity'\]"):
         Artifact.load(path)
 
@@ -315,7 +318,7 @@ def test_whatever_is_in_the_folder_is_refused_or_loads(saved, changes, file, cut
         assert str(path) in str(error)
         return
     loaded.save(path, overwrite=True)
-    assert torch.equal(Artifact.load(path).similarity[0], loaded.similarity[0])
+    assert torch.equal(Artifact.load(path).layers[0].similarity_EE, loaded.layers[0].similarity_EE)
 
 
 def test_another_model():
@@ -355,7 +358,7 @@ def test_a_save_that_is_killed_leaves_nothing_half(saved, overwrite):
     target = path if overwrite else path.with_name("new")
     program = (
         "import os, signal; from sere_dist.artifact import folder; from tests.support.artifacts import small_artifact; "
-        "folder._card = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
+        "folder.card = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
         f"small_artifact().save({str(target)!r}, overwrite={overwrite})"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
@@ -403,7 +406,7 @@ def test_somebody_elses_folder_is_never_replaced(tmp_path):
 
 def test_what_would_not_load_is_not_saved(tmp_path):
     artifact = small_artifact()
-    artifact.similarity[0][1, 2] = float("nan")
+    artifact.layers[0].similarity_EE[1, 2] = float("nan")
     with pytest.raises(ArtifactError, match="NaN"):
         artifact.save(tmp_path / "artifact")
     assert os.listdir(tmp_path) == []

@@ -18,7 +18,7 @@ def arguments(artifact, **changes) -> dict:
     ("changes", "message"),
     [
         ({"select_top_k": 0}, "select_top_k\n.*greater than or equal to 1"),
-        ({"select_top_k": 9}, r"select_top_k \(9\) must be between 1 and the model's experts a token \(8\)"),
+        ({"select_top_k": 9}, r"select_top_k \(9\) must be between 1 and the model's experts per token \(8\)"),
         ({"threshold": 1.5}, "threshold\n"),
         ({"artifact": "nowhere"}, "no artifact at nowhere"),
         ({"select_top_k": None, "policy": "recommended"}, "needs an artifact that was tuned"),

@@ -1,5 +1,6 @@
 """`sere-dist doctor` on machines with GPUs as NVIDIA's library would describe them; each check alone."""
 
+import json
 import time
 from itertools import combinations
 from types import SimpleNamespace
@@ -10,9 +11,11 @@ from typer.testing import CliRunner
 
 from examples.tiny_moe.data import MODEL
 from sere_dist.artifact.folder import TENSORS_FILE
-from sere_dist.cli import doctor
+from sere_dist.cli import doctor, gpus
 from sere_dist.cli.commands import app
-from sere_dist.cli.doctor import Finding, Gpu, Gpus
+from sere_dist.cli.doctor import Finding
+from sere_dist.cli.fresh_process import ChildError, call_in_fresh_process
+from sere_dist.cli.gpus import Gpu, Gpus
 from sere_dist.testing.local_cluster import free_ports
 from tests.support.artifacts import small_artifact
 
@@ -47,8 +50,8 @@ def nvml(*gpus, nvlinks=(), ancestor=pynvml.NVML_TOPOLOGY_NODE, cuda=13020, erro
 @pytest.fixture
 def gpus_of(monkeypatch):
     def read(*arguments, **others):
-        monkeypatch.setattr(doctor, "load_nvml", lambda: nvml(*arguments, **others))
-        return doctor.read_gpus()
+        monkeypatch.setattr(gpus, "load_nvml", lambda: nvml(*arguments, **others))
+        return gpus.read_gpus()
 
     return read
 
@@ -196,7 +199,7 @@ def test_vllm(one_h200, monkeypatch):
 
 
 def test_a_process_that_fails_or_hangs():
-    with pytest.raises(doctor.ChildError, match="KeyError: 'no_such_function'"):
-        doctor.in_fresh_process("no_such_function", seconds=30)
-    with pytest.raises(doctor.ChildError, match=r"look_at_vllm was killed \(its limit: 0.05 s"):
-        doctor.in_fresh_process("look_at_vllm", seconds=0.05)
+    with pytest.raises(ChildError, match="JSONDecodeError: Expecting value"):
+        call_in_fresh_process(json.loads, "nonsense", seconds=30)
+    with pytest.raises(ChildError, match=r"look_at_vllm was killed \(its limit: 0.05 s"):
+        call_in_fresh_process(doctor.look_at_vllm, seconds=0.05)

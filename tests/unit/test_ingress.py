@@ -10,7 +10,8 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sere_dist.config import ADMIN_TOKEN, API_KEY, CHANGEABLE
+from sere_dist.config import CHANGEABLE
+from sere_dist.environment import ADMIN_TOKEN, API_KEY
 from serve_apps.ingress import ENDPOINTS, SETTINGS_PATH, Guard, SereIngress
 from serve_apps.settings import SettingsKeeper
 
@@ -125,7 +126,7 @@ def test_no_traceback_leaves(admin, path):
     assert answer.json()["error"]["message"] == "Internal error; the server's log has it under request id abc."
 
 
-def test_a_model_that_is_not_rerouted_has_no_policy(monkeypatch):
+def test_a_model_that_is_not_rerouted_has_no_settings(monkeypatch):
     monkeypatch.setenv(ADMIN_TOKEN, "let-me-in")
     assert client().get(SETTINGS_PATH, headers=ADMIN).status_code == 404
 
@@ -164,10 +165,10 @@ def test_whatever_is_sent_is_refused_or_valid(body):
     if answer.status_code == 400:
         assert answer.json()["error"]["message"] and after == before
     else:
-        policy = after["settings"]
-        assert 1 <= policy["select_top_k"] <= TOP_K and 0 <= policy["threshold"] <= 1
-        assert 2**31 > (policy["max_rows"] or 0) >= 0 <= policy["min_rows"] < 2**31
-        assert policy["max_rows"] is None or policy["max_rows"] >= policy["min_rows"]
+        changed = after["settings"]
+        assert 1 <= changed["select_top_k"] <= TOP_K and 0 <= changed["threshold"] <= 1
+        assert 2**31 > (changed["max_rows"] or 0) >= 0 <= changed["min_rows"] < 2**31
+        assert changed["max_rows"] is None or changed["max_rows"] >= changed["min_rows"]
 
 
 @given(header=st.binary(max_size=30).filter(lambda header: b"let-me-in" not in header))

@@ -16,7 +16,9 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import HealthCheck, given, settings
 
 from sere_dist.kernels import reroute as kernel
-from sere_dist.method.rerouting import ALWAYS_PRIMARY, COUNTERS
+from sere_dist.method.counters import COUNTERS
+from sere_dist.method.projection import ALWAYS_PRIMARY
+from sere_dist.method.records import ExpertPlaces, LayerTables, Step
 from sere_dist.testing.random_steps import CHOICES, RandomStep, assert_equal, random_steps
 from tests.support.host_kernels import compile_on_host
 
@@ -125,7 +127,7 @@ def test_policy_and_threshold_change_in_place(on_host, projection):
         seed=5, rows=16, top_k=4, experts=60, select_top_k=1, projection=projection, ties=False, valid_share=None
     )
     layer = step.layer("cpu")
-    memory = (layer.policy.block, layer.cutoff_E, layer.counters)
+    memory = (layer.settings.block, layer.cutoff_E, layer.counters)
     addresses = [tensor.data_ptr() for tensor in memory]
     total, active = 0, []
     for step.select_top_k, step.threshold, step.enabled, step.expert_price in [
@@ -135,10 +137,10 @@ def test_policy_and_threshold_change_in_place(on_host, projection):
         (2, 0.9, False, 0.0),
         (1, 0.0, True, 0.25),
     ]:
-        step.set(layer.policy)
+        step.set(layer.settings)
         layer.set_threshold(step.threshold)
         weights_TK, ids_TK = step.weights_TK.clone(), step.ids_TK.clone()
-        layer.reroute(weights_TK, ids_TK)
+        layer.reroute(Step(weights_TK, ids_TK))
         expected_weights_TK, expected_ids_TK, counts = step.by_torch()
         total = total + counts
         assert_equal((weights_TK, ids_TK, layer.counters), (expected_weights_TK, expected_ids_TK, total), step)
@@ -152,16 +154,16 @@ def test_experts_move_between_ranks(on_host):
         seed=6, rows=16, top_k=4, experts=60, select_top_k=1, projection=False, domains=4, ranks=4, valid_share=None
     )
     memory = tuple(torch.zeros(60, dtype=torch.int16) for _ in range(2))  # the caller's own
-    policy = kernel.Policy("cpu")
-    step.set(policy)
-    layer = kernel.Layer(step.similarity_EE, policy, rank_E=memory[0], domain_E=memory[1], num_ranks=4)
+    settings = kernel.DeviceSettings("cpu")
+    step.set(settings)
+    layer = kernel.LayerKernel(step.tables, settings, ExpertPlaces(memory[0], 4, memory[1]))
     moved = [(step.rank_E, step.domain_E), (step.rank_E.flip(0) // 2, torch.zeros_like(step.domain_E))]
     total, tails = 0, []
     for step.rank_E, step.domain_E in moved:
         for there, here in zip(memory, (step.rank_E, step.domain_E), strict=True):
             there.copy_(here)
         weights_TK, ids_TK = step.weights_TK.clone(), step.ids_TK.clone()
-        layer.reroute(weights_TK, ids_TK)
+        layer.reroute(Step(weights_TK, ids_TK))
         expected_weights_TK, expected_ids_TK, counts = step.by_torch()
         total = total + counts
         tails.append(counts[len(COUNTERS) :].tolist())
@@ -181,35 +183,35 @@ def test_experts_move_between_ranks(on_host):
         {"select_top_k": 4},
     ],
 )
-def test_a_rank_that_does_not_act_unites_all_the_same(on_host, changes):
+def test_a_rank_that_does_not_act_takes_part_in_the_all_reduce(on_host, changes):
     common = {"rows": 16, "experts": 60, "top_k": 4, "select_top_k": 1, "valid_share": None, "empty_share": 0}
     step = RandomStep(seed=7, projection=False, **common | changes)
     layer, weights_TK, ids_TK, calls = step.layer("cpu"), step.weights_TK.clone(), step.ids_TK.clone(), []
 
-    def unite(votes_E: torch.Tensor) -> None:
-        calls.append(votes_E.clone())
-        votes_E.fill_(ALWAYS_PRIMARY)
+    def all_reduce(losses_E: torch.Tensor) -> None:
+        calls.append(losses_E.clone())
+        losses_E.fill_(ALWAYS_PRIMARY)
 
-    layer.reroute(weights_TK, ids_TK, step.valid_T, unite=unite)
+    layer.reroute(Step(weights_TK, ids_TK, step.valid_T), all_reduce)
     assert len(calls) == 1 and calls[0].dtype == torch.int64
-    assert torch.equal(calls[0], step.own_votes())
+    assert torch.equal(calls[0], step.own_losses())
     assert calls[0].any() == (changes.keys() & {"enabled", "min_rows", "max_rows"} != set())
     assert not layer.workspace.any()
     assert_equal((weights_TK, ids_TK, layer.counters), (step.weights_TK, step.ids_TK, step.by_torch()[2]), step)
 
 
 @pytest.mark.parametrize("expert_price", [0.0, 0.5])
-def test_ranks_that_unite_act_as_one(on_host, expert_price):
+def test_ranks_that_share_primary_experts_act_as_one(on_host, expert_price):
     """Two ranks with half of the tokens each do to these what one rank does to all."""
     common = {"rows": 32, "top_k": 4, "experts": 60, "select_top_k": 1, "projection": True, "domains": 4}
     step = RandomStep(seed=8, expert_price=expert_price, ties=False, **common)
     weights_TK, ids_TK, _ = step.by_torch()
-    own = []  # votes of both halves; a first pass collects them
-    for unite in (lambda votes_E: own.append(votes_E.clone()), lambda votes_E: votes_E.copy_(own[0] + own[1])):
+    own = []  # losses of both halves; a first pass collects them
+    for all_reduce in (lambda losses: own.append(losses.clone()), lambda losses: losses.copy_(own[0] + own[1])):
         layer = step.layer("cpu")
         halves = [(step.weights_TK[half].clone(), step.ids_TK[half].clone()) for half in (slice(20), slice(20, None))]
         for half, start in zip(halves, (0, 20), strict=True):
-            layer.reroute(*half, step.valid_T[start:], unite=unite)
+            layer.reroute(Step(*half, step.valid_T[start:]), all_reduce)
     assert not torch.equal(own[0], own[1])
     assert torch.equal(torch.cat([weights for weights, _ in halves]), weights_TK)
     assert torch.equal(torch.cat([ids for _, ids in halves]), ids_TK)
@@ -306,32 +308,36 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path):
 
 
 def test_what_does_not_fit_is_refused():
-    policy = kernel.Policy("cpu")
+    four = LayerTables(torch.eye(4))
+
+    def layer(tables=four, **places):
+        return kernel.LayerKernel(tables, kernel.DeviceSettings("cpu"), ExpertPlaces(**places))
+
     with pytest.raises(ValueError, match="at most 1024 experts, not 1025"):
-        kernel.Layer(torch.eye(1025), policy)
+        layer(LayerTables(torch.eye(1025)))
     with pytest.raises(ValueError, match="at most 1024 ranks, not 1025"):
-        kernel.Layer(torch.eye(4), policy, rank_E=torch.zeros(4), num_ranks=1025)
+        layer(rank_E=torch.zeros(4), num_ranks=1025)
     for wrong in ({"rank_E": torch.zeros(4)}, {"num_ranks": 4}):
         with pytest.raises(ValueError, match="rank_E and num_ranks come together"):
-            kernel.Layer(torch.eye(4), policy, **wrong)
+            layer(**wrong)
     with pytest.raises(ValueError, match=r"rank is \(3,\), 4 experts"):
-        kernel.Layer(torch.eye(4), policy, rank_E=torch.zeros(3), num_ranks=2)
+        layer(rank_E=torch.zeros(3), num_ranks=2)
     with pytest.raises(ValueError, match="both coefficient and size"):
-        kernel.Layer(torch.eye(4), policy, coefficient_EE=torch.eye(4))
+        layer(LayerTables(torch.eye(4), torch.eye(4)))
     with pytest.raises(ValueError, match=r"domain is \(3,\), 4 experts"):
-        kernel.Layer(torch.eye(4), policy, domain_E=torch.zeros(3))
-    layer, weights, ids = kernel.Layer(torch.eye(4), policy), torch.rand(6, 2), torch.zeros(6, 2, dtype=torch.int32)
-    for arguments, message in [
-        ((weights.double(), ids), "topk_weights is torch.float64"),
-        ((weights, ids.short()), "topk_ids is torch.int16"),
-        ((weights, ids.T.contiguous().T), "contiguous torch.int32"),
-        ((weights[:5], ids), "must be alike"),
-        ((weights, ids, torch.ones(5, dtype=torch.bool)), "valid has 5 rows, the step 6"),
-        ((weights, ids, torch.ones(6)), "valid is torch.float32"),
-        ((weights, ids, None, torch.zeros(6)), "home is torch.float32"),
+        layer(domain_E=torch.zeros(3))
+    weights, ids = torch.rand(6, 2), torch.zeros(6, 2, dtype=torch.int32)
+    for step, message in [
+        (Step(weights.double(), ids), "topk_weights is torch.float64"),
+        (Step(weights, ids.short()), "topk_ids is torch.int16"),
+        (Step(weights, ids.T.contiguous().T), "contiguous torch.int32"),
+        (Step(weights[:5], ids), "must be alike"),
+        (Step(weights, ids, torch.ones(5, dtype=torch.bool)), "valid has 5 rows, the step 6"),
+        (Step(weights, ids, torch.ones(6)), "valid is torch.float32"),
+        (Step(weights, ids, None, torch.zeros(6)), "home is torch.float32"),
     ]:
         with pytest.raises(ValueError, match=message):
-            layer.reroute(*arguments)
+            layer().reroute(step)
 
 
 def test_the_benchmark_says_what_it_would_measure():

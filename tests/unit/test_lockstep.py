@@ -6,18 +6,14 @@ import torch
 from transformers import DynamicCache
 
 from sere_dist.artifact.folder import Artifact
-from sere_dist.evaluation.lockstep import Policy, active_by_step, decode_logits, lockstep, unchanged
-from sere_dist.evaluation.rerouters import (
-    dropping_rerouter,
-    oea_rerouter,
-    paper_rerouter,
-    projection_rerouter,
-    top_k_rerouter,
-    xshare_rerouter,
-)
+from sere_dist.evaluation.lockstep import Rerouter, active_by_step, decode_logits, lockstep, unchanged
+from sere_dist.evaluation.rerouters import paper_rerouter, projection_rerouter
+from sere_dist.evaluation.rivals import dropping_rerouter, oea_rerouter, top_k_rerouter, xshare_rerouter
 from sere_dist.evaluation.traffic import Layout
 from sere_dist.method.placement import linear_ranks
-from sere_dist.method.rerouting import active_experts, reroute, reroute_projection
+from sere_dist.method.projection import reroute_projection
+from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
+from sere_dist.method.rerouting import active_experts, reroute
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import hooked_routing
 
@@ -32,20 +28,17 @@ def texts(heldout_ids) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def similarity() -> dict[int, torch.Tensor]:
-    """A random one: what it says does not matter here."""
-    return {layer: random_similarity(EXPERTS, seed=layer) for layer in LAYERS}
-
-
-@pytest.fixture(scope="module")
-def projections(similarity) -> tuple[dict[int, torch.Tensor], ...]:
+def tables() -> dict[int, LayerTables]:
+    """Random ones: what they say does not matter here."""
     torch.manual_seed(0)
-    coefficient = {layer: matrix.sqrt() for layer, matrix in similarity.items()}
-    return similarity, coefficient, {layer: 0.5 + torch.rand(EXPERTS) for layer in LAYERS}
+    similarity = {layer: random_similarity(EXPERTS, seed=layer) for layer in LAYERS}
+    return {
+        layer: LayerTables(matrix, matrix.sqrt(), 0.5 + torch.rand(EXPERTS)) for layer, matrix in similarity.items()
+    }
 
 
 @torch.inference_mode()
-def stepwise_loss(model, ids_BL: torch.Tensor, policy: Policy) -> tuple[float, float]:
+def stepwise_loss(model, ids_BL: torch.Tensor, rerouter: Rerouter) -> tuple[float, float]:
     """Returns loss and active experts of decoding for real: a prefill, then a token of each sequence a step."""
     cache, loss, active, rerouting = DynamicCache(config=model.config), 0.0, [], False
 
@@ -53,7 +46,7 @@ def stepwise_loss(model, ids_BL: torch.Tensor, policy: Policy) -> tuple[float, f
         hidden_states, ids_BK, weights_BK = routing
         if not rerouting:
             return None
-        new_weights_1BK, new_ids_1BK = policy(layer, weights_BK[None], ids_BK[None], scores_BE[None])
+        new_weights_1BK, new_ids_1BK = rerouter(layer, weights_BK[None], ids_BK[None], scores_BE[None])
         active.append(len(set(new_ids_1BK.flatten().tolist()) - {-1}))
         # A dropped slot, of weight 0, may name any expert here.
         return hidden_states, new_ids_1BK[0].clamp(min=0), new_weights_1BK[0]
@@ -67,35 +60,35 @@ def stepwise_loss(model, ids_BL: torch.Tensor, policy: Policy) -> tuple[float, f
     return loss, sum(active) / len(active)
 
 
-POLICIES = {
-    "off": lambda *_: unchanged,
-    "paper, S = 1": lambda similarity, *_: paper_rerouter(similarity, 1),
-    "paper, S = 2": lambda similarity, *_: paper_rerouter(similarity, 2),
-    "dropping": lambda *_: dropping_rerouter(EXPERTS, 2),
-    "top-k": lambda *_: top_k_rerouter(2, renormalise=True),
-    "OEA": lambda *_: oea_rerouter(2),
-    "XShare": lambda *_: xshare_rerouter(12, warm_up=1),
-    "projection": lambda *matrices: projection_rerouter(*matrices, 2, traffic_price=0.01, layout=LAYOUT),
+REROUTERS = {
+    "off": lambda _tables: unchanged,
+    "paper, S = 1": lambda tables: paper_rerouter(tables, Settings(1)),
+    "paper, S = 2": lambda tables: paper_rerouter(tables, Settings(2)),
+    "dropping": lambda _tables: dropping_rerouter(EXPERTS, 2),
+    "top-k": lambda _tables: top_k_rerouter(2, renormalise=True),
+    "OEA": lambda _tables: oea_rerouter(2),
+    "XShare": lambda _tables: xshare_rerouter(12, warm_up=1),
+    "projection": lambda tables: projection_rerouter(tables, Settings(2, traffic_price=0.01), LAYOUT),
 }
 
 
-@pytest.mark.parametrize("name", POLICIES)
-def test_equals_stepwise_decoding(model, texts, projections, name):
-    policy = POLICIES[name](*projections)
-    result = lockstep(model, texts, prompt_length=PROMPT, policy=policy)
-    loss, active = stepwise_loss(model, texts, policy)
+@pytest.mark.parametrize("name", REROUTERS)
+def test_equals_stepwise_decoding(model, texts, tables, name):
+    rerouter = REROUTERS[name](tables)
+    result = lockstep(model, texts, prompt_length=PROMPT, rerouter=rerouter)
+    loss, active = stepwise_loss(model, texts, rerouter)
     assert result.tokens == 8 * (60 - PROMPT - 1)
     assert math.isclose(math.fsum(result.losses), loss, rel_tol=1e-4)
     # A near tie between two experts may fall either way; it moves the mean by far less than this.
     assert math.isclose(result.active_experts, active, rel_tol=2e-3)
 
 
-def test_divergence(model, texts, similarity):
+def test_divergence(model, texts, tables):
     run = partial(lockstep, model, texts, prompt_length=PROMPT)
     reference = decode_logits(model, texts, prompt_length=PROMPT)
     off = run(reference_BDV=reference)
-    kept_all = run(reference_BDV=reference, policy=paper_rerouter(similarity, 8))
-    on = run(reference_BDV=reference, policy=paper_rerouter(similarity, 2))
+    kept_all = run(reference_BDV=reference, rerouter=paper_rerouter(tables, Settings(8)))
+    on = run(reference_BDV=reference, rerouter=paper_rerouter(tables, Settings(2)))
     assert off == kept_all
     assert off.divergences == (0.0,) * 8
     assert off.agreement == 1
@@ -104,7 +97,7 @@ def test_divergence(model, texts, similarity):
     assert on.active_experts < 0.7 * off.active_experts
 
     p_BDV = reference.softmax(dim=2)
-    logits = decode_logits(model, texts, prompt_length=PROMPT, policy=paper_rerouter(similarity, 2))
+    logits = decode_logits(model, texts, prompt_length=PROMPT, rerouter=paper_rerouter(tables, Settings(2)))
     by_hand = (p_BDV * (p_BDV.log() - logits.softmax(dim=2).log())).sum(dim=(1, 2))
     assert torch.allclose(torch.tensor(on.divergences), by_hand, rtol=1e-3)
     same_BD = logits.argmax(dim=2) == p_BDV.argmax(dim=2)
@@ -115,13 +108,13 @@ def test_divergence(model, texts, similarity):
 
 def test_where_quality_collapses_and_what_brings_it_back(model, texts, artifact_path):
     """With few experts kept, or few rows to share them: a larger S, a threshold, or leaving small steps alone."""
-    similarity = Artifact.load(artifact_path).similarity
+    tables = Artifact.load(artifact_path).tables
 
     def divergence(batch: int, select_top_k: int, threshold: float = 0.0) -> float:
-        policy = paper_rerouter(similarity, select_top_k, threshold)
+        rerouter = paper_rerouter(tables, Settings(select_top_k, threshold))
         references = [decode_logits(model, ids, prompt_length=PROMPT) for ids in texts.split(batch)]
         results = [
-            lockstep(model, ids, prompt_length=PROMPT, policy=policy, reference_BDV=reference)
+            lockstep(model, ids, prompt_length=PROMPT, rerouter=rerouter, reference_BDV=reference)
             for ids, reference in zip(texts.split(batch), references, strict=True)
         ]
         return sum(results[1:], results[0]).divergence
@@ -148,14 +141,14 @@ def steps():
     return weights.flip(2), ids.flip(2)
 
 
-def test_policies_do_to_each_step_what_the_functions_do(steps, similarity, projections):
-    _, moved = paper_rerouter(similarity, 2, threshold=0.9)(3, *steps, None)
-    new_weights, new_ids = projection_rerouter(*projections, 2, traffic_price=0.1, layout=LAYOUT)(3, *steps, None)
-    matrices = [each[3] for each in projections]
-    where = {"domain_E": LAYOUT.rank[3], "home_T": torch.arange(6)}
+def test_rerouters_do_to_each_step_what_the_functions_do(steps, tables):
+    _, moved = paper_rerouter(tables, Settings(2, threshold=0.9))(3, *steps, None)
+    new_weights, new_ids = projection_rerouter(tables, Settings(2, traffic_price=0.1), LAYOUT)(3, *steps, None)
+    places = ExpertPlaces(domain_E=LAYOUT.rank[3])
     for step, (weights, ids) in enumerate(zip(*steps, strict=True)):
-        assert moved[step].equal(reroute(weights, ids, similarity[3], select_top_k=2, threshold=0.9))
-        expected = reroute_projection(weights, ids, *matrices, select_top_k=2, traffic_price=0.1, **where)
+        assert moved[step].equal(reroute(weights, ids, tables[3].similarity_EE, select_top_k=2, threshold=0.9))
+        routed = Step(weights, ids, home_T=torch.arange(6))
+        expected = reroute_projection(routed, tables[3], Settings(2, traffic_price=0.1), places)
         assert new_weights[step].equal(expected[0])
         assert new_ids[step].equal(expected[1])
 

@@ -67,4 +67,5 @@ def test_the_artifact_follows():
     order = torch.tensor([1, 2, 0, 3])
     placed = artifact.in_order({1: order})
     for position, expert in enumerate(order):
-        assert placed.similarity[1][position].tolist() == artifact.similarity[1][expert][order].tolist()
+        expected = artifact.layers[1].similarity_EE[expert][order]
+        assert placed.layers[1].similarity_EE[position].equal(expected)

@@ -7,6 +7,7 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import determine_ex
 
 from sere_dist.artifact.placement import Placement, PlacementError, propose
 from sere_dist.cli.commands import app
+from sere_dist.method.counters import remote_domains
 from sere_dist.method.placement import (
     expected_remote_domains,
     linear_ranks,
@@ -15,9 +16,8 @@ from sere_dist.method.placement import (
     share_within_ranks,
     spread_by_load,
 )
-from sere_dist.method.rerouting import remote_domains
 from sere_dist.moe import MoeShape
-from tests.support.artifacts import small_artifact
+from tests.support.artifacts import change_layers, small_artifact
 
 SIZES = [(64, 8), (10, 4), (7, 3), (5, 5)]
 
@@ -26,9 +26,10 @@ SIZES = [(64, 8), (10, 4), (7, 3), (5, 5)]
 def artifact():
     found = small_artifact(num_experts=12)
     random = torch.Generator().manual_seed(1)
-    found.tokens_per_expert = {layer: torch.randint(1, 50, (12,), generator=random).tolist() for layer in (0, 1)}
-    found.coactivation = {layer: torch.rand(12, 12, generator=random) for layer in (0, 1)}
-    return found
+    tokens = {layer: torch.randint(1, 50, (12,), generator=random) for layer in (0, 1)}
+    return change_layers(
+        found, tokens_E=tokens, coactivation_EE={layer: torch.rand(12, 12, generator=random) for layer in (0, 1)}
+    )
 
 
 @pytest.fixture
@@ -106,12 +107,12 @@ def test_proposals(artifact):
     for layer, placed in placement.layers.items():
         assert placed.remote_domains < placed.remote_domains_linear
         assert placed.load == pytest.approx(
-            float(rank_loads(torch.tensor(artifact.tokens_per_expert[layer]), placement.ranks(layer), 4).max())
+            float(rank_loads(artifact.layers[layer].tokens_E, placement.ranks(layer), 4).max())
         )
     assert propose(artifact, 4) == placement
 
     by_similarity = propose(artifact, 4, affinity="similarity")
-    artifact.coactivation = {}
+    change_layers(artifact, coactivation_EE=None)
     assert propose(artifact, 4) == by_similarity
     assert by_similarity.affinity == "similarity"
     assert by_similarity.layers != placement.layers
@@ -121,10 +122,10 @@ def test_what_can_not_be_placed(artifact):
     for ranks in (1, 13):
         with pytest.raises(PlacementError, match="2 to num_experts"):
             propose(artifact, ranks)
-    artifact.coactivation = {}
+    change_layers(artifact, coactivation_EE=None)
     with pytest.raises(PlacementError, match="no coactivation"):
         propose(artifact, 4, affinity="coactivation")
-    artifact.tokens_per_expert = {}
+    change_layers(artifact, tokens_E=None)
     with pytest.raises(PlacementError, match=r"no routing counts \(experts.csv\)"):
         propose(artifact, 4)
 
@@ -179,7 +180,7 @@ def test_another_model(artifact):
 
 
 def test_command(artifact, tmp_path):
-    artifact.coactivation = {}
+    change_layers(artifact, coactivation_EE=None)
     artifact.save(tmp_path / "artifact")
     arguments = ["place", str(tmp_path / "artifact"), "--ranks", "3", "--output", str(tmp_path / "placement.json")]
     done = CliRunner().invoke(app, arguments)

@@ -1,4 +1,4 @@
-"""The plan of a calibration, against arithmetic by hand, and the README against the plan."""
+"""The plan of a calibration, against arithmetic by hand, and the guide against the plan."""
 
 from pathlib import Path
 
@@ -64,21 +64,21 @@ def test_a_checkpoint_that_is_there_is_measured(model):
     assert found.stored_bytes == pytest.approx((MODEL / "model.safetensors").stat().st_size / found.parameters)
 
 
-def test_the_readme_says_what_the_plan_says():
+def test_the_guide_says_what_the_plan_says():
     """Column by column of its table."""
-    readme = (ROOT / "README.md").read_text()
+    guide = (ROOT / "docs" / "guides.md").read_text()
     small, large = plan(SHAPES / "qwen3-30b-a3b"), plan(SHAPES / "qwen3-235b-a22b")
     assert small.max_length == large.max_length == 128
 
     def row(text) -> str:
         return f"| {text(small)} | {text(large)} |"
 
-    assert row(lambda p: f"{p.forward_bytes / 1e9:.1f} GB") in readme
-    assert row(lambda p: f"{p.score_bytes / 1e9:.1f} GB") in readme
-    assert row(lambda p: f"{p.states_bytes / 1e9:.1f} GB") in readme
-    assert row(lambda p: f"{reads(p, 'forward_read'):.0f} + {reads(p, 'score_read'):.0f} GB") in readme
-    assert row(lambda p: f"{work(p, 'forward_flops'):.2g} + {work(p, 'score_float32'):.1f} PFLOP") in readme
-    assert row(lambda p: f"{p.seconds(H200, 1):,.0f} s / {p.seconds(H200, 8):,.0f} s") in readme
+    assert row(lambda p: f"{p.forward_bytes / 1e9:.1f} GB") in guide
+    assert row(lambda p: f"{p.score_bytes / 1e9:.1f} GB") in guide
+    assert row(lambda p: f"{p.states_bytes / 1e9:.1f} GB") in guide
+    assert row(lambda p: f"{reads(p, 'forward_read'):.0f} + {reads(p, 'score_read'):.0f} GB") in guide
+    assert row(lambda p: f"{work(p, 'forward_flops'):.2g} + {work(p, 'score_float32'):.1f} PFLOP") in guide
+    assert row(lambda p: f"{p.seconds(H200, 1):,.0f} s / {p.seconds(H200, 8):,.0f} s") in guide
 
 
 def reads(found: Plan, what: str) -> float:

@@ -1,34 +1,36 @@
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from examples.tiny_moe.data import CALIBRATION, HELDOUT, MODEL
+from sere_dist.evaluation import protocol
 from sere_dist.evaluation.lockstep import LockstepResult
-from studies import quality as benchmark
+from studies import quality as study
 
 
-def texts(**counts: int) -> list[benchmark.Text]:
-    return [benchmark.Text(kind, [i]) for kind, count in counts.items() for i in range(count)]
+def texts(**counts: int) -> list[protocol.Text]:
+    return [protocol.Text(kind, "", [i]) for kind, count in counts.items() for i in range(count)]
 
 
 def test_halves_share_no_text_and_do_not_move():
     of_all = texts(manual=5, scripture=4)
-    halves = {half: benchmark.half_of(of_all, half) for half in ("choice", "final")}
+    halves = {half: protocol.half_of(of_all, half) for half in ("choice", "final")}
     assert sorted(halves["choice"] + halves["final"]) == sorted(of_all)
     assert halves["choice"] == texts(manual=2, scripture=2)
 
 
 def test_any_run_of_mixed_texts_holds_all_kinds():
-    in_turn = benchmark.mixed(texts(dictionary=6, manual=6, scripture=4))
+    in_turn = protocol.mixed(texts(dictionary=6, manual=6, scripture=4))
     assert sorted(in_turn) == sorted(texts(dictionary=6, manual=6, scripture=4))
     for half in (in_turn[:8], in_turn[8:]):
         assert Counter(text.kind for text in half) == {"dictionary": 3, "manual": 3, "scripture": 2}
 
 
 def test_texts_that_are_too_short_are_left_out():
-    short, long = benchmark.Text("manual", [1, 2]), benchmark.Text("manual", [1, 2, 3, 4])
-    assert benchmark.cut([short, long], 3) == [benchmark.Text("manual", [1, 2, 3])]
+    short, long = protocol.Text("manual", "", [1, 2]), protocol.Text("manual", "", [1, 2, 3, 4])
+    assert protocol.cut([short, long], 3) == [protocol.Text("manual", "", [1, 2, 3])]
 
 
 def result(active: int, *kl: float) -> LockstepResult:
@@ -39,39 +41,50 @@ def result(active: int, *kl: float) -> LockstepResult:
 
 def test_between_two_settings():
     curve = [result(40, 0.01, 0.04), result(10, 1.0, 4.0), result(20, 0.1, 1.0)]
-    assert benchmark.at_active_experts(curve, 20) == pytest.approx([0.1, 1.0])
-    assert benchmark.at_active_experts(curve, 30) == pytest.approx([0.1**1.5, 0.2])
-    assert benchmark.at_active_experts(curve, 15) == pytest.approx([0.1**0.5, 2.0])
-    assert benchmark.at_active_experts(curve, 9.8) > [1.0, 4.0]
-    assert benchmark.at_active_experts(curve, 9) is benchmark.at_active_experts(curve, 43) is None
+    assert study.at_active_experts(curve, 20) == pytest.approx([0.1, 1.0])
+    assert study.at_active_experts(curve, 30) == pytest.approx([0.1**1.5, 0.2])
+    assert study.at_active_experts(curve, 15) == pytest.approx([0.1**0.5, 2.0])
+    assert study.at_active_experts(curve, 9.8) > [1.0, 4.0]
+    assert study.at_active_experts(curve, 9) is study.at_active_experts(curve, 43) is None
 
 
 def test_compared():
-    found = benchmark.compared([0.2, 0.4], [0.1, 0.2])
+    found = study.compared([0.2, 0.4], [0.1, 0.2])
     assert (found["ratio"], found["ratio_error"]) == (2, 0)
     assert found["difference"] == pytest.approx(0.15)
 
 
-def test_benchmark(tmp_path, capsys, monkeypatch):
-    small = {
-        "BATCHES": (1, 4),
-        "BATCH_OF_PARTS": 2,
-        "KEEPS": (1, 4, 8),
-        "KEEPS_OF_PARTS": (1, 2),
-        "RANDOM_DRAWS": 2,
-        "PRICES": (0.01, 0.1),
-    }
-    small |= {"SAMPLES": (2, 4, 999), "SAMPLES_OF_CKA": 2, "SAMPLES_OF_KIND": 2}
+@pytest.fixture
+def first_layers(tmp_path) -> Path:
+    """The example model's first two layers: trained experts, in a third of the time."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in MODEL.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "config.json").unlink()
+    config = json.loads((MODEL / "config.json").read_text())
+    layer_types = config.get("layer_types") and config["layer_types"][:2]
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "layer_types": layer_types}))
+    return folder
+
+
+def test_study(first_layers, tmp_path, capsys, monkeypatch):
+    small = {"BATCHES": (1, 4), "BATCH": 4, "KEEPS": (1, 4, 8), "KEEPS_OF_PARTS": (2,), "RANDOM_DRAWS": 2}
+    small |= {"PRICES": (0.01, 0.1), "SAMPLES": (2, 4, 999), "SAMPLES_OF_CKA": 2, "SAMPLES_OF_KIND": 2}
     for name, value in small.items():
-        monkeypatch.setattr(benchmark, name, value)
-    results, picture = tmp_path / "results" / "quality.json", tmp_path / "quality.png"
-    sizes = {"texts": 8, "texts_of_kind": 2, "length": 36, "prompt": 20, "calibration_length": 16}
+        monkeypatch.setattr(study, name, value)
+    results = tmp_path / "results" / "quality.json"
+    sizes = {"texts": 8, "texts_of_kind": 4, "length": 36, "prompt": 24, "calibration_length": 16}
     files = {"heldout": HELDOUT, "calibration": CALIBRATION}
-    benchmark.main(MODEL, **files, half="choice", **sizes, results=results, picture=picture)
+    study.main(first_layers, **files, half="choice", **sizes, results=results, pictures=tmp_path)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads(results.read_text()) == report
-    assert picture.stat().st_size > 10_000
-    assert report["model"] == "examples/tiny_moe/model"
+    for picture in ("quality-by-batch.png", "quality-batch-4.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000
+    assert report["model"] == str(first_layers)
+    drawn = (tmp_path / "quality-batch-4.png").read_bytes()
+    study.main(results=results, pictures=tmp_path, only_draw=True)
+    assert (tmp_path / "quality-batch-4.png").read_bytes() == drawn
 
     rows = {(row["batch"], row["policy"], row["knob"]): row for row in report["field"]}
     assert len(rows) == len(report["field"]) == 2 * (1 + 16 * 2 + 2)
@@ -83,10 +96,10 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
         assert rows[batch, "paper, frobenius", 4]["beside"]["paper, frobenius"]["ratio"] == 1
         # Whose slots the batch does not run does not depend on the batch.
         assert rows[batch, "top-k", 1]["kl"] == pytest.approx(rows[1, "top-k", 1]["kl"], rel=1e-3)
-        cheap, dear = (rows[batch, benchmark.PRICED, price] for price in (0.01, 0.1))
+        cheap, dear = (rows[batch, study.PRICED, price] for price in (0.01, 0.1))
         assert cheap["active_experts"] > dear["active_experts"] >= rows[batch, "projection", 1]["active_experts"]
         assert cheap["kl"] < dear["kl"] <= rows[batch, "projection", 1]["kl"] * (1 + 1e-3)
-        assert set(cheap["beside"]) == set(benchmark.RIVALS)
+        assert set(cheap["beside"]) == set(study.RIVALS)
     # Alone, a token has nobody to share with.
     alone = [rows[1, name, 4]["kl"] for name in ("OEA", "XShare", "top-k, renormalised", "dropping, renormalised")]
     assert alone == pytest.approx([alone[0]] * 4, rel=1e-3)

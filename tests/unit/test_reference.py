@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sere_dist.artifact.folder import Artifact, ArtifactError
-from sere_dist.artifact.reference import load_artifact
-from sere_dist.config import settings_from_overrides
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.reference import load_artifact, settings_from_overrides
+from sere_dist.artifact.schema import ArtifactError
 from sere_dist.moe import MoeShape
 from tests.support.artifacts import small_artifact
 
@@ -20,9 +20,9 @@ def matrices() -> dict[int, torch.Tensor]:
 
 
 def check(artifact: Artifact, matrices: dict[int, torch.Tensor]) -> None:
-    assert artifact.similarity.keys() == matrices.keys() == artifact.config.layer_names.keys()
+    assert artifact.layers.keys() == matrices.keys() == artifact.config.layer_names.keys()
     for layer, matrix in matrices.items():
-        assert torch.equal(artifact.similarity[layer], matrix.float().fill_diagonal_(1))
+        assert torch.equal(artifact.layers[layer].similarity_EE, matrix.float().fill_diagonal_(1))
     artifact.check_serves(SHAPE, "model")
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from sere_dist.artifact.recommendation import LayerSetting
 from sere_dist.cli import report
 from sere_dist.cli.report import clustered_order, hardest_to_replace, similar_pairs, write_report
-from tests.support.artifacts import recommend, small_artifact
+from tests.support.artifacts import change_layers, recommend, small_artifact
 
 # Tags that HTML never closes.
 VOID = {"meta", "img"}
@@ -52,8 +52,9 @@ class Page(HTMLParser):
 
 def an_artifact(num_experts=4, layers=(0, 1), tokens=None, method="frobenius", **changes):
     artifact = small_artifact(num_experts, layers, method=method, **changes)
-    artifact.tokens_per_expert, artifact.coefficient, artifact.size = tokens or {}, {}, {}
-    artifact.similarity = {layer: (s + s.T) / 2 for layer, s in artifact.similarity.items()}
+    for index, layer in artifact.layers.items():
+        layer.tokens_E = torch.tensor(tokens[index]) if tokens else None
+        layer.similarity_EE = (layer.similarity_EE + layer.similarity_EE.T) / 2
     return artifact
 
 
@@ -145,8 +146,8 @@ def test_colours_of_a_heat_map(tmp_path):
     """Two blocks, interleaved: after clustering, dark quarters on the diagonal and light ones off it, in all layers."""
     block_E = torch.arange(8) % 2
     artifact = an_artifact(num_experts=8)
-    artifact.similarity[0] = torch.where(block_E[:, None] == block_E, 0.9, 0.1).fill_diagonal_(1)
-    artifact.similarity[1] = torch.full((8, 8), 0.9).fill_diagonal_(1)
+    artifact.layers[0].similarity_EE = torch.where(block_E[:, None] == block_E, 0.9, 0.1).fill_diagonal_(1)
+    artifact.layers[1].similarity_EE = torch.full((8, 8), 0.9).fill_diagonal_(1)
     page = read(artifact, tmp_path / "report.html")
     first, second = (picture(image).convert("RGB") for section, image in page.images if section != "summary")
     cell, left, top = report.HEAT_MAP // 8, report.LEFT, report.TOP
@@ -170,7 +171,7 @@ def test_bars_stand_over_their_experts(tmp_path):
     similarity_EE = torch.eye(4)
     for one, other, value in ((3, 0, 0.75), (0, 2, 0.5), (2, 1, 0.75)):
         similarity_EE[one, other] = similarity_EE[other, one] = value
-    artifact.similarity[0] = similarity_EE
+    artifact.layers[0].similarity_EE = similarity_EE
     drawn = picture(read(artifact, tmp_path / "report.html").images[1][1]).convert("RGB")
     order = clustered_order(similarity_EE)
     assert order in ([3, 0, 2, 1], [1, 2, 0, 3])
@@ -197,7 +198,7 @@ def test_tables_of_a_layer(tmp_path):
     similarity_EE = torch.eye(4)
     for one, other, value in ((0, 1, 0.5), (0, 2, 0.25), (1, 2, 0.75), (2, 3, 0.125)):
         similarity_EE[one, other] = similarity_EE[other, one] = value
-    artifact.similarity[0] = similarity_EE
+    artifact.layers[0].similarity_EE = similarity_EE
     text = read(artifact, tmp_path / "report.html").text("layer-0")
     assert "experts similarity 1 and 2 0.7500 0 and 1 0.5000 0 and 2 0.2500 2 and 3 0.1250 0 and 3 0.0000" in text
     assert "similarity 3 7,000 2 0.1250 0 40 1 0.5000 1 50 2 0.7500 2 60 1 0.7500" in text
@@ -210,10 +211,10 @@ def test_projection(tmp_path):
     tokens = {0: [40] * 4, 1: [40] * 4}
     artifact = an_artifact(tokens=tokens, method="projection")
     plain = picture(read(artifact, tmp_path / "report.html").images[1][1])
-    artifact.similarity[0] = torch.full((4, 4), 0.1).fill_diagonal_(1)
-    artifact.similarity[0][2, 1] = 0.75
-    artifact.coefficient = {layer: torch.arange(16.0).view(4, 4) for layer in (0, 1)}
-    artifact.size = {layer: torch.tensor([0.5, 1, 1.5, 1]) for layer in (0, 1)}
+    artifact.layers[0].similarity_EE = torch.full((4, 4), 0.1).fill_diagonal_(1)
+    artifact.layers[0].similarity_EE[2, 1] = 0.75
+    coefficient_EE, size_E = torch.arange(16.0).view(4, 4), torch.tensor([0.5, 1, 1.5, 1])
+    change_layers(artifact, coefficient_EE=dict.fromkeys((0, 1), coefficient_EE), size_E=dict.fromkeys((0, 1), size_E))
     page = read(artifact, tmp_path / "report.html")
     assert "expert → substitute coefficient similarity 2 → 1 9.000 0.7500 0 → 1 1.000 0.1000" in page.text("layer-0")
     assert "A row is the expert that is replaced" in page.text("summary")
@@ -236,8 +237,8 @@ def test_what_is_recommended(tmp_path):
 
 def test_no_data_no_tokens(tmp_path):
     artifact = an_artifact(method="weights", dataset=None, num_tokens=0)
-    for row in artifact.layers:
-        row.tokens_per_expert_min = row.tokens_per_expert_median = None
+    for layer in artifact.layers.values():
+        layer.statistics.tokens_per_expert_min = layer.statistics.tokens_per_expert_median = None
     page = read(artifact, tmp_path / "report.html")
     texts = [*page.texts, *(image["alt"] for _, image in page.images), *page.texts.values()]
     assert not [text for text in texts if re.search(r"\btokens\b|\bdata\b", text)]
@@ -256,7 +257,7 @@ def test_names_are_escaped(tmp_path):
 def test_experts_that_are_all_alike(tmp_path):
     """No similarity differs, so no colour scale follows from them."""
     artifact = an_artifact()
-    artifact.similarity = {layer: torch.ones(4, 4) for layer in (0, 1)}
+    change_layers(artifact, similarity_EE=dict.fromkeys((0, 1), torch.ones(4, 4)))
     assert "from 0.0000 to 1.0000" in read(artifact, tmp_path / "report.html").text("summary")
 
 

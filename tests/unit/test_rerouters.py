@@ -6,15 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sere_dist.evaluation.lockstep import Routed, decode_logits
-from sere_dist.evaluation.rerouters import (
-    Policy,
-    oea_rerouter,
-    of_each_rank,
-    of_layers,
-    top_k_rerouter,
-    xshare_rerouter,
-)
+from sere_dist.evaluation.lockstep import Rerouter, Routed, decode_logits
+from sere_dist.evaluation.rerouters import of_each_rank, of_layers
+from sere_dist.evaluation.rivals import oea_rerouter, top_k_rerouter, xshare_rerouter
 from sere_dist.moe import hooked_routing, router_scores
 from tests.support.families import FAMILIES
 
@@ -65,9 +59,9 @@ def by_token(routed: Routed) -> dict[tuple[int, int], dict[int, float]]:
     return found
 
 
-def check(policy: Policy, step, routing) -> None:
+def check(rerouter: Rerouter, step, routing) -> None:
     weights, ids, scores = routing
-    found, expected = by_token(policy(0, weights, ids, scores)), loop(step, routing)
+    found, expected = by_token(rerouter(0, weights, ids, scores)), loop(step, routing)
     assert found.keys() == expected.keys()
     for token, experts in expected.items():
         assert found[token] == pytest.approx(experts)
@@ -148,16 +142,16 @@ def test_without_renormalising_chosen_experts_keep_their_weights(routing, rerout
 
 
 def test_layers_with_policies_of_their_own(routing):
-    policy = of_layers({1: top_k_rerouter(1), 2: top_k_rerouter(2)})
+    rerouter = of_layers({1: top_k_rerouter(1), 2: top_k_rerouter(2)})
     for layer, kept in ((0, TOP_K), (1, 1), (2, 2)):
-        assert ((policy(layer, *routing)[1] >= 0).sum(dim=2) == kept).all()
+        assert ((rerouter(layer, *routing)[1] >= 0).sum(dim=2) == kept).all()
 
 
-@pytest.mark.parametrize("policy", [oea_rerouter(1), xshare_rerouter(3)])
-def test_a_router_that_cant_be_read(routing, policy):
+@pytest.mark.parametrize("rerouter", [oea_rerouter(1), xshare_rerouter(3)])
+def test_a_router_that_cant_be_read(routing, rerouter):
     weights, ids, _ = routing
     with pytest.raises(ValueError, match="that of layer 3 can't be read"):
-        policy(3, weights, ids, None)
+        rerouter(3, weights, ids, None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -191,6 +185,6 @@ def test_scores_are_softmax_or_sigmoid_or_unknown():
 def test_a_model_whose_router_has_another_name(model, heldout_ids, monkeypatch):
     monkeypatch.setattr("sere_dist.moe.ROUTER_NAMES", ("elsewhere",))
     ids = heldout_ids[:2, :20]
-    assert decode_logits(model, ids, prompt_length=10, policy=top_k_rerouter(2)).shape[:2] == (2, 9)
+    assert decode_logits(model, ids, prompt_length=10, rerouter=top_k_rerouter(2)).shape[:2] == (2, 9)
     with pytest.raises(ValueError, match="that of layer 0 can't be read"):
-        decode_logits(model, ids, prompt_length=10, policy=oea_rerouter(2))
+        decode_logits(model, ids, prompt_length=10, rerouter=oea_rerouter(2))

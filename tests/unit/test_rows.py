@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from vllm import SamplingParams
 
-from sere_dist.config import ReroutingConfig, opts_out
-from sere_dist.vllm_plugin.rows import Rows
+from sere_dist.config import ReroutingConfig
+from sere_dist.vllm_plugin.rows import Rows, opts_out
 
 # Four requests: decoding, within its prompt, at its beginning, and one prompt token before decoding.
 REQUESTS, PROMPT, COMPUTED = ["a", "b", "c", "d"], [30, 24, 6, 10], [30, 20, 0, 9]
@@ -59,7 +59,7 @@ def runner(request) -> Runner:
 
 def follow(runner: Runner, **settings) -> Rows:
     rows = Rows(32)
-    rows.set_policy(ReroutingConfig(artifact="a", select_top_k=2, **settings))
+    rows.set_settings(ReroutingConfig(artifact="a", select_top_k=2, **settings))
     rows.valid.fill_(True)  # as if left over from a larger step
     rows.follow(runner)
     return rows

@@ -6,8 +6,8 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from examples.tiny_moe.data import MODEL
-from sere_dist import vllm_plugin
-from sere_dist.config import ALLOW_UNTESTED_VLLM
+from sere_dist.environment import ALLOW_UNTESTED_VLLM
+from sere_dist.vllm_plugin import configure as plugin
 from tests.support.artifacts import small_artifact
 
 TOP_K = 8
@@ -29,13 +29,16 @@ def caplog_vllm(caplog, monkeypatch):
     ("settings", "message"),
     [
         ({"select_top_k": 0}, "select_top_k\n.*greater than or equal to 1"),
-        ({"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be between 1 and the model's experts a token \(8\)"),
+        ({"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be between 1 and the model's experts per token \(8\)"),
         ({"select_top_k": 2, "threshold": 2.0}, "threshold\n"),
         ({"select_top_k": 2, "select_topk": 3}, "select_topk\n.*Extra inputs"),
         ({"select_top_k": 2, "artifact": "nowhere"}, "no artifact at .*nowhere"),
         ({"select_top_k": 2, "policy": "projection"}, "artifact of method projection, .* has frobenius: calibrate"),
         ({}, "select_top_k is missing; only policy: recommended brings its own"),
-        ({"policy": "recommended"}, "recommended needs an artifact that was tuned, .* was not: run sere-dist tune"),
+        (
+            {"policy": "recommended"},
+            "recommended needs an artifact that was tuned, .* was not: run python -m calibration_jobs.tune",
+        ),
         ({"policy": "recommended", "select_top_k": 2}, "recommended leaves no choice of select_top_k"),
         ({"select_top_k": 2, "traffic_price": 0.01}, r"traffic_price \(0.01\) needs policy: projection"),
         ({"select_top_k": 2, "expert_price": 0.1}, r"expert_price \(0.1\) needs policy: projection"),
@@ -98,7 +101,7 @@ def test_the_start_warns_of_lost_quality(artifact_path, caplog_vllm, select_top_
 
 def test_an_untested_vllm_is_refused(artifact_path, monkeypatch):
     arguments = EngineArgs(str(MODEL), additional_config={"sere": {"artifact": str(artifact_path), "select_top_k": 2}})
-    monkeypatch.setattr(vllm_plugin, "TESTED_VLLM", ("0.0.1",))
+    monkeypatch.setattr(plugin, "TESTED_VLLM", ("0.0.1",))
     with pytest.raises(ValueError, match=f"tested with vLLM 0.0.1.*{ALLOW_UNTESTED_VLLM}=1"):
         arguments.create_engine_config()
     monkeypatch.setenv(ALLOW_UNTESTED_VLLM, "1")

@@ -4,16 +4,18 @@ import pytest
 import torch
 
 from examples.tiny_moe.data import MODEL, example_texts
-from sere_dist.artifact.folder import SCHEMA_VERSION, Artifact, ArtifactConfig
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import expert_inputs, score_layer, text_blocks
 from sere_dist.evaluation.lockstep import LockstepResult, unchanged
 from sere_dist.evaluation.traffic import Layout, Traffic, recorded, traffic, uniform_domains
+from sere_dist.method.counters import COUNTERS, count_step
 from sere_dist.method.placement import linear_ranks
-from sere_dist.method.rerouting import COUNTERS, step_counts
+from sere_dist.method.records import ExpertPlaces, Step
 from sere_dist.moe import MoeShape
-from studies import traffic as benchmark
-from tests.support.artifacts import small_artifact
+from studies import traffic as study
+from tests.support.artifacts import change_layers, small_artifact
 
 
 def uniform_ids(*shape: int, num_experts: int, top_k: int) -> torch.Tensor:
@@ -42,9 +44,9 @@ def test_counts_are_those_of_the_engine():
     counts = torch.zeros(len(COUNTERS) + 3)
     for layer, ids_DBK in ids.items():
         for step in ids_DBK:
-            where = {"rank_E": layout.rank[layer], "num_ranks": 3, "domain_E": layout.rank[layer]}
-            where["home_T"] = torch.tensor([0, 1, 2, 0, 1])
-            counts += step_counts(torch.rand(5, 4), step, step, select_top_k=4, num_experts=10, **where)
+            routed = Step(torch.rand(5, 4), step, home_T=torch.tensor([0, 1, 2, 0, 1]))
+            places = ExpertPlaces(layout.rank[layer], 3, layout.rank[layer])
+            counts += count_step(routed, step, torch.zeros(10, dtype=torch.bool), places)
     counts = dict(zip(COUNTERS, counts.tolist(), strict=False))
     found = traffic(ids, layout)
     for name in ("domains", "remote_domains", "remote_slots"):
@@ -65,34 +67,34 @@ def test_recording_changes_nothing():
 
 def test_where_experts_are():
     artifact = small_artifact(num_experts=16)
-    artifact.tokens_per_expert = {layer: [1] * 16 for layer in (0, 1)}
-    names = {ranks: {place.placement for place in benchmark.layouts(artifact, (ranks,))} for ranks in (4, 8)}
+    change_layers(artifact, tokens_E=dict.fromkeys((0, 1), torch.ones(16, dtype=torch.int64)))
+    names = {ranks: {place.placement for place in study.layouts(artifact, (ranks,))} for ranks in (4, 8)}
     assert names == {4: {"linear", "placed"}, 8: {"linear", "placed"}}
-    artifact.coactivation = {layer: torch.rand(16, 16) for layer in (0, 1)}
-    found = benchmark.layouts(artifact, (8,))
+    change_layers(artifact, coactivation_EE={layer: torch.rand(16, 16) for layer in (0, 1)})
+    found = study.layouts(artifact, (8,))
     assert {place.placement for place in found} == {"linear", "placed", "placed by similarity"}
     for layout in found.values():
         assert layout.rank[1].bincount().tolist() == [2] * 8
 
 
-def point(kl: float, remote_domains: list[float]) -> benchmark.Point:
+def point(kl: float, remote_domains: list[float]) -> study.Point:
     """Two texts of 10 tokens."""
     result = LockstepResult((30.0, 30.0), (10 * kl, 10 * kl), (10, 10), tokens=20, active_sum=8, steps=2)
-    return benchmark.Point(result, Traffic((4, 4), tuple(remote_domains), (7, 7), (4,), (2,)))
+    return study.Point(result, Traffic((4, 4), tuple(remote_domains), (7, 7), (4,), (2,)))
 
 
 def test_the_price_is_the_highest_that_costs_no_more():
-    place, paper = benchmark.Place(8, "linear"), benchmark.PAPER
+    place, paper = study.Place(8, "linear"), study.PAPER
     cost = {0.0: 0.01, 0.01: 0.03, 0.02: 0.02, 0.05: 0.04}
-    points = {(16, place, benchmark.Setting("projection", price)): point(kl, [1, 1]) for price, kl in cost.items()}
+    points = {(16, place, study.Setting("projection", price)): point(kl, [1, 1]) for price, kl in cost.items()}
     points[16, place, paper] = point(0.03, [2, 4])
-    chosen = benchmark.choose(points, 16, place, paper)
+    chosen = study.choose(points, 16, place, paper)
     assert chosen.price == 0.02
-    goal = benchmark.compare(points, 16, place, chosen, paper)
+    goal = study.compare(points, 16, place, chosen, paper)
     assert goal["fewer_remote_domains"] == pytest.approx(1 - 2 / 6, rel=1e-3)
     assert goal["kl_difference"] == pytest.approx(-0.01)
     points[16, place, paper] = point(0.005, [2, 4])
-    assert benchmark.choose(points, 16, place, paper).price == 0
+    assert study.choose(points, 16, place, paper).price == 0
 
 
 @pytest.fixture(scope="module")
@@ -114,23 +116,13 @@ def artifacts(tmp_path_factory):
             num_tokens=8 * 64,
             versions={},
         )
-        projection = {"coefficient": "coefficient_EE", "size": "size_E"} if method == "projection" else {}
-        Artifact(
-            config,
-            {layer: result.similarity_EE for layer, result in results.items()},
-            [result.statistics for result in results.values()],
-            tokens_per_expert={layer: result.tokens_E.tolist() for layer, result in results.items()},
-            **{
-                kind: {layer: getattr(result, name) for layer, result in results.items()}
-                for kind, name in projection.items()
-            },
-        ).save(folder / method)
+        change_layers(Artifact(config, results), coactivation_EE=None).save(folder / method)
     return folder
 
 
-def test_benchmark(artifacts, tmp_path, capsys):
+def test_study(artifacts, tmp_path, capsys):
     results, picture = tmp_path / "results" / "traffic.json", tmp_path / "traffic.png"
-    benchmark.main(artifacts, results=results, picture=picture, quick=True)
+    study.main(artifacts, results=results, picture=picture, quick=True)
     output = capsys.readouterr().out
     report = json.loads(output.splitlines()[-1])
     assert json.loads(results.read_text()) == report
@@ -139,7 +131,7 @@ def test_benchmark(artifacts, tmp_path, capsys):
     rows = {(r["batch"], r["ranks"], r["placement"], r["policy"], r["price"]): r for r in report["points"]}
     assert len(rows) == len(report["points"]) == 2 * 2 * 2 * (4 + 2)
     for row in rows.values():
-        assert row["texts"] == (16 if (row["batch"], row["ranks"]) == (8, 8) else 8)
+        assert row["texts"] == 8
         assert row["per_rank_bytes"] == pytest.approx(2 * row["remote_domains"] * 256 * 2, rel=1e-3)
         assert row["per_slot_bytes"] == pytest.approx(2 * row["remote_slots"] * 256 * 2, rel=1e-3)
         assert row["all_gather_bytes"] == 2 * (row["ranks"] - 1) * 256 * 2
@@ -157,7 +149,7 @@ def test_benchmark(artifacts, tmp_path, capsys):
     ]
     closed_forms = [row for row in report["synthetic"] if "closed_form_domains" in row]
     assert {(row["shape"], row["ranks"]) for row in closed_forms} == {
-        (shape, ranks) for shape in benchmark.SHAPES for ranks in (4, 8)
+        (shape, ranks) for shape in study.SHAPES for ranks in (4, 8)
     }
     for row in closed_forms:
         assert row["domains"] == pytest.approx(row["closed_form_domains"], rel=0.01)

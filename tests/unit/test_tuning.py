@@ -1,4 +1,4 @@
-"""`sere-dist tune` as far as it needs no cluster: the arithmetic that combines layers, and what its command refuses."""
+"""Tuning as far as it needs no cluster: the arithmetic that combines layers, and what its command refuses."""
 
 import os
 import shutil
@@ -24,7 +24,8 @@ from sere_dist.evaluation.tuning import (
     hull,
     losses_of_steps,
 )
-from sere_dist.method.rerouting import FIXED_POINT_ONE, primary_votes
+from sere_dist.method.projection import FIXED_POINT_ONE, primary_losses
+from sere_dist.method.records import Settings, Step
 from tests.support.artifacts import small_artifact
 from tests.support.commands import invoke
 from tests.support.tuning import options
@@ -93,33 +94,30 @@ def test_evenly():
 
 
 def test_what_a_step_loses_is_what_the_policy_weighs(model, heldout_ids, projection_path):
-    """Against `rerouting.primary_votes`, and prices let through as many experts as they were chosen for."""
+    """Against `projection.primary_losses`, and prices let through as many experts as they were chosen for."""
     artifact = Artifact.load(projection_path)
     held_out = HeldOut(model, heldout_ids[:4, :40], 20)
-    losses = losses_of_steps(held_out, 4, artifact.size)
+    losses = losses_of_steps(held_out, 4, artifact.tables)
     expected = {layer: [] for layer in losses}
 
-    def votes(layer, weights_DBK, ids_DBK, _scores):
+    def look(layer, weights_DBK, ids_DBK, _scores):
         for weights_BK, ids_BK in zip(weights_DBK, ids_DBK, strict=True):
-            all_E = primary_votes(
-                weights_BK, ids_BK, 64, select_top_k=1, expert_price=1e-6, size_E=artifact.size[layer]
-            )
+            all_E = primary_losses(Step(weights_BK, ids_BK), artifact.tables[layer], Settings(1, expert_price=1e-6))
             few = all_E[(all_E > 0) & (all_E < FIXED_POINT_ONE * 1000)]
             expected[layer].append(few.double() / FIXED_POINT_ONE)
         return weights_DBK, ids_DBK
 
-    held_out.run(votes, 4)
+    held_out.run(look, 4)
     for layer, of_steps in expected.items():
         assert losses[layer].double().sort().values == pytest.approx(torch.cat(of_steps).sort().values, abs=1e-6)
 
-    tried = candidates("projection", 8, artifact.similarity[2], losses[2])
-    tables = artifact.similarity, artifact.coefficient, artifact.size
+    tried = candidates("projection", 8, artifact.layers[2].similarity_EE, losses[2])
     active = {}
     for each in tried:
         ran = []
 
         def run(layer, *routing, own=each, ran=ran):
-            routed = projection_rerouter(*tables, own.select_top_k, expert_price=own.expert_price)(layer, *routing)
+            routed = projection_rerouter(artifact.tables, own.numbers)(layer, *routing)
             if layer == 2:
                 ran.append([len(set(ids.flatten().tolist()) - {-1}) for ids in routed[1]])
             return routing[:2]
@@ -134,7 +132,7 @@ def test_what_a_step_loses_is_what_the_policy_weighs(model, heldout_ids, project
 
 
 def test_candidates_of_the_papers_policy():
-    similarity = small_artifact(num_experts=8).similarity[0]
+    similarity = small_artifact(num_experts=8).layers[0].similarity_EE
     found = candidates("sere", 3, similarity)
     assert [each.select_top_k for each in found] == [1, 1, 1, 2, 2, 2]
     assert len(set(found)) == 6 and all(each.expert_price == 0 for each in found)

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from sere_dist.config import ReroutingConfig
-from sere_dist.method.rerouting import COUNTERS, reroute_projection
+from sere_dist.method.counters import COUNTERS
+from sere_dist.method.projection import reroute_projection
+from sere_dist.method.records import ExpertPlaces, LayerTables, Step
 from sere_dist.vllm_plugin.rows import Rows
 from sere_dist.vllm_plugin.worker import Rerouting, scaled
 
@@ -32,7 +34,7 @@ class Worker(Rerouting, Vllms):
                 self.sere_layers[7][COUNTERS.index("steps")] += 1
 
         super().__init__(step)
-        self.sere_rows, self.sere_owners, self.sere_seen_rerouting = Rows(4), None, False
+        self.sere_rows, self.sere_expert_map, self.sere_seen_rerouting = Rows(4), None, False
         self.sere_layers = {7: torch.zeros(len(COUNTERS), dtype=torch.int64)}
 
 
@@ -57,17 +59,14 @@ def test_prices_follow_the_weights_that_the_router_gives():
     """Where vLLM scales the experts' output instead of the weights, prices are in the weights' unit all the same."""
     torch.manual_seed(0)
     weights, ids = torch.rand(6, 4), torch.stack([torch.randperm(8)[:4] for _ in range(6)])
-    tables = torch.rand(8, 8), torch.rand(8, 8), 0.5 + torch.rand(8)
+    tables = LayerTables(torch.rand(8, 8), torch.rand(8, 8), 0.5 + torch.rand(8))
     own = ReroutingConfig(artifact="a", policy="projection", select_top_k=1, expert_price=1.5, traffic_price=0.25)
     found = scaled(own, 2.5)
     assert (found.expert_price, found.traffic_price) == (pytest.approx(0.24), pytest.approx(0.04))
     assert (found.select_top_k, scaled(own, 1.0)) == (1, own)
-    domains = {"domain_E": torch.arange(8) % 2, "select_top_k": 1}
-    prices, scaled_prices = (
-        {name: getattr(each, name) for name in ("expert_price", "traffic_price")} for each in (own, found)
-    )
-    whole = reroute_projection(2.5 * weights, ids, *tables, **domains, **prices)
-    parted = reroute_projection(weights, ids, *tables, **domains, **scaled_prices)
+    places = ExpertPlaces(domain_E=torch.arange(8) % 2)
+    whole = reroute_projection(Step(2.5 * weights, ids), tables, own.numbers, places)
+    parted = reroute_projection(Step(weights, ids), tables, found.numbers, places)
     assert whole[1].equal(parted[1]) and not whole[1].equal(ids)
     assert torch.allclose(whole[0], 2.5 * parted[0])
 

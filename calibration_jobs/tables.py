@@ -1,0 +1,86 @@
+"""What the jobs print for people: a calibration's plan, and what a tuning found."""
+
+from dataclasses import replace
+
+from rich import box
+from rich.table import Table
+
+from sere_dist.artifact.recommendation import Outcome, Recommendation
+from sere_dist.calibration.plan import H200, Plan
+from sere_dist.evaluation.tuning import Budget
+
+
+def plan_table(plan: Plan, workers: str) -> Table:
+    """Returns the plan of a calibration; `workers` describes what the cluster has for it."""
+    layers = len(plan.layer_names)
+    forwards = max(plan.layer_names) + 1 if plan.method.needs_data else 0
+    method = plan.method.name
+    if plan.method.has_kernel:
+        method += f", {plan.kernel} kernel, from {'features' if plan.of_features else 'Gram matrices of tokens'}"
+    rows = {
+        "model": f"{plan.shape.architecture}, {plan.parameters / 1e9:.3g} billion parameters",
+        "layers": f"{plan.shape.num_layers}, of which {layers} MoE: {plan.shape.num_experts} experts, "
+        f"{plan.shape.num_experts_per_token} per token",
+        "method": method,
+        "workers": workers,
+        "a scoring task holds": size(plan.score_bytes),
+        "reads": f"{size(layers * plan.score_read)} for {layers} scoring tasks (1 pass over the experts)",
+    }
+    if plan.method.needs_data:
+        passes = f"{plan.expert_passes} passes" if plan.expert_passes > 1 else "1 pass"
+        rows |= {
+            "tokens": f"{plan.num_tokens:,}; a scoring task takes {plan.block_tokens:,} at a time, "
+            f"{passes} of all of them through every expert",
+            "a forward task holds": size(plan.forward_bytes),
+            "object store": f"{size(plan.states_bytes)} per layer in flight",
+            "reads": f"{size(forwards * plan.forward_read)} for {forwards} forward tasks, one after another "
+            f"(1 pass over the layers); {rows['reads']}",
+            "work": f"forward {flops(forwards * plan.forward_flops)}, scoring "
+            f"{flops(layers * plan.score_float32)} in float32 and {flops(layers * plan.score_float64)} in float64",
+        }
+    on_gpu = replace(plan, device="cuda")
+    rows["expected"] = (
+        f"{on_gpu.seconds(H200, 1):,.0f} s on 1 {H200.name}, {on_gpu.seconds(H200, 8):,.0f} s on 8. Not measured: "
+        f"half of {H200.float32 / 1e12:.0f} TFLOP/s, reads of {H200.read / 1e9:g} GB/s per task"
+    )
+    table = Table(title=f"Plan for {plan.model}", show_header=False, title_justify="left")
+    for name, text in rows.items():
+        table.add_row(name, text)
+    return table
+
+
+def size(count: float) -> str:
+    return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
+
+
+def flops(count: float) -> str:
+    return f"{count / 1e12:,.1f} TFLOP" if count < 1e15 else f"{count / 1e15:,.1f} PFLOP"
+
+
+def tuning_tables(recommended: Recommendation, budget: Budget) -> list[Table]:
+    """Returns the trade-off, what was found for each layer, and what it costs on held-out texts."""
+    headings = ("active experts", "KL", "loss", "perplexity", "likeliest token kept")
+    curve = _open_table("", *headings, title=f"trade-off on the texts to tune on, batch {recommended.batch}")
+    for outcome in recommended.curve:
+        mark = "->" if outcome == recommended.tuned else "" if budget.holds(outcome) else "over budget"
+        curve.add_row(mark, *_cells(outcome))
+    layers = _open_table("layer", "setting", title=f"recommended, policy {recommended.policy}")
+    for layer, setting in recommended.layers.items():
+        layers.add_row(str(layer), str(setting))
+    held_out = _open_table("", *headings, title="on held-out texts")
+    for off, ours in zip(recommended.off, recommended.recommended, strict=True):
+        held_out.add_row(f"recommended, batch {ours.batch}", *_cells(ours, off))
+    for keep, outcome in recommended.uniform.items():
+        held_out.add_row(f"S = {keep}, batch {outcome.batch}", *_cells(outcome, recommended.at(recommended.off)))
+    return [curve, layers, held_out]
+
+
+def _open_table(*headings: str, title: str) -> Table:
+    return Table(*headings, title=title, title_justify="left", box=box.SIMPLE)
+
+
+def _cells(outcome: Outcome, off: Outcome | None = None) -> list[str]:
+    active = f"{outcome.active_experts:.1f}" + (f" of {off.active_experts:.1f}" if off else "")
+    kl = f"{outcome.kl:.4f} ±{outcome.kl_error:.4f}"
+    rise = f"{outcome.loss_rise:+.4f} ±{outcome.loss_rise_error:.4f}"
+    return [active, kl, rise, f"{outcome.perplexity:.2f}", f"{outcome.top1:.1%} ±{outcome.top1_error:.1%}"]

@@ -1,0 +1,120 @@
+"""What a calibration found out about one MoE layer. Shape suffix: E experts of the layer."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from pydantic import BaseModel
+
+from sere_dist.method.records import LayerTables
+
+
+class LayerStatistics(BaseModel):
+    """One row of `layers.csv`. Similarities are those of different experts."""
+
+    layer: int
+    name: str
+    tokens_per_expert_min: int | None  # None for a method that looks at no tokens
+    tokens_per_expert_median: float | None
+    similarity_mean: float
+    similarity_min: float
+    similarity_max: float
+    seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        name: str,
+        similarity_EE: torch.Tensor,
+        tokens_E: torch.Tensor | None = None,
+        seconds: float = 0.0,
+    ) -> "LayerStatistics":
+        """Sums up a layer's similarities, and the tokens routed to each expert where there were any."""
+        different = similarity_EE[~torch.eye(len(similarity_EE), dtype=torch.bool)]
+        return cls(
+            layer=layer,
+            name=name,
+            tokens_per_expert_min=None if tokens_E is None else int(tokens_E.min()),
+            tokens_per_expert_median=None if tokens_E is None else float(tokens_E.double().quantile(0.5)),
+            similarity_mean=float(different.mean()),
+            similarity_min=float(different.min()),
+            similarity_max=float(different.max()),
+            seconds=round(seconds, 3),
+        )
+
+    def cells(self) -> list[str]:
+        """The row as people read it: layer, fewest and median tokens per expert, similarity mean, min and max."""
+        tokens = (self.tokens_per_expert_min, self.tokens_per_expert_median)
+        similarity = (self.similarity_mean, self.similarity_min, self.similarity_max)
+        return [
+            str(self.layer),
+            *("-" if value is None else f"{value:g}" for value in tokens),
+            *(f"{value:.3f}" for value in similarity),
+        ]
+
+
+@dataclass
+class Layer:
+    """One layer's tables, all by logical expert id.
+
+    Attributes:
+        similarity_EE: float32 [E, E], diagonal 1; row e holds the similarity of e to each possible substitute.
+        statistics: a summary, for people.
+        coefficient_EE: float32 [E, E], diagonal 1: the multiple of the substitute that is nearest to e. Of method
+            projection alone.
+        size_E: float32 [E]: mean squared output relative to the layer's mean. Of method projection alone.
+        coactivation_EE: float32 [E, E]: products of the router weights that a token gave two experts, summed over
+            tokens. None for a method without data, and in artifacts of older versions.
+        tokens_E: int64 [E]: tokens routed to each expert. None for a method without data.
+    """
+
+    similarity_EE: torch.Tensor
+    statistics: LayerStatistics
+    coefficient_EE: torch.Tensor | None = None
+    size_E: torch.Tensor | None = None
+    coactivation_EE: torch.Tensor | None = None
+    tokens_E: torch.Tensor | None = None
+
+    @property
+    def tables(self) -> LayerTables:
+        """What re-routing reads."""
+        return LayerTables(self.similarity_EE, self.coefficient_EE, self.size_E)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns what `similarity.safetensors` holds of the layer, by the names that it has there."""
+        named = {name: getattr(self, field) for name, field in TENSORS.items()}
+        return {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
+
+    def in_order(self, order_E: torch.Tensor) -> Self:
+        """Returns the layer of a model whose expert p is this layer's expert `order_E[p]`."""
+
+        def permuted(table: torch.Tensor | None) -> torch.Tensor | None:
+            if table is None:
+                return None
+            return table[order_E] if table.dim() == 1 else table[order_E][:, order_E]
+
+        fields = (*TENSORS.values(), "tokens_E")
+        return replace(self, **{field: permuted(getattr(self, field)) for field in fields})
+
+
+TENSORS = {
+    "similarity": "similarity_EE",
+    "coefficient": "coefficient_EE",
+    "size": "size_E",
+    "coactivation": "coactivation_EE",
+}
+
+
+def layer_of(
+    tensors: dict[str, torch.Tensor], statistics: LayerStatistics, tokens_E: torch.Tensor | None = None
+) -> Layer:
+    """Returns a layer of the tensors that `Layer.tensors` returned, and of what is kept beside them."""
+    return Layer(
+        similarity_EE=tensors["similarity"],
+        statistics=statistics,
+        coefficient_EE=tensors.get("coefficient"),
+        size_E=tensors.get("size"),
+        coactivation_EE=tensors.get("coactivation"),
+        tokens_E=tokens_E,
+    )

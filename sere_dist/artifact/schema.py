@@ -1,0 +1,55 @@
+"""The file `sere_config.json` of an artifact: what was calibrated, on what, with what."""
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from sere_dist.method.similarity import method_named
+from sere_dist.moe import MoeShape
+
+SCHEMA_VERSION = 1
+
+
+class ArtifactError(ValueError):
+    """An artifact that can't be used; the message names the file and the field."""
+
+
+class ArtifactConfig(BaseModel):
+    """The content of `sere_config.json`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    schema_version: int
+    base_model: str
+    revision: str | None = None
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_experts: int
+    num_experts_per_token: int
+    layer_names: dict[int, str]  # the experts' module by decoder layer index; dense layers are absent
+    method: str
+    kernel: str | None = None
+    dataset: str | None  # None for a method without data
+    num_tokens: int
+    coactivation: bool = False  # whether the tensors have it: those of older versions do not
+    versions: dict[str, str]
+    tensors_sha256: str = ""
+
+    @field_validator("schema_version")
+    @classmethod
+    def _known_schema(cls, value: int) -> int:
+        if value != SCHEMA_VERSION:
+            raise ValueError(f"this version of sere_dist reads schema {SCHEMA_VERSION}; calibrate again or upgrade")
+        return value
+
+    @property
+    def data(self) -> str:
+        return f"{self.num_tokens} tokens of {self.dataset}" if self.dataset else "no data"
+
+    @property
+    def tensor_kinds(self) -> tuple[str, ...]:
+        """What `similarity.safetensors` holds for each layer."""
+        return (*method_named(self.method).tensors, *(("coactivation",) if self.coactivation else ()))
+
+    @property
+    def shape(self) -> MoeShape:
+        return MoeShape(**{name: getattr(self, name) for name in MoeShape.__dataclass_fields__})

@@ -1,0 +1,64 @@
+"""The environment variables of sere_dist: what they are called, what they mean, and how they are read."""
+
+import os
+from pathlib import Path
+
+ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"
+API_KEY = "SERE_API_KEY"
+ADMIN_TOKEN = "SERE_ADMIN_TOKEN"
+FILE = "_FILE"  # The variable of this suffix names a file that holds the secret.
+
+# Every variable of sere_dist and its meaning. The reference documentation is generated from this table.
+VARIABLES = {
+    ALLOW_UNTESTED_VLLM: "Set it to 1 to start on a vLLM release that sere_dist was not tested with.",
+    API_KEY: "API keys of a serving application. If there are any, every request must carry one of them. "
+    "Separate several keys by white space.",
+    API_KEY + FILE: f"File that holds the API keys, instead of {API_KEY}.",
+    ADMIN_TOKEN: "Tokens that open the route /sere/settings of a serving application, which is closed without one. "
+    "Separate several tokens by white space. The clients of that route send the first.",
+    ADMIN_TOKEN + FILE: f"File that holds the admin tokens, instead of {ADMIN_TOKEN}.",
+}
+
+PLUGIN = "sere_dist"  # The name of the entry point that vLLM loads.
+
+
+def environment_secrets(name: str) -> tuple[str, ...]:
+    """Returns the words of an environment variable, or of the file that `<name>_FILE` names; none if neither is set.
+
+    Several words are several secrets, each of which is accepted: an old and a new one while they are exchanged.
+
+    Raises:
+        ValueError: both are set, the file can't be read, or there is no word in it.
+    """
+    file_name = name + FILE
+    given = [variable for variable in (name, file_name) if variable in os.environ]
+    if not given:
+        return ()
+    if len(given) > 1:
+        raise ValueError(f"{name} and {file_name} are both set: unset one of them")
+    text = os.environ[given[0]]
+    if given[0] == file_name:
+        try:
+            text = Path(text).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file_name}: {text} can't be read: {error}") from error
+    if not text.split():
+        raise ValueError(f"{given[0]} is set but holds nothing: give it a secret, or unset it")
+    return tuple(text.split())
+
+
+def environment_flag(name: str) -> bool:
+    """Returns whether an environment variable is 1. Unset and 0 are False.
+
+    Raises:
+        ValueError: it is set to anything else.
+    """
+    value = os.environ.get(name, "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"{name} must be 0 or 1, not {value!r}")
+    return value == "1"
+
+
+def plugin_is_disabled(vllm_plugins: str | None) -> bool:
+    """Returns whether this value of `VLLM_PLUGINS` keeps vLLM from loading the plugin, which vLLM does not report."""
+    return vllm_plugins is not None and PLUGIN not in vllm_plugins.split(",")

@@ -1,0 +1,56 @@
+"""KL divergence against active experts: one figure, drawn alike by the studies and by `sere-dist report`."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+
+from sere_dist.artifact.recommendation import Outcome, Recommendation
+
+BLUE, RED, GREY, PALE_RED = "#2b6a9e", "#c0392b", "#777777", "#f6c9c3"
+ORANGE, PURPLE, GREEN, BLACK = "#e08214", "#8e5ea2", "#4d9a4a", "#222222"
+
+ACTIVE_EXPERTS = "Active experts per layer and decode step"
+KL_DIVERGENCE = "KL divergence from the baseline\n(nats per token, log scale)"
+
+
+class Curve(NamedTuple):
+    """What one policy came to at its settings."""
+
+    label: str
+    outcomes: Sequence[Outcome]
+    style: dict[str, Any]  # of matplotlib's `errorbar`
+
+
+def draw_trade_off(axes: Axes, curves: Sequence[Curve], baseline: Outcome) -> None:
+    """Draws each curve with its standard errors, and the baseline's active experts as a dashed line.
+
+    The caller names the axes (`ACTIVE_EXPERTS`, `KL_DIVERGENCE`) and places the legend: several such axes may stand
+    side by side.
+    """
+    for label, outcomes, style in curves:
+        look: dict[str, Any] = {"linewidth": 1.2, "markersize": 4, **style}
+        ordered = sorted(outcomes, key=lambda outcome: outcome.active_experts)
+        axes.errorbar(
+            [outcome.active_experts for outcome in ordered],
+            [outcome.kl for outcome in ordered],
+            yerr=[outcome.kl_error for outcome in ordered],
+            **look,
+            label=label,
+        )
+    axes.axvline(baseline.active_experts, color=GREY, linestyle="--", linewidth=0.9)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_recommendation(axes: Axes, recommended: Recommendation) -> None:
+    """Draws what a tuning weighed and recommends, at the batch that it tuned for."""
+    uniform = list(recommended.uniform.values())
+    curves = [
+        Curve("weighed, on the texts to tune on", recommended.curve, {"color": BLUE, "marker": ".", "alpha": 0.6}),
+        Curve("the same S in all layers, on other texts", uniform, {"color": GREY, "marker": "s"}),
+        Curve("recommended, on other texts", [recommended.at(recommended.recommended)], {"color": RED, "marker": "D"}),
+    ]
+    draw_trade_off(axes, curves, recommended.at(recommended.off))

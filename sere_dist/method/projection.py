@@ -1,0 +1,199 @@
+"""Policy `projection`: every lesser slot takes the change that costs least, in error and in traffic. Not in the paper.
+
+Method `projection` (`similarity.expert_projection`) gives three tables. Expert p, multiplied by the coefficient c_ep,
+is the best that p can do in place of e. The similarity s_ep is the share of e's output that this explains. The size n_e
+is the mean squared output of e. With w the router's weight, the squared errors of a change, and its price, are
+
+    cost(e -> p) = w² n_e (1 - s_ep) + traffic_price [the token does not visit p's domain yet]
+    cost(drop e) = w² n_e
+
+for every primary expert p; s_ee = c_ee = 1. A slot that goes to p gets the weight w c_ep, a dropped slot the id -1 and
+the weight 0. A token's S heaviest slots and critical ones stay as they are, as in `rerouting`.
+
+`expert_price` decides what is primary beyond the S heaviest: an expert runs if the step would lose as much without it,
+
+    loss(e) = sum over the slots that name e of w² n_e >= expert_price.
+
+Losses are added up in fixed point, so that the sum does not depend on the order and ranks can share one primary set.
+
+Shape suffixes: T tokens of the step, K experts per token, E experts of the layer. Comparisons are in float32, in the
+order that is written here, so that `kernels/reroute.cu` agrees to the bit.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
+from sere_dist.method.rerouting import (
+    active_experts,
+    filled_slots,
+    heaviest_slots,
+    slots_by_weight,
+    substitutes,
+)
+
+FIXED_POINT_ONE = 2**24  # a squared error of 1, in the unit of w² n
+ALWAYS_PRIMARY = 2**40  # an expert in one of the heaviest slots; the most that a loss or a price can be
+
+
+class ProjectionTables(NamedTuple):
+    """A layer's tables of method projection, in float32, the diagonals 1."""
+
+    similarity_EE: torch.Tensor
+    coefficient_EE: torch.Tensor
+    size_E: torch.Tensor
+
+
+def reroute_projection(
+    step: Step,
+    tables: LayerTables,
+    settings: Settings,
+    places: ExpertPlaces | None = None,
+    primary_E: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns new weights and ids [T, K], in the dtypes of the step. The inputs are not changed.
+
+    A token's slots are settled in order of weight. Of equal costs the larger similarity wins, then the lower id, and
+    dropping comes last.
+
+    Args:
+        step: what the router chose.
+        tables: of method `projection`.
+        settings: S, rho and both prices. S <= 0 and S >= K change nothing.
+        places: the domain of each expert. A token visits its home, the domains of the slots that stay, and each domain
+            that a slot was sent to. None, or no domains: `traffic_price` has no effect.
+        primary_E: bool [E], where other ranks have a say in it. None: the `primary_by_price` of this step.
+
+    Raises:
+        ValueError: the tables are of another method.
+    """
+    if not 0 < settings.select_top_k < step.ids_TK.shape[1]:
+        return step.weights_TK.clone(), step.ids_TK.clone()
+    if primary_E is None:
+        primary_E = primary_by_price(step, tables, settings)
+    own = _projection_tables(tables)
+    order_TK = slots_by_weight(step.weights_TK)
+    settles_TK = _slots_to_settle(step, own, settings, primary_E)
+    domain_E = None if places is None else places.domain_E
+    visited_TE = _visited(step, settles_TK, domain_E)
+
+    weights_TK, ids_TK = step.weights_TK.float(), step.ids_TK
+    candidates_EE = own.similarity_EE.masked_fill(~primary_E, -torch.inf)
+    for slot_T1 in order_TK[:, settings.select_top_k :].split(1, dim=1):
+        id_T, weight_T, settles_T = (each.gather(1, slot_T1).squeeze(1) for each in (ids_TK, weights_TK, settles_TK))
+        expert_T = id_T.clamp(min=0).long()
+        drop_cost_T = (weight_T * weight_T) * own.size_E[expert_T]
+        cost_TE = _substitution_costs(drop_cost_T, own.similarity_EE[expert_T], visited_TE, settings.traffic_price)
+        least_T = cost_TE.masked_fill(~primary_E, torch.inf).amin(dim=1)
+        cheapest_TE = candidates_EE[expert_T].masked_fill(cost_TE > least_T[:, None], -torch.inf)
+        substitute_T = cheapest_TE.max(dim=1).indices  # of equal values the first: the lowest id
+
+        drops_T = settles_T & (drop_cost_T < least_T)
+        moves_T = settles_T & ~drops_T
+        new_weight_T = torch.where(moves_T, weight_T * own.coefficient_EE[expert_T, substitute_T], weight_T)
+        new_id_T = torch.where(moves_T, substitute_T.to(ids_TK.dtype), id_T)
+        weights_TK = weights_TK.scatter(1, slot_T1, new_weight_T.masked_fill(drops_T, 0)[:, None])
+        ids_TK = ids_TK.scatter(1, slot_T1, new_id_T.masked_fill(drops_T, -1)[:, None])
+        if visited_TE is not None and domain_E is not None:
+            same_domain_EE = domain_E[:, None] == domain_E[None]
+            visited_TE = visited_TE | (same_domain_EE[substitute_T] & moves_T[:, None])
+    changed_TK = weights_TK != step.weights_TK.float()
+    return torch.where(changed_TK, weights_TK.to(step.weights_TK.dtype), step.weights_TK), ids_TK
+
+
+def primary_by_price(step: Step, tables: LayerTables, settings: Settings) -> torch.Tensor:
+    """Returns bool [E]: the experts in the S heaviest slots and those worth the `expert_price`; none where S is off."""
+    return primary_losses(step, tables, settings) >= to_fixed_point(settings.expert_price)
+
+
+def primary_losses(step: Step, tables: LayerTables, settings: Settings) -> torch.Tensor:
+    """Returns int64 [E], fixed point: what the step would lose without each expert.
+
+    ALWAYS_PRIMARY for an expert in one of the S heaviest slots of a valid token. Losses of other experts are only
+    counted if there is an `expert_price`, which needs `tables.size_E`. All 0 where S <= 0 or S >= K. Ranks that share
+    one primary set add these up.
+    """
+    num_experts = len(tables.similarity_EE)
+    if not 0 < settings.select_top_k < step.ids_TK.shape[1]:
+        return torch.zeros(num_experts, dtype=torch.int64, device=step.ids_TK.device)
+    filled_TK = filled_slots(step.ids_TK, step.valid_T)
+    keeps_TK = heaviest_slots(step.weights_TK, settings.select_top_k) & filled_TK
+    if to_fixed_point(settings.expert_price) < ALWAYS_PRIMARY:
+        if tables.size_E is None:
+            raise ValueError("an expert_price needs the experts' size_E: calibrate with method projection")
+        losses_E = losses_without_each_expert(step, tables.size_E)
+    else:
+        losses_E = torch.zeros(num_experts, dtype=torch.int64, device=step.ids_TK.device)
+    return losses_E.masked_fill(active_experts(step.ids_TK, keeps_TK, num_experts), ALWAYS_PRIMARY)
+
+
+def losses_without_each_expert(step: Step, size_E: torch.Tensor) -> torch.Tensor:
+    """Returns int64 [E], fixed point: the squared error that the valid tokens' slots would make without each expert.
+
+    A slot's error is (w w) n in float32, rounded to a whole number (half to even; NaN counts as 0).
+    """
+    num_experts, weights_TK = len(size_E), step.weights_TK.float()
+    errors_TK = (weights_TK * weights_TK) * size_E.float()[step.ids_TK.clamp(min=0).long()]
+    fixed_TK = (errors_TK * FIXED_POINT_ONE).round().nan_to_num(0).clamp(0, ALWAYS_PRIMARY).long()
+    named_TK = torch.where(filled_slots(step.ids_TK, step.valid_T), step.ids_TK, num_experts).long()
+    losses = torch.zeros(num_experts + 1, dtype=torch.int64, device=step.ids_TK.device)  # one place more for "none"
+    return losses.index_add(0, named_TK.flatten(), fixed_TK.flatten())[:num_experts]
+
+
+def to_fixed_point(expert_price: float) -> int:
+    """Returns the loss that makes an expert primary, 1 to ALWAYS_PRIMARY: the price rounded to float32, in fixed point.
+
+    No price (0) and one that is too large for fixed point are ALWAYS_PRIMARY: only heaviest slots reach that.
+    """
+    fixed = float(torch.tensor(expert_price, dtype=torch.float32)) * FIXED_POINT_ONE
+    return max(1, round(min(fixed, ALWAYS_PRIMARY))) if expert_price > 0 else ALWAYS_PRIMARY
+
+
+def repeat_dropped(step: Step, new_ids_TK: torch.Tensor) -> torch.Tensor:
+    """Returns new ids [T, K] in which a dropped slot, of weight 0, repeats its token's heaviest expert.
+
+    For expert kernels that can't skip a slot.
+    """
+    heaviest_T1 = step.ids_TK.gather(1, slots_by_weight(step.weights_TK)[:, :1])
+    return torch.where((new_ids_TK < 0) & (step.ids_TK >= 0), heaviest_T1, new_ids_TK)
+
+
+def _projection_tables(tables: LayerTables) -> ProjectionTables:
+    """Returns the tables in float32. An expert stands in for itself whatever rounding left on the diagonal."""
+    if tables.coefficient_EE is None or tables.size_E is None:
+        raise ValueError("policy projection needs coefficient_EE and size_E: calibrate with method projection")
+    itself_EE = torch.eye(len(tables.similarity_EE), dtype=torch.bool, device=tables.similarity_EE.device)
+    similarity_EE, coefficient_EE = (
+        table.float().masked_fill(itself_EE, 1) for table in (tables.similarity_EE, tables.coefficient_EE)
+    )
+    return ProjectionTables(similarity_EE, coefficient_EE, tables.size_E.float())
+
+
+def _slots_to_settle(step: Step, tables: ProjectionTables, settings: Settings, primary_E: torch.Tensor) -> torch.Tensor:
+    """Returns bool [T, K]: the filled slots of valid tokens that are neither among the heaviest nor critical."""
+    itself_E = torch.arange(len(primary_E), device=primary_E.device)
+    critical_E = ~primary_E & (substitutes(tables.similarity_EE, primary_E, settings.threshold) == itself_E)
+    stays_TK = heaviest_slots(step.weights_TK, settings.select_top_k) | critical_E[step.ids_TK.clamp(min=0).long()]
+    return filled_slots(step.ids_TK, step.valid_T) & ~stays_TK
+
+
+def _visited(step: Step, settles_TK: torch.Tensor, domain_E: torch.Tensor | None) -> torch.Tensor | None:
+    """Returns bool [T, E]: whether a token visits the domain of expert e anyway. None where there are no domains."""
+    if domain_E is None:
+        return None
+    same_domain_EE = domain_E[:, None] == domain_E[None]
+    stays_TK = filled_slots(step.ids_TK, step.valid_T) & ~settles_TK
+    visited_TE = (same_domain_EE[step.ids_TK.clamp(min=0).long()] & stays_TK[:, :, None]).any(dim=1)
+    return visited_TE if step.home_T is None else visited_TE | (step.home_T[:, None] == domain_E[None])
+
+
+def _substitution_costs(
+    drop_cost_T: torch.Tensor, similarity_TE: torch.Tensor, visited_TE: torch.Tensor | None, traffic_price: float
+) -> torch.Tensor:
+    """Returns float32 [T, E]: the cost of sending a slot of each token to each expert."""
+    cost_TE = drop_cost_T[:, None] * (1 - similarity_TE)
+    if visited_TE is None:
+        return cost_TE
+    price = torch.tensor(traffic_price, dtype=torch.float32, device=cost_TE.device)
+    return cost_TE + torch.where(visited_TE, torch.zeros_like(price), price)

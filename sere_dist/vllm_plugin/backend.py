@@ -1,0 +1,79 @@
+"""How a router's choice is replaced: the interface, and what both backends share.
+
+`cpu_backend` does it in numpy or torch on a CPU, `gpu_backend` with the CUDA kernel. A worker process imports one of
+them.
+"""
+
+import types
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from vllm.distributed.parallel_state import get_ep_group
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+from sere_dist.artifact.folder import Artifact
+from sere_dist.config import ReroutingConfig
+from sere_dist.method.records import ExpertPlaces
+from sere_dist.vllm_plugin.expert_map import ExpertMap
+from sere_dist.vllm_plugin.rows import Rows
+
+
+class Backend(Protocol):
+    """Re-routes the layers of one worker."""
+
+    def __init__(self, artifact: Artifact, rows: Rows, config: ReroutingConfig, expert_map: ExpertMap | None):
+        """`expert_map` says where experts live; None: one rank holds all of them."""
+
+    def set_settings(self, settings: dict[int, ReroutingConfig]) -> None:
+        """Sets the settings of every layer (`Artifact.settings_by_layer`), from the next step on."""
+
+    def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
+        """Makes a router return re-routed weights and ids from now on.
+
+        Returns its counters, int64 [len(COUNTERS)], and behind them the active experts of each rank, if there are more
+        than one.
+        """
+
+
+def is_projection(artifact: Artifact, config: ReroutingConfig) -> bool:
+    """Says whether layers follow policy projection; they all do, or none."""
+    return next(iter(artifact.settings_by_layer(config).values())).policy == "projection"
+
+
+def replace_choice(
+    router: BaseRouter, replace: Callable[[BaseRouter, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Makes a router return what `replace` makes of the weights and ids that it chose."""
+    compute_routing = type(router)._compute_routing
+
+    def replaced(self, hidden_states, router_logits, indices_type, *, input_ids=None):
+        weights, ids = compute_routing(self, hidden_states, router_logits, indices_type, input_ids=input_ids)
+        return replace(self, weights, ids)
+
+    router._compute_routing = types.MethodType(replaced, router)
+
+
+def all_reduce_losses(losses_E: torch.Tensor) -> None:
+    """Adds up, in place, the losses of all ranks of the expert-parallel group: int64 [E]. All of them must call it."""
+    group = get_ep_group()
+    if losses_E.is_cuda:  # on the current stream, so that it can be captured
+        communicator = group.device_communicator.pynccl_comm  # ty: ignore[missing-attribute]  # as CUDA's has
+        communicator.all_reduce(losses_E, losses_E, op=dist.ReduceOp.SUM)
+    else:
+        dist.all_reduce(losses_E, op=dist.ReduceOp.SUM, group=group.cpu_group)
+
+
+def places_of(expert_map: ExpertMap | None, layer: int) -> ExpertPlaces:
+    """Returns where a layer's experts live, in the very tensors that `ExpertMap.refresh` changes."""
+    if expert_map is None:
+        return ExpertPlaces()
+    return ExpertPlaces(expert_map.rank[layer], expert_map.num_ranks, expert_map.domain[layer])
+
+
+def homes_of(rows: Rows, expert_map: ExpertMap | None) -> torch.Tensor | None:
+    """Returns the home of every row, int32 [most tokens of a step]; None: no row has one."""
+    if expert_map is None or expert_map.home is None:
+        return None
+    return torch.full_like(rows.valid, expert_map.home, dtype=torch.int32)

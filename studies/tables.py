@@ -1,0 +1,184 @@
+"""The tables of docs/results.md, written from the JSON files that they quote.
+
+python -m studies.tables   # writes them into the page, between their markers
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from studies.common import RESULTS, ROOT
+
+PAGES = ROOT / "docs/results.md", ROOT / "docs/log.md"
+MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+RIVALS = {
+    "paper, frobenius": "SERE, the paper's policy",
+    "OEA": "OEA",
+    "OEA, not renormalised": "OEA, not renormalised",
+    "XShare": "XShare",
+    "XShare, warm-up 1": "XShare, warm-up 1",
+    "XShare, not renormalised": "XShare, warm-up 1, not renormalised",
+    "projection": "projection (ours), S alone",
+}
+PRICED, BATCHES = "expert price, S = 1", (1, 4, 16, 64)
+
+
+def load(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plus_minus(row: dict[str, Any], name: str, digits: int = 4, sign: str = "") -> str:
+    return f"{row[name]:{sign}.{digits}f} ± {row[name + '_error']:.{digits}f}"
+
+
+def outcome(row: dict[str, Any]) -> list[str]:
+    kept = f"{100 * row['top1']:.1f} ± {100 * row['top1_error']:.1f} %"
+    return [f"{row['active_experts']:.1f}", plus_minus(row, "kl"), f"{row['perplexity']:.2f}", kept]
+
+
+def field_rows() -> dict[tuple[int, str, float | None], dict[str, Any]]:
+    return {(row["batch"], row["policy"], row["knob"]): row for row in load(RESULTS / "quality.json")["field"]}
+
+
+def quality() -> str:
+    """At batch 16: the baseline, every policy at the setting that runs about 24 experts, and the paper's other S."""
+    of = field_rows()
+    shown: list[tuple[str, tuple[str, float]]] = [
+        ("SERE, S = 1", ("paper, frobenius", 1)),
+        ("SERE, S = 2", ("paper, frobenius", 2)),
+    ]
+    shown += [("OEA, k0 = 2", ("OEA", 2)), ("XShare, warm-up 1, budget 24", ("XShare, warm-up 1", 2))]
+    shown += [("projection (ours), S = 2", ("projection", 2))]
+    shown += [
+        ("**projection with `expert_price: 0.02` (ours)**", (PRICED, 0.02)),
+        ("SERE, S = 4", ("paper, frobenius", 4)),
+    ]
+    off = of[16, "off", None]
+    rows = [["baseline", f"{off['active_experts']:.1f}", "0", f"{off['perplexity']:.2f}", "100 %"]]
+    rows += [[name, *outcome(of[16, *point])] for name, point in shown]
+    return markdown(["policy", "active experts", "KL divergence", "perplexity", "likeliest token kept"], rows)
+
+
+def against_the_field() -> str:
+    """The range over all prices of our KL as a factor of a rival's at as many active experts."""
+    priced = [row for row in field_rows().values() if row["policy"] == PRICED]
+    rows = []
+    for name, label in RIVALS.items():
+        cells = []
+        for batch in BATCHES:
+            found = [row["beside"][name]["ratio"] for row in priced if row["batch"] == batch and name in row["beside"]]
+            cells.append(f"{min(found):.2f} to {max(found):.2f}")
+        rows.append([label, *cells])
+    return markdown(["KL as a factor of that of", *(f"batch {batch}" for batch in BATCHES)], rows)
+
+
+def by_batch() -> str:
+    of, rows = field_rows(), []
+    for batch in BATCHES:
+        cells = [str(batch), f"{of[batch, 'off', None]['active_experts']:.1f}"]
+        for point in (("paper, frobenius", 2), ("paper, frobenius", 4), (PRICED, 0.02)):
+            row = of[batch, *point]
+            cells.append(f"{row['active_experts']:.1f} at {plus_minus(row, 'loss_rise', sign='+')}")
+        rows.append(cells)
+    return markdown(["batch", "baseline", "SERE, S = 2", "SERE, S = 4", "`expert_price: 0.02`"], rows)
+
+
+def similarity() -> str:
+    rows = load(RESULTS / "quality.json")["beside_random"]
+    of = {(row["policy"], row["knob"]): row for row in rows}
+    names = list(dict.fromkeys(row["policy"] for row in rows))
+    cells = [
+        [f"`{name.removeprefix('paper, ')}`", *(plus_minus(of[name, s], "ratio", 2) for s in (1, 2, 4))]
+        for name in names
+    ]
+    return markdown(["KL as a factor of random's", "S = 1", "S = 2", "S = 4"], cells)
+
+
+def tuning() -> str:
+    found = load(RESULTS / "tuning.json")["recommendation"]
+    rows = [[f"recommended, batch {each['batch']}", *outcome(each)] for each in found["recommended"]]
+    rows += [[f"S = {keep} in all layers, batch 16", *outcome(found["uniform"][keep])] for keep in ("2", "3")]
+    off = {f"batch {each['batch']}": f"{each['active_experts']:.1f}" for each in found["off"]}
+    for row in rows:
+        row.insert(1, off[row[0].rsplit(", ", 1)[1]])
+    head = ["setting", "baseline", "active experts", "KL divergence", "perplexity", "likeliest token kept"]
+    return markdown(head, rows)
+
+
+def traffic() -> str:
+    points = load(RESULTS / "traffic.json")["points"]
+    of = {
+        (row["policy"], row["price"], row["placement"]): row
+        for row in points
+        if (row["batch"], row["ranks"]) == (16, 8)
+    }
+    names = {("off", None): "baseline", ("paper", None): "SERE", ("dropping", None): "dropping"}
+    names |= {("projection", price): f"projection, `traffic_price: {price:g}`" for price in (0.0, 0.0025, 0.01, 0.05)}
+    rows = []
+    for key, label in names.items():
+        cells = [of[*key, placement] for placement in ("linear", "placed by similarity", "placed")]
+        rows.append([label, *(f"{row['remote_domains']:.2f} / {abs(row['kl']):.4f}" for row in cells)])
+    return markdown(["remote ranks / KL", "placed linearly", "by similarity", "by co-activation"], rows)
+
+
+def decode() -> str:
+    rows = load(ROOT / "benchmarks/results/decode-cpu-small.json")["eager"]["rows"]
+    of = {(row["batch"], row["setting"]): row for row in rows}
+    cells = []
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        stock = of[batch, "stock"]["ms_per_token"]
+        cells.append([str(batch), f"{stock['median']:.0f} ({stock['min']:.0f} to {stock['max']:.0f})"])
+        for setting in ("S = 1", "S = 2", "S = 4", "S = 8 (off)"):
+            faster = of[batch, setting]["times_faster"]
+            cells[-1].append(f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})")
+    return markdown(["batch", "stock vLLM, ms per step", "S = 1, times faster", "S = 2", "S = 4", "S = 8 (off)"], cells)
+
+
+def calibration() -> str:
+    rows = load(ROOT / "benchmarks/results/calibration.json")["similarity"]["rows"]
+    of = {(row["method"], row["experts"]): row for row in rows if "ratio" in row}
+    cells = []
+    for method in dict.fromkeys(method for method, _ in of):
+        row = of[method, 64]
+        times = [
+            f"{row[name]['median']:.3g} s ({row[name]['min']:.3g} to {row[name]['max']:.3g})"
+            for name in ("pairwise_s", "ours_s")
+        ]
+        cells.append([method, *times, *(f"{of[method, experts]['ratio']:.0f}" for experts in (32, 64, 128))])
+    return markdown(["method", "loop over pairs", "here", "times faster: 32 experts", "64", "128"], cells)
+
+
+def accuracy() -> str:
+    rows = []
+    for keep, file in ((2, "accuracy-tiny-moe.json"), (1, "accuracy-tiny-moe-s1.json")):
+        for score in load(RESULTS / file)["tiny_moe_heldout"]["scores"]:
+            on = [f"{score[name]:.3f} ± {score[name + '_stderr']:.3f}" for name in ("off", "on")]
+            change = f"{score['difference']:+.3f} ± {score['difference_stderr']:.3f}"
+            rows.append([f"`{score['metric']}`, S = {keep}", *on, change, f"{score['other_answers']:.0%}"])
+    return markdown(["score", "off", "on", "difference", "other answers"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    function.__name__: function
+    for function in (
+        *(quality, against_the_field, by_batch, similarity, tuning, traffic),
+        *(decode, calibration, accuracy),
+    )
+}
+
+
+def written(page: str) -> str:
+    """Returns the page with all its tables as the JSON files have them."""
+    return MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], page)
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(written(page.read_text()))

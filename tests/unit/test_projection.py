@@ -1,0 +1,246 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sere_dist.method.counters import COUNTERS, count_step
+from sere_dist.method.projection import (
+    ALWAYS_PRIMARY,
+    FIXED_POINT_ONE,
+    losses_without_each_expert,
+    primary_by_price,
+    primary_losses,
+    reroute_projection,
+    to_fixed_point,
+)
+from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
+from sere_dist.method.rerouting import replace_experts, reroute, substitutes
+from tests.support.decode_steps import drawn_steps
+
+
+def in_fixed_point(value):
+    return min(round(float(np.float32(value)) * 2**24), 2**40)
+
+
+def oracle(drawn, tables, prices, domain, home):
+    """The definition of policy projection, slot by slot, in float32."""
+    weights, ids, similarity = drawn.step.weights_TK.float().numpy(), drawn.step.ids_TK.tolist(), tables[0].numpy()
+    coefficient, size, (expert_price, price) = tables[1].numpy(), tables[2].numpy(), prices
+    select_top_k, valid, num_slots = drawn.select_top_k, drawn.step.valid_T.tolist(), len(ids[0]) if ids else 0
+    new_weights, new_ids = weights.copy(), [list(row) for row in ids]
+    if not 0 < select_top_k < num_slots:
+        return new_weights, new_ids
+    order = [sorted(range(num_slots), key=lambda k, row=row: (-row[k], k)) for row in weights]
+    primary = {ids[t][k] for t in range(len(ids)) if valid[t] for k in order[t][:select_top_k]} - {-1}
+    if expert_price:
+        losses = dict.fromkeys(range(len(similarity)), 0)
+        for t, row in enumerate(ids):
+            for k, expert in enumerate(row):
+                if valid[t] and expert >= 0:
+                    losses[expert] += in_fixed_point(weights[t][k] * weights[t][k] * size[expert])
+        primary |= {expert for expert, loss in losses.items() if loss >= max(1, in_fixed_point(expert_price))}
+    rho, price = np.float32(drawn.threshold), np.float32(price)
+
+    def similar(e, p):
+        return np.float32(1) if e == p else similarity[e][p]
+
+    def is_critical(e):
+        return e not in primary and rho > 0 and max(similar(e, p) for p in primary) < rho
+
+    for t, row in enumerate(ids):
+        if not valid[t] or not primary:
+            continue
+        settling = [k for k in order[t][select_top_k:] if row[k] >= 0 and not is_critical(row[k])]
+        visited = {domain[row[k]] for k in range(num_slots) if row[k] >= 0 and k not in settling} if domain else set()
+        if domain and home:
+            visited.add(home[t])
+        for k in settling:
+            e, loss = row[k], weights[t][k] * weights[t][k] * size[row[k]]
+            options = [(loss, 1, 0, -1)]  # cost; dropping is last; the larger similarity; the lower id
+            for p in primary:
+                traffic = price if domain and domain[p] not in visited else np.float32(0)
+                options.append((loss * (1 - similar(e, p)) + traffic, 0, -similar(e, p), p))
+            choice = min(options)[-1]
+            new_ids[t][k] = choice
+            if choice < 0:
+                new_weights[t][k] = 0
+            else:
+                new_weights[t][k] = weights[t][k] * (np.float32(1) if choice == e else coefficient[e][choice])
+                visited.add(domain[choice] if domain else None)
+    return new_weights, new_ids
+
+
+@given(
+    drawn_steps(),
+    st.integers(0, 2**32),
+    st.sampled_from([0.0, 0.01, 0.1, 1.0, 5.0]),
+    st.sampled_from([0.0, 1e-9, 0.1, 0.25, 0.5, 1.0, 2.0, 1e30]),
+    st.sampled_from([0, 1, 2, 5]),
+    st.booleans(),
+)
+def test_equals_the_definition(drawn, seed, traffic_price, expert_price, domains, has_home):
+    generator = torch.Generator().manual_seed(seed)
+    num_experts, num_tokens = len(drawn.similarity_EE), len(drawn.step.ids_TK)
+    size = torch.rand(num_experts, generator=generator) * 2
+    size = (size * 4).round() / 4 if seed % 2 else size  # what is lost may be the price
+    tables = LayerTables(drawn.similarity_EE, torch.rand(num_experts, num_experts, generator=generator) * 2, size)
+    domain = torch.randint(domains, (num_experts,), generator=generator) if domains else None
+    home = torch.randint(-1, domains, (num_tokens,), generator=generator) if domains and has_home else None
+    numbers = Settings(drawn.select_top_k, drawn.threshold, expert_price, traffic_price)
+    before, step = drawn.copy(), drawn.step._replace(home_T=home)
+    weights, ids = reroute_projection(step, tables, numbers, ExpertPlaces(domain_E=domain))
+
+    lists = [None if tensor is None else tensor.tolist() for tensor in (domain, home)]
+    expected_weights, expected_ids = oracle(drawn, tables, (expert_price, traffic_price), *lists)
+    assert ids.tolist() == expected_ids
+    expected = torch.from_numpy(expected_weights)
+    changed = expected != step.weights_TK.float()
+    assert torch.equal(weights, torch.where(changed, expected.to(weights.dtype), step.weights_TK))
+    assert weights.dtype == step.weights_TK.dtype and ids.dtype == step.ids_TK.dtype
+    assert drawn.equals(before), "inputs were changed"
+
+
+@given(drawn_steps(), st.integers(0, 6), st.sampled_from([0.0, 1e-9, 0.1, 0.5, 2.0]), st.integers(0, 2**32))
+def test_ranks_that_share_primary_experts_act_as_one(drawn, rows_of_first, expert_price, seed):
+    """Two ranks with a share of the tokens each do to these what one rank does to all."""
+    generator = torch.Generator().manual_seed(seed)
+    num_experts = len(drawn.similarity_EE)
+    coefficient, size = (
+        torch.rand(num_experts, num_experts, generator=generator),
+        torch.rand(num_experts, generator=generator),
+    )
+    tables = LayerTables(drawn.similarity_EE, coefficient, size)
+    papers, priced = (Settings(drawn.select_top_k, drawn.threshold, price) for price in (0.0, expert_price))
+    both = (slice(rows_of_first), slice(rows_of_first, None))
+
+    def of_rows(rows):
+        return Step(*(each[rows] for each in drawn.step[:3]))
+
+    def shared(numbers):
+        losses_E = sum(primary_losses(of_rows(rows), tables, numbers) for rows in both)
+        return losses_E >= to_fixed_point(numbers.expert_price)
+
+    def on_this_rank(rows):
+        step = of_rows(rows)
+        substitute_E = substitutes(tables.similarity_EE, shared(papers), drawn.threshold)
+        ids = replace_experts(step.ids_TK, substitute_E, step.valid_T)
+        return ids, *reroute_projection(step, tables, priced, primary_E=shared(priced))
+
+    weights, ids, valid, _home = drawn.step
+    alone = reroute(
+        weights, ids, tables.similarity_EE, select_top_k=drawn.select_top_k, threshold=drawn.threshold, valid_T=valid
+    )
+    alone = alone, *reroute_projection(drawn.step, tables, priced)
+    joined = [torch.cat(parts) for parts in zip(*map(on_this_rank, both), strict=True)]
+    assert all(map(torch.equal, joined, alone))
+
+
+def test_losses_by_hand():
+    """Three tokens, the last not valid. With S = 1 the floor is 0 and 1; 2 and 3 are bought by what they would lose."""
+    weights = torch.tensor([[0.5, 0.25, 0.25], [0.75, 0.5, 0.5], [1.0, 1.0, 1.0]])
+    ids, size = torch.tensor([[0, 2, 3], [1, 2, -1], [3, 3, 3]]), torch.tensor([1.0, 1.0, 2.0, 4.0])
+    step = Step(weights, ids, torch.tensor([True, True, False]))
+    losses = [1 / 4, 9 / 16, 2 / 16 + 2 / 4, 4 / 16]
+    assert losses_without_each_expert(step, size).tolist() == [round(loss * FIXED_POINT_ONE) for loss in losses]
+
+    def primary(price, select_top_k=1, size=size, step=step):
+        tables = LayerTables(torch.eye(4), torch.eye(4), size)
+        return primary_by_price(step, tables, Settings(select_top_k, expert_price=price)).int().tolist()
+
+    assert primary(0) == primary(0.626) == primary(1e9) == primary(1e300) == [1, 1, 0, 0]
+    assert primary(0.625) == primary(0.251) == [1, 1, 1, 0], "as much as the price is enough"
+    assert primary(0.25) == primary(1e-9) == primary(1e-300) == [1, 1, 1, 1]
+    assert primary(1e-9, step=step._replace(valid_T=torch.tensor([False, True, False]))) == [0, 1, 1, 0]
+    assert primary(1e-9, size=torch.tensor([1.0, 1.0, torch.nan, 0.0])) == [1, 1, 0, 0]
+    for select_top_k in (-1, 0, 3, 4):
+        assert primary(1e-9, select_top_k) == [0] * 4
+
+
+def test_sums_of_losses_are_exact():
+    """Float32 would lose the small ones: 2^18 losses of 2^-24 beside one of 2^15."""
+    weights = torch.cat([torch.full((2**18, 1), 2.0**-12), torch.full((1, 1), 2.0**7.5)]).float()
+    ids = torch.zeros(len(weights), 1, dtype=torch.int32)
+    big = round(float(weights[-1, 0] * weights[-1, 0]) * FIXED_POINT_ONE)
+    for order in (torch.arange(len(ids)), torch.arange(len(ids)).flip(0)):
+        assert losses_without_each_expert(Step(weights[order], ids), torch.ones(1)).tolist() == [2**18 + big]
+    huge = Step(torch.full((4096, 1), 1e30), ids[:4096])
+    assert losses_without_each_expert(huge, torch.ones(1)).tolist() == [4096 * ALWAYS_PRIMARY]
+
+
+def test_steps_of_a_batch_by_vmap():
+    """As `evaluation` re-routes them."""
+    generator = torch.Generator().manual_seed(0)
+    weights, similarity = torch.rand(5, 8, 4, generator=generator), torch.rand(16, 16, generator=generator)
+    ids, tables = torch.randint(-1, 16, (5, 8, 4), generator=generator), (similarity, similarity, torch.ones(16))
+
+    def step(weights_TK, ids_TK):
+        return reroute_projection(Step(weights_TK, ids_TK), LayerTables(*tables), Settings(1, expert_price=0.4))
+
+    together, alone = torch.vmap(step)(weights, ids), [step(*each) for each in zip(weights, ids, strict=True)]
+    assert all(map(torch.equal, together, map(torch.stack, zip(*alone, strict=True))))
+
+
+@given(drawn_steps(), st.sampled_from([1, 2, 3]))
+def test_what_the_cheapest_experts_change(drawn, select_top_k):
+    """Nothing, as every expert is worth running; and one too dear for any changes nothing of the policy's."""
+    num_experts, step = len(drawn.similarity_EE), drawn.step
+    generator = torch.Generator().manual_seed(num_experts)
+    coefficient, size = torch.rand(num_experts, num_experts, generator=generator), torch.ones(num_experts)
+    tables = LayerTables(drawn.similarity_EE * 0.9, coefficient, size)  # no expert is another's twin
+
+    def rerouted(price):
+        return reroute_projection(step, tables, Settings(select_top_k, expert_price=price))
+
+    cheap = rerouted(1e-9)
+    assert all(map(torch.equal, cheap, step[:2]))
+    primary_E = primary_by_price(step, tables, Settings(select_top_k, expert_price=1e-9))
+    assert not count_step(step, cheap[1], primary_E)[COUNTERS.index("critical_slots")]
+    assert all(map(torch.equal, rerouted(1e5), rerouted(0)))
+
+
+# With S = 1 the primary experts are 0, 1 and 2; tokens 0 and 1 settle expert 3. Two ranks hold two experts each.
+STEP = Step(torch.tensor([[0.5, 0.4], [0.6, 0.5], [0.7, 0.3]]), torch.tensor([[0, 3], [1, 3], [2, -1]]))
+TABLES = LayerTables(
+    torch.tensor([[1.0] * 4, [1.0] * 4, [1.0] * 4, [0.5, 0.6, 0.9, 1.0]]), torch.full((4, 4), 2.0), torch.ones(4)
+)
+TWO_RANKS, FOUR_RANKS = (ExpertPlaces(domain_E=torch.tensor(domain)) for domain in ([0, 0, 1, 1], [0, 1, 2, 3]))
+
+
+def test_a_priced_step_by_hand():
+    def rerouted(price):
+        weights, ids = reroute_projection(STEP, TABLES, Settings(1, traffic_price=price), TWO_RANKS)
+        return [(round(w, 6), i) for w, i in zip(weights[:2, 1].tolist(), ids[:2, 1].tolist(), strict=True)]
+
+    # Quality alone: 3 is most like 2, and its weight doubles.
+    assert rerouted(0) == [(0.8, 2), (1.0, 2)]
+    # Going to rank 1 costs more than the likeness of 2 saves: 0.16 (0.4 - 0.1) < 0.06 < 0.25 (0.4 - 0.1) = 0.075.
+    assert rerouted(0.06) == [(0.8, 1), (1.0, 2)]
+    assert rerouted(0.08) == [(0.8, 1), (1.0, 1)]
+    # Rank 0 is dear only for a token that does not visit it anyway; nobody drops.
+    weights, ids = reroute_projection(STEP, TABLES, Settings(1, traffic_price=0.2), FOUR_RANKS)
+    assert ids.tolist() == [[0, 0], [1, 1], [2, -1]] and weights[2].tolist() == STEP.weights_TK[2].tolist()
+
+
+def test_a_priced_step_with_primary_experts_of_other_ranks_by_hand():
+    def rerouted(price):
+        everyone = torch.ones(4, dtype=torch.bool)  # some other rank claims 3
+        weights, ids = reroute_projection(STEP, TABLES, Settings(1, traffic_price=price), TWO_RANKS, everyone)
+        counts = count_step(STEP, ids, everyone).tolist()
+        slots = [(round(w, 6), i) for w, i in zip(weights[:2, 1].tolist(), ids[:2, 1].tolist(), strict=True)]
+        return slots, counts[COUNTERS.index("active_experts_after")]
+
+    assert rerouted(0) == ([(0.4, 3), (0.5, 3)], 4)
+    # A slot may leave a primary expert for the traffic: 0.16 (1 - 0.6) = 0.064 < 0.08 < 0.25 (1 - 0.6) = 0.1.
+    assert rerouted(0.08) == ([(0.8, 1), (0.5, 3)], 4)
+    assert rerouted(0.11) == ([(0.8, 1), (1.0, 1)], 3)  # 3 is primary, but no longer runs for this rank
+
+
+def test_a_slot_is_dropped_where_every_substitute_costs_more():
+    step = Step(torch.tensor([[0.5, 0.4], [0.6, -1.0]]), torch.tensor([[0, 3], [1, -1]]))
+    unlike = TABLES._replace(similarity_EE=torch.eye(4))
+    _weights, ids = reroute_projection(step, unlike, Settings(1, traffic_price=0.5), FOUR_RANKS)
+    # No likeness: substituting by 0, where the token is anyway, costs what dropping does; dropping comes last.
+    assert ids.tolist() == [[0, 0], [1, -1]]
+    step = Step(torch.tensor([[0.5, 0.4], [0.6, 0.5]]), torch.tensor([[-1, 3], [1, -1]]))
+    weights, ids = reroute_projection(step, TABLES, Settings(1, traffic_price=0.5), FOUR_RANKS)
+    assert ids.tolist() == [[-1, -1], [1, -1]] and weights.tolist()[0][1] == 0

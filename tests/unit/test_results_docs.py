@@ -1,0 +1,70 @@
+"""The pages quote what the JSON files have: tables as they are, and the sentences that a reader remembers."""
+
+import re
+
+import pytest
+
+from studies.common import RESULTS, ROOT
+from studies.tables import MARKED, PAGES, PRICED, TABLES, field_rows, load, written
+
+RESULTS_PAGE, LOG = (page.read_text() for page in PAGES)
+PROSE = " ".join(RESULTS_PAGE.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_json(page):
+    assert page.read_text() == written(page.read_text()), "python -m studies.tables"
+
+
+def test_every_table_stands_on_a_page():
+    assert sorted(found[2] for page in (RESULTS_PAGE, LOG) for found in MARKED.finditer(page)) == sorted(TABLES)
+
+
+def test_files_that_the_pages_name():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if not target.startswith("http") and target != "method.md":
+                assert (page.parent / target).exists(), target
+
+
+def test_ours_against_the_papers_policy():
+    ours = field_rows()[16, PRICED, 0.02]
+    assert f"{ours['beside']['paper, frobenius']['ratio']:.2f} times the KL divergence of the paper's policy" in PROSE
+
+
+def test_every_factor_is_below_1():
+    factors = [
+        beside["ratio"] for row in field_rows().values() if row["policy"] == PRICED for beside in row["beside"].values()
+    ]
+    assert len(factors) > 150 and max(factors) < 1
+
+
+def test_what_a_traffic_price_saves():
+    goals = {(goal["baseline"], goal["placement"]): goal for goal in load(RESULTS / "traffic.json")["goals"]}
+    for baseline, before in (("paper", "visit {} fewer remote ranks"), ("dropping", "dropping the slots it is {}")):
+        linear, placed = (f"{goals[baseline, place]['fewer_remote_domains']:.0%}" for place in ("linear", "placed"))
+        assert before.format(linear) in PROSE
+        assert {"paper": f"{placed} fewer.", "dropping": f"{linear} and {placed}"}[baseline] in PROSE
+
+
+def test_survival():
+    found = load(ROOT / "tests/soak/results/survival.json")["survival"]
+    sent, answered = sum(found["sent"].values()), sum(found["answered"].values())
+    assert f"Of {sent:,} requests in {found['seconds']:.0f} s, {answered:,} were answered" in PROSE
+
+
+def test_the_readmes_table():
+    readme, of = (ROOT / "README.md").read_text(), field_rows()
+    off = of[16, "off", None]
+    numbers = [f"| {off['active_experts']:.1f} | {off['perplexity']:.2f} | 0 |"]
+    for point in (("paper, frobenius", 2), (PRICED, 0.02)):
+        row = of[16, *point]
+        numbers.append(f"| {row['active_experts']:.1f} | {row['perplexity']:.2f} | {row['kl']:.3f} |")
+    for line in numbers:
+        assert line in readme.replace("**", "")
+
+
+def test_the_readmes_speed():
+    rows = load(ROOT / "benchmarks/results/decode-cpu-small.json")["eager"]["rows"]
+    (row,) = (row for row in rows if (row["batch"], row["setting"]) == (16, "S = 2"))
+    assert f"decoded {row['times_faster']['median']:.2f} times faster" in (ROOT / "README.md").read_text()
