@@ -35,7 +35,7 @@ types: .venv/.ready
 # are the many examples of hypothesis's profile `thorough` (tests/conftest.py). Two processes share the tests: those that
 # need Ray stay in one, with one cluster, and every other file of the rooms is one process's too.
 UNIT := $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal
-REAL := $(BIN)/python -m pytest tests/engine tests/serving tests/cluster -n 2 --dist loadgroup
+REAL := $(BIN)/python -m pytest tests/engine tests/serving tests/cluster -n 2 --dist loadfile
 
 unit: .venv/.ready
 	$(UNIT) -m "not slow"

@@ -1,10 +1,9 @@
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from sere_dist.artifact import folder
 from sere_dist.artifact.folder import (
     CONFIG_FILE,
     EXPERTS_FILE,
@@ -356,12 +356,15 @@ def test_a_save_that_is_killed_leaves_nothing_half(saved, overwrite):
     """The process dies with most files written."""
     path, _ = saved
     target = path if overwrite else path.with_name("new")
-    program = (
-        "import os, signal; from sere_dist.artifact import folder; from tests.support.artifacts import small_artifact; "
-        "folder.card = lambda *_: os.kill(os.getpid(), signal.SIGKILL); "
-        f"small_artifact().save({str(target)!r}, overwrite={overwrite})"
-    )
-    assert subprocess.run([sys.executable, "-c", program]).returncode == -signal.SIGKILL
+
+    def save() -> None:
+        folder.card = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        small_artifact().save(target, overwrite=overwrite)
+
+    process = multiprocessing.get_context("fork").Process(target=save)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert target.exists() == overwrite
     Artifact.load(path)
 

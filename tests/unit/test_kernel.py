@@ -39,7 +39,7 @@ steps = st.builds(
 many = settings(suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
 def test_many_steps_equal_torch(on_host, count):
     for step in random_steps(count):
         step.check("cpu")
@@ -70,7 +70,7 @@ def test_two_launches_equal_torch(on_host, step, seed):
 
 @pytest.mark.parametrize(
     ("rows", "launches"),
-    [(1, 1), (1024, 1), (1025, 2), (16384, 2)],
+    [(1, 1), (1024, 1), (1025, 2), pytest.param(16384, 2, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("projection", [False, True])
 def test_largest_shapes(on_host, rows, launches, projection):
@@ -262,7 +262,9 @@ def local_memory(cubin: bytes, tmp_path: Path) -> dict[str, int]:
     return frames
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "arch", [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
+)
 @pytest.mark.parametrize(("weight_dtype", "id_dtype"), list(itertools.product(kernel.WEIGHT_DTYPES, kernel.ID_DTYPES)))
 def test_compiles_without_spills(tmp_path, arch, weight_dtype, id_dtype):
     cubin = kernel.compile_kernels(arch, weight_dtype, id_dtype, tmp_path / "cache").code
@@ -340,6 +342,7 @@ def test_what_does_not_fit_is_refused():
             layer().reroute(step)
 
 
+@pytest.mark.slow
 def test_the_benchmark_says_what_it_would_measure():
     command = [sys.executable, "-m", "benchmarks.kernel"]
     run = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True, cwd=ROOT)

@@ -68,6 +68,7 @@ def first_layer(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_study(first_layer, tmp_path, capsys, monkeypatch):
     small = {"BATCHES": (1, 6), "BATCH": 6, "KEEPS": (1, 4, 8), "KEEPS_OF_PARTS": (2,), "RANDOM_DRAWS": 2}
     small |= {"PRICES": (0.01, 0.1), "SAMPLES": (2, 4, 999), "SAMPLES_OF_CKA": 2, "SAMPLES_OF_KIND": 2}

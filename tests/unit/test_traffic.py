@@ -120,6 +120,7 @@ def artifacts(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_study(artifacts, tmp_path, capsys):
     results, picture = tmp_path / "results" / "traffic.json", tmp_path / "traffic.png"
     study.main(artifacts, results=results, picture=picture, quick=True)
