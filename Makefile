@@ -30,24 +30,21 @@ lint: .venv/.ready
 types: .venv/.ready
 	$(BIN)/ty check
 
-# The rooms of the tests: tests/unit needs neither a Ray cluster nor an engine; tests/engine starts vLLM's engine,
-# tests/serving the Ray Serve application, tests/cluster Ray jobs. A test that is marked `slow` is for test-all alone, as
-# are the many examples of hypothesis's profile `thorough` (tests/conftest.py). Two processes share the tests: those that
-# need Ray stay in one, with one cluster, and every other file of the rooms is one process's too.
-UNIT := $(BIN)/python -m pytest tests/unit -n 2 --dist worksteal
-REAL := $(BIN)/python -m pytest tests/engine tests/serving tests/cluster -n 2 --dist loadfile
+# tests/unit needs neither a Ray cluster nor an engine; tests/engine starts vLLM's engine, tests/serving the Ray Serve
+# application, tests/cluster Ray jobs. What takes long is marked so (tests/conftest.py). Two processes share the tests.
+# Those that need Ray stay in one, with one cluster; every other file is one process's, too.
+PYTEST := $(BIN)/python -m pytest -n 2
 
 unit: .venv/.ready
-	$(UNIT) -m "not slow"
+	$(PYTEST) tests/unit --dist worksteal -m "not long and not slow"
 
 check: lint types unit ## lint, types, and the tests that need neither a cluster nor an engine (2 minutes on 2 cores)
 
 test: check ## and each promise that needs the real thing: engines, Ray, Serve, HTTP (15 minutes)
-	$(REAL) -m "not slow"
+	$(PYTEST) tests --dist loadfile -m "long and not slow"
 
 test-all: lint types ## everything, at length: run it before an issue is called resolved (45 minutes)
-	$(UNIT) --hypothesis-profile thorough
-	$(REAL) --hypothesis-profile thorough
+	$(PYTEST) tests --dist loadfile --hypothesis-profile thorough
 
 bench-calibration: .venv/.ready ## calibration's speed and memory (25 minutes, on an idle machine)
 	$(BIN)/python -m benchmarks.calibration

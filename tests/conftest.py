@@ -1,7 +1,8 @@
 """What the rooms share. Nothing here is imported before a test asks for it: torch and its company take seconds.
 
-`tests/unit` needs neither a cluster nor an engine, and runs by `make check`. The other rooms start the real thing. A
-test that is marked `slow` is left to `make test-all`, as are the many examples of hypothesis's profile `thorough`.
+`tests/unit` needs neither a cluster nor an engine, and runs by `make check`. The other rooms start the real thing. In
+`tests/unit` a test that is marked `long` is left to `make test`. Anywhere, a test that is marked `slow` is left to
+`make test-all`, as are the many examples of hypothesis's profile `thorough`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ class ByFileAndCluster(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return "cluster" if file.startswith(("tests/serving/", "tests/cluster/")) else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever starts the real thing takes long."""
+    for item in items:
+        if not item.nodeid.startswith("tests/unit/"):
+            item.add_marker("long")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log) -> ByFileAndCluster | None:

@@ -282,7 +282,7 @@ def score_layer(
     if method == "random":
         similarity_EE, block_tokens = random_similarity(experts.num_experts, seed + layer), 0
     elif method == "weights":
-        similarity_EE, block_tokens = weight_similarity(list(experts.parameters())), 0
+        similarity_EE, block_tokens = weight_similarity(experts.parameters()), 0
     else:
         outputs = ExpertOutputs(experts, inputs, device)
         num_experts, num_tokens, hidden_size = outputs.shape

@@ -9,7 +9,7 @@ token's Gram matrix [E, E] of expert outputs; CKA is a sum over pairs of tokens,
 within a few tokens are float32, except CKA's; sums over tokens are float64.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple, get_args
 
@@ -180,11 +180,12 @@ def expert_projection(
     return similarity_EE.float(), coefficient_EE.float(), size_E.float()
 
 
-def weight_similarity(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+def weight_similarity(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     """Returns the cosine [E, E], float32, diagonal 1, of the experts' concatenated weights: tensors [E, ...] each.
 
     A control: it needs no data. Hidden neurons have no order, so equal functions need not have equal weights.
     """
+    weights = list(weights)
     num_experts = len(weights[0])
     gram_EE = torch.zeros(num_experts, num_experts, dtype=torch.float64, device=weights[0].device)
     for weight in weights:

@@ -96,7 +96,7 @@ def test_a_model_whose_first_layer_is_dense(cluster, tmp_path):
         str(tmp_path / "out"),
     )
     printed = job(cluster, *options, "--num-samples", "4", "--max-length", "16")
-    assert "3, of which 2 MoE: 8 experts, 2 a token" in printed
+    assert "3, of which 2 MoE: 8 experts, 2 per token" in printed
     assert list(Artifact.load(tmp_path / "out").layers) == [1, 2]
 
 

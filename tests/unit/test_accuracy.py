@@ -23,6 +23,7 @@ def manager() -> TaskManager:
     return manager
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("suite", CODE)
 def test_the_papers_tasks_generate(manager, suite):
     tasks = dict(leaf_tasks(manager, suite))
@@ -34,6 +35,7 @@ def test_the_papers_tasks_generate(manager, suite):
         check(tasks, run_model_code=False)
 
 
+@pytest.mark.long
 def test_tasks_that_score_the_prompt_are_refused(manager):
     for name in ("boolq", "cmmlu"):
         with pytest.raises(ValueError, match=f"{name}.*: output_type is not generate_until"):
@@ -86,6 +88,7 @@ QUESTIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "answer", "right"),
     [

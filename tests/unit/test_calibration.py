@@ -120,7 +120,7 @@ def test_a_forward_pass_takes_fewer_texts_when_memory_runs_out(model):
 def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
     done = run("--model", str(MODEL), "--output", str(tmp_path / "out"), "--dry-run", "--num-samples", "100")
     assert done.exit_code == 0, done.output
-    assert "6, of which 6 MoE: 64 experts, 8 a token" in done.output and "12,800" in done.output
+    assert "6, of which 6 MoE: 64 experts, 8 per token" in done.output and "12,800" in done.output
     assert "(no cluster)" in done.output
     assert os.listdir(tmp_path) == []
 

@@ -601,6 +601,7 @@ print(score_layer(Checkpoint("someone/some-moe"), 1, [], "weights").similarity_E
 """
 
 
+@pytest.mark.long
 def test_only_the_shards_of_a_step_are_fetched_from_the_hub(single, tmp_path):
     Hub.folder, Hub.fetched = split(single, r"model\.layers\.1\.mlp\.experts\.", tmp_path), []
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:

@@ -62,6 +62,7 @@ def one_h200(gpus_of, monkeypatch):
     return gpus_of(H200)
 
 
+@pytest.mark.long
 def test_clusters_that_do_not_answer():
     port = free_ports(1)[0]
     start = time.monotonic()

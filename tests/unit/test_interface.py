@@ -25,6 +25,7 @@ assert not others, others
 NOTHING = "import sys, sere_dist, sere_dist.config; assert 'torch' not in sys.modules"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", [IMPORTS, METHOD, NOTHING], ids=["interface", "method", "settings"])
 def test_what_an_import_loads(program):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

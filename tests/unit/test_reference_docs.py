@@ -17,6 +17,7 @@ CODE = ("sere_dist", "calibration_jobs", "serve_apps")
 LINK = re.compile(r"\]\(([^)#\s]*)(#[^)\s]*)?\)")
 
 
+@pytest.mark.long
 def test_the_reference_is_what_the_code_says():
     page = PAGE.read_text()
     assert [name for _, name, _ in BLOCK.findall(page)] == [*TABLES], "a table is missing, twice or out of order"

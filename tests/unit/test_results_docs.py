@@ -51,20 +51,3 @@ def test_survival():
     found = load(ROOT / "tests/soak/results/survival.json")["survival"]
     sent, answered = sum(found["sent"].values()), sum(found["answered"].values())
     assert f"Of {sent:,} requests in {found['seconds']:.0f} s, {answered:,} were answered" in PROSE
-
-
-def test_the_readmes_table():
-    readme, of = (ROOT / "README.md").read_text(), field_rows()
-    off = of[16, "off", None]
-    numbers = [f"| {off['active_experts']:.1f} | {off['perplexity']:.2f} | 0 |"]
-    for point in (("paper, frobenius", 2), (PRICED, 0.02)):
-        row = of[16, *point]
-        numbers.append(f"| {row['active_experts']:.1f} | {row['perplexity']:.2f} | {row['kl']:.3f} |")
-    for line in numbers:
-        assert line in readme.replace("**", "")
-
-
-def test_the_readmes_speed():
-    rows = load(ROOT / "benchmarks/results/decode-cpu-small.json")["eager"]["rows"]
-    (row,) = (row for row in rows if (row["batch"], row["setting"]) == (16, "S = 2"))
-    assert f"decoded {row['times_faster']['median']:.2f} times faster" in (ROOT / "README.md").read_text()

@@ -306,6 +306,7 @@ for options in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.long
 def test_datasets_by_name(tmp_path):
     asked = [
         ({"dataset": "org/name", "subset": "one"}, ["of train", ""]),

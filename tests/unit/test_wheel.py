@@ -69,6 +69,7 @@ def files_of(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in paths if path.is_file() and "__pycache__" not in path.parts}
 
 
+@pytest.mark.long
 def test_every_file_of_the_packages_is_in_it(environment):
     expected = files_of(ROOT)
     assert files_of(site_packages(environment)) == expected
@@ -81,6 +82,7 @@ def test_every_file_of_the_packages_is_in_it(environment):
     } <= expected
 
 
+@pytest.mark.long
 def test_its_entry_points(environment):
     (metadata,) = site_packages(environment).glob("sere_dist-*.dist-info")
     entries = {(entry.group, entry.name, entry.value) for entry in Distribution.at(metadata).entry_points}
@@ -90,6 +92,7 @@ def test_its_entry_points(environment):
     }
 
 
+@pytest.mark.long
 def test_help_runs_from_it(environment):
     place = run(environment, "python", "-c", "import sere_dist; print(sere_dist.__file__)")
     assert Path(place).is_relative_to(site_packages(environment))
