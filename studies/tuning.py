@@ -1,4 +1,4 @@
-"""What `sere-dist tune` finds for the example model, and what that costs on texts which had no say.
+"""What a tuning finds for the example model, and what that costs on held-out texts.
 
     python -m studies.tuning          # 5 minutes on 2 cores; calibrates into build/studies if nothing is there
     python -m studies.tuning --draw   # only the picture, from the JSON

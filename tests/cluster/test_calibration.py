@@ -100,6 +100,7 @@ def test_a_model_whose_first_layer_is_dense(cluster, tmp_path):
     assert list(Artifact.load(tmp_path / "out").layers) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_method_without_data_reads_none(cluster, tmp_path):
     """Not even the default dataset, which is on the Hub."""
     job(cluster, "--model", str(MODEL), "--method", "weights", "--output", str(tmp_path / "out"))

@@ -31,6 +31,7 @@ def test_a_machine_that_is_ready(cluster, artifact_path):
     assert "method frobenius, " in lines["artifact"] and f"fits {MODEL}" in lines["artifact"]
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_not(cluster, tmp_path):
     small_artifact().save(tmp_path / "artifact")
     options = ["--json", "--artifact", str(tmp_path / "artifact"), "--model", str(MODEL)]

@@ -114,7 +114,7 @@ def test_a_threshold_keeps_critical_experts(fresh, prompts, stock_tokens):
     assert all(layer["critical_slots"] > 0 == layer["rerouted_slots"] for layer in counters(fresh))
 
 
-def test_policies_out_of_range_change_nothing(fresh):
+def test_settings_out_of_range_change_nothing(fresh):
     before = fresh.collective_rpc("sere_settings")
     for change in (
         {"select_top_k": 0},
@@ -203,7 +203,8 @@ def test_prefill_can_be_rerouted_too(fresh, prompts):
     assert all(layer["rows"] == BATCH * (PROMPT + NEW - 1) for layer in counters(fresh))
 
 
-def test_a_restart_follows_the_policy(llm, eager, artifact_path, prompts, stock_tokens):
+@pytest.mark.slow
+def test_a_restart_follows_the_settings(llm, eager, artifact_path, prompts, stock_tokens):
     """Compiled: the graph comes from the cache of the first start, and must not have the policy baked in."""
     again = start(eager, artifact=str(artifact_path), select_top_k=2)
     rerouted_tokens = greedy(again, prompts)
@@ -213,6 +214,7 @@ def test_a_restart_follows_the_policy(llm, eager, artifact_path, prompts, stock_
     assert kept_tokens == stock_tokens != rerouted_tokens
 
 
+@pytest.mark.slow
 def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, prompts, host_kernels):
     """And so does the backend of GPUs, with the kernel's build for this CPU and prompts from the prefix cache. A layer
     that slips away stops the engine."""

@@ -118,6 +118,7 @@ def test_prices_under_tensor_parallelism(options, prompts, priced):
             assert worker["layers"] == alone["counters"][0]["layers"]
 
 
+@pytest.mark.slow
 def test_data_parallel_ranks_that_share_the_primary_set_answer_as_one(options, prompts, papers, host_kernels):
     """A rank with nothing to do joins all the same. And so does the backend of GPUs, with the kernel's build for this
     CPU. All-gather dispatch: every byte goes."""
@@ -162,6 +163,7 @@ def test_prices_lower_the_bytes_on_the_wire(options, prompts, priced, host_kerne
         assert bytes_sent(off) - bytes_sent(turn) == more * a_visit
 
 
+@pytest.mark.slow
 def test_a_primary_set_of_each_rank_alone(options, prompts, papers):
     """Each data-parallel rank answers as one worker that has its requests alone."""
     ranks = engines.run_data_parallel(options(sere={}, enable_expert_parallel=True), prompts, NEW, [ON])

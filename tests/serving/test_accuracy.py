@@ -30,7 +30,7 @@ def test_off_and_on(cluster, url, enabled, tmp_path):
     results = tmp_path / "accuracy.json"
     done = accuracy(cluster, url, "--limit", "32", "--concurrency", "8", "--results", str(results))
     assert done.returncode == 0, done.stderr
-    assert "8 requests at once, S = 2" in done.stdout and "other answers" in done.stdout
+    assert "8 requests at a time, S = 2" in done.stdout and "other answers" in done.stdout
     assert json.loads(results.read_text()) == json.loads(done.stdout.splitlines()[-1])
     report = json.loads(results.read_text())["tiny_moe_heldout"]
     assert report["settings"]["enabled"] and report["settings"]["rows"] == "decode" and report["concurrency"] == 8

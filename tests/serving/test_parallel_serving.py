@@ -12,7 +12,8 @@ from tests.soak.load import processes
 from tests.support.metrics import metrics
 from tests.support.polling import eventually
 
-pytestmark = pytest.mark.parametrize("url", ["TP2+EP2", "DP2+EP2"], indirect=True)
+TENSOR_PARALLEL = pytest.param("TP2+EP2", marks=pytest.mark.slow)
+pytestmark = pytest.mark.parametrize("url", [TENSOR_PARALLEL, "DP2+EP2"], indirect=True)
 
 
 def test_every_rank_answers_and_reroutes(cluster, url, admin):

@@ -84,6 +84,7 @@ def greedy(client: openai.OpenAI, prompts: list[list[int]]) -> list[list[int]]:
     return [answer.choices[0].token_ids for answer in answers]
 
 
+@pytest.mark.slow
 def test_off_is_off_while_serving(admin, client, prompts):
     """Switched off, the replica gives the tokens of an engine without the plugin; on, others."""
     options = {"model": str(MODEL), "enforce_eager": True, "max_model_len": 512}

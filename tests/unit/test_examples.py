@@ -32,7 +32,7 @@ def test_tensors_alone():
     assert routed[:2] == rerouted[:2] and routed != rerouted
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_similarity_of_ones_own(tmp_path):
     """The artifact loads, fits the example model, and is symmetric."""
     assert "wrote" in run("own_similarity", str(tmp_path / "own-sere"))

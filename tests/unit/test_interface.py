@@ -1,7 +1,11 @@
 """The names that others may import, and what importing them does not load."""
 
+import ast
 import subprocess
 import sys
+from collections import defaultdict
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -36,3 +40,30 @@ def test_names():
     assert all(callable(getattr(sere_dist, name)) for name in sere_dist.__all__)
     with pytest.raises(AttributeError, match="module 'sere_dist' has no attribute 'rerout'"):
         sere_dist.rerout  # noqa: B018
+
+
+def rooms_imported(file: Path) -> set[str]:
+    """Returns the rooms of this project that a module imports: folders of sere_dist, modules beside them, jobs."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not (isinstance(node, ast.ImportFrom) and node.module):
+            continue
+        package, *inside = node.module.split(".")
+        if package == "sere_dist":
+            found |= {inside[0]} if inside else {alias.name for alias in node.names}
+        elif package in ("calibration_jobs", "serve_apps", "studies", "benchmarks", "examples", "tests"):
+            found.add(package)
+    return found
+
+
+def test_rooms_import_one_way():
+    """No room of the package imports one that imports it, nor anything outside the package."""
+    imports = defaultdict(set)
+    package = Path(sere_dist.__file__).parent
+    for file in package.glob("*/*.py"):
+        imports[file.parent.name] |= rooms_imported(file) - {file.parent.name}
+    for file in set(package.glob("*.py")) - {package / "__init__.py"}:
+        imports[file.stem] |= rooms_imported(file)
+    assert len(imports) > 12
+    assert set().union(*imports.values()) <= imports.keys()
+    TopologicalSorter(imports).prepare()  # raises CycleError, with the circle
