@@ -4,6 +4,8 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 from examples.tiny_moe.data import MODEL
 from sere_dist.cli.doctor import Finding
 from tests.support.artifacts import small_artifact
