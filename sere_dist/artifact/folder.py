@@ -48,7 +48,7 @@ class Artifact:
         config: what was calibrated, on what, with what.
         layers: decoder layer index -> the tables of a MoE layer, in order.
         settings: the calibration job's resolved settings.
-        recommended: the policy that a tuning found, None without one.
+        recommended: the settings that a tuning found, None without one.
     """
 
     config: ArtifactConfig

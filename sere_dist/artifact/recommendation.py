@@ -1,4 +1,4 @@
-"""The policy that a tuning recommends for an artifact: what each layer does, and what it was seen to cost."""
+"""The settings that a tuning recommends for an artifact: what each layer does, and what it was seen to cost."""
 
 from typing import Literal
 
@@ -8,7 +8,7 @@ from sere_dist.method.records import Settings
 
 
 class LayerSetting(BaseModel):
-    """What the policy does in one layer; see `config.ReroutingConfig`."""
+    """The settings of one layer; see `config.ReroutingConfig`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -50,7 +50,7 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Opens the policy of applications on this cluster: to whoever set it, too.
+            # Opens the settings of applications on this cluster: to whoever set it, too.
             ADMIN_TOKEN: os.environ.get(ADMIN_TOKEN, self.token),
         }
         for other in (API_KEY, f"{API_KEY}_FILE", f"{ADMIN_TOKEN}_FILE"):  # meant for another cluster
