@@ -35,7 +35,7 @@ def ragged(count: int, lengths: tuple[int, ...]) -> list[list[int]]:
     return [text[: lengths[i % len(lengths)]] for i, text in enumerate(ids)]
 
 
-@pytest.mark.parametrize("method", ["frobenius", "cosine", "cka", "projection"])
+@pytest.mark.parametrize("method", ["frobenius", "cosine", pytest.param("cka", marks=pytest.mark.long), "projection"])
 def test_streamed_layers_and_padded_blocks_are_exact(model, method):
     """Texts of five lengths, in blocks that pad them; the other side never pads."""
     texts = ragged(20, (32, 9, 25, 32, 2))

@@ -220,8 +220,14 @@ def test_ranks_that_share_primary_experts_act_as_one(on_host, expert_price):
 BARRIERS = list(re.finditer(r"__syncthreads(\(\)|_or)", kernel.SOURCE.read_text()))
 
 
-# One barrier on every run; the others cost a compilation each.
-@pytest.mark.parametrize("which", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(BARRIERS)))])
+# Each costs a compilation.
+@pytest.mark.parametrize(
+    "which",
+    [
+        pytest.param(0, marks=pytest.mark.long),
+        *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, len(BARRIERS))),
+    ],
+)
 def test_a_dropped_barrier_is_caught(tmp_path, monkeypatch, which):
     barrier = BARRIERS[which]
     nothing = "(void)0" if barrier[1] == "()" else "bool"
