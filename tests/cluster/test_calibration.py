@@ -62,6 +62,7 @@ def test_the_job_says_what_it_did(job_artifact):
     assert not job_artifact.with_name("tiny-moe-sere.partial").exists()
 
 
+@pytest.mark.slow
 def test_projection_from_a_file_and_flags(projection_job, model):
     path, printed = projection_job
     artifact = Artifact.load(path)

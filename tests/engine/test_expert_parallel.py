@@ -136,6 +136,7 @@ def test_data_parallel_ranks_that_share_the_primary_set_answer_as_one(options, p
     assert bytes_sent(off) == bytes_sent(on), "all-gather saves no byte"
 
 
+@pytest.mark.slow
 def test_prices_lower_the_bytes_on_the_wire(options, prompts, priced, host_kernels):
     """Sparse dispatch: what is sent follows the remote domains, to the byte.
 

@@ -46,6 +46,7 @@ def test_off_and_on(cluster, url, enabled, tmp_path):
     assert enabled()
 
 
+@pytest.mark.slow
 def test_the_first_token_is_not_rerouted(cluster, url, enabled):
     """Why short answers tell nothing: the prompt's own step makes the first token."""
     done = accuracy(cluster, url, "--limit", "12", "--concurrency", "1", "--gen-kwargs", '{"max_gen_toks": 1}')
