@@ -74,7 +74,10 @@ def reroute_projection(
         primary_E = primary_by_price(step, tables, settings)
     own = _projection_tables(tables)
     order_TK = slots_by_weight(step.weights_TK)
-    settles_TK = _slots_to_settle(step, own, settings, primary_E)
+    heaviest_TK = order_TK.argsort(dim=1) < settings.select_top_k
+    critical_E = _critical_experts(own.similarity_EE, primary_E, settings.threshold)
+    stays_TK = heaviest_TK | critical_E[step.ids_TK.clamp(min=0).long()]
+    settles_TK = filled_slots(step.ids_TK, step.valid_T) & ~stays_TK
     domain_E = None if places is None else places.domain_E
     visited_TE = _visited(step, settles_TK, domain_E)
 
@@ -96,8 +99,8 @@ def reroute_projection(
         weights_TK = weights_TK.scatter(1, slot_T1, new_weight_T.masked_fill(drops_T, 0)[:, None])
         ids_TK = ids_TK.scatter(1, slot_T1, new_id_T.masked_fill(drops_T, -1)[:, None])
         if visited_TE is not None and domain_E is not None:
-            same_domain_EE = domain_E[:, None] == domain_E[None]
-            visited_TE = visited_TE | (same_domain_EE[substitute_T] & moves_T[:, None])
+            in_its_domain_TE = domain_E[substitute_T][:, None] == domain_E[None]
+            visited_TE = visited_TE | (in_its_domain_TE & moves_T[:, None])
     changed_TK = weights_TK != step.weights_TK.float()
     return torch.where(changed_TK, weights_TK.to(step.weights_TK.dtype), step.weights_TK), ids_TK
 
@@ -170,12 +173,10 @@ def _projection_tables(tables: LayerTables) -> ProjectionTables:
     return ProjectionTables(similarity_EE, coefficient_EE, tables.size_E.float())
 
 
-def _slots_to_settle(step: Step, tables: ProjectionTables, settings: Settings, primary_E: torch.Tensor) -> torch.Tensor:
-    """Returns bool [T, K]: the filled slots of valid tokens that are neither among the heaviest nor critical."""
+def _critical_experts(similarity_EE: torch.Tensor, primary_E: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Returns bool [E]: the experts that are not primary and have no substitute; all if there is no primary expert."""
     itself_E = torch.arange(len(primary_E), device=primary_E.device)
-    critical_E = ~primary_E & (substitutes(tables.similarity_EE, primary_E, settings.threshold) == itself_E)
-    stays_TK = heaviest_slots(step.weights_TK, settings.select_top_k) | critical_E[step.ids_TK.clamp(min=0).long()]
-    return filled_slots(step.ids_TK, step.valid_T) & ~stays_TK
+    return ~primary_E & (substitutes(similarity_EE, primary_E, threshold) == itself_E)
 
 
 def _visited(step: Step, settles_TK: torch.Tensor, domain_E: torch.Tensor | None) -> torch.Tensor | None:
