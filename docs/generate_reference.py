@@ -1,12 +1,13 @@
-"""Writes the tables of `docs/reference.md` from the code that they describe.
+"""Writes the tables of `docs/reference.md` and `docs/expert_kernels.md` from the code that they describe.
 
     python -m docs.generate_reference
 
-The page is its own template: a table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, and the text around
+A page is its own template: a table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`, and the text around
 it is written by hand. `tests/unit/test_reference_docs.py` fails when a table is stale.
 """
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,10 +23,12 @@ from sere_dist.cli.commands import app
 from sere_dist.config import CHANGEABLE, ReroutingConfig
 from sere_dist.environment import VARIABLES
 from sere_dist.method.counters import COUNTERS
+from sere_dist.testing.expert_choice import CAPABILITIES, LAYOUTS, QUANTISATIONS, chosen, pretended_gpu, verdict
+from sere_dist.vllm_plugin.expert_kernels import DISPATCHERS, EXPERTS, Takes
 from serve_apps.metrics import DESCRIPTIONS, SETTINGS
 from serve_apps.sere import AppConfig
 
-PAGE = Path(__file__).parent / "reference.md"
+PAGES = [Path(__file__).parent / name for name in ("reference.md", "expert_kernels.md")]
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->\n)", re.DOTALL)
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 KINDS = {"object": "mapping", "boolean": "`true`, `false`"}
@@ -146,6 +149,43 @@ def interface() -> str:
     return table(("name", "what it is"), rows)
 
 
+def expert_kernels() -> str:
+    """Returns a section for each GPU: what vLLM picks there, and what the kernel gets."""
+    sections = []
+    for gpu, capability in CAPABILITIES.items():
+        rows: dict[tuple[str, ...], list[str]] = {}
+        with pretended_gpu(capability):
+            for quantisation, layout in itertools.product(QUANTISATIONS, LAYOUTS):
+                try:
+                    experts = chosen(quantisation, layout)
+                except (NotImplementedError, ValueError):
+                    row = (quantisation, "none", "vLLM has no kernel for this")
+                else:
+                    try:
+                        what = f"{verdict(experts, layout)} slots"
+                    except ValueError as refusal:
+                        what = "refused: set " + code(re.findall(r'set (\w+="\w+")', str(refusal))[-1])
+                    row = (quantisation, code(experts.__name__), what)
+                rows.setdefault(row, []).append(layout.name)
+        lines = [(quantisation, "; ".join(names), *rest) for (quantisation, *rest), names in rows.items()]
+        header = ("experts", "layout", "vLLM's kernel", "it gets")
+        sections.append(f"### {gpu} (sm_{capability})\n\n{table(header, lines)}")
+    return "\n".join(sections)
+
+
+def expert_classes() -> str:
+    return classes(EXPERTS)
+
+
+def dispatcher_classes() -> str:
+    return classes(DISPATCHERS)
+
+
+def classes(takes: dict[str, Takes]) -> str:
+    rows = [(code(name), "yes" if each.repeats else "no", each.empty, each.because) for name, each in takes.items()]
+    return table(("class", "repeated experts", "empty slots", "because it"), rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "rerouting": rerouting,
     "application": application,
@@ -156,6 +196,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "counters": counters,
     "environment": environment,
     "interface": interface,
+    "expert_kernels": expert_kernels,
+    "expert_classes": expert_classes,
+    "dispatcher_classes": dispatcher_classes,
 }
 
 
@@ -169,4 +212,5 @@ def generated(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(generated(PAGE.read_text()))
+    for path in PAGES:
+        path.write_text(generated(path.read_text()))

@@ -92,6 +92,10 @@ class Artifact:
             )
         return layers
 
+    def policy(self, settings: ReroutingConfig) -> str:
+        """Returns the policy that the layers follow, "sere" or "projection"; they all follow one."""
+        return next(iter(self.settings_by_layer(settings).values())).policy
+
     def check_serves(self, shape: MoeShape, model: str, revision: str | None = None) -> None:
         """Checks that the artifact is for the model being served.
 

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
-from sere_dist.method.projection import repeat_dropped
 from sere_dist.method.records import Step
+from sere_dist.method.slots import fill_dropped
 from sere_dist.moe import Routing, hooked_routing, routed_experts
 
 Routed = tuple[torch.Tensor, torch.Tensor]  # weights_DBK, ids_DBK; an id of -1 is a dropped slot, of weight 0
@@ -170,7 +170,7 @@ def decode_logits(
         new_weights_DBK, new_ids_DBK = rerouter(layer, weights_DBK, ids_DBK, scores_DBE)
         # The experts of transformers can't skip a slot.
         step = Step(weights_DBK.flatten(0, 1), ids_DBK.flatten(0, 1))
-        run_ids_DBK = repeat_dropped(step, new_ids_DBK.flatten(0, 1)).view_as(ids_DBK)
+        run_ids_DBK = fill_dropped(step, new_ids_DBK.flatten(0, 1)).view_as(ids_DBK)
         weights_BLK[:, steps], ids_BLK[:, steps] = new_weights_DBK.transpose(0, 1), run_ids_DBK.transpose(0, 1)
         return hidden_states, ids_BLK.flatten(0, 1), weights_BLK.flatten(0, 1)
 

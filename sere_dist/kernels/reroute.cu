@@ -78,7 +78,7 @@ struct Settings {
 };
 
 enum Counter {  // COUNTERS of counters.py; of a pair, the second is AFTER
-    STEPS, ROWS, REROUTED, CRITICAL, DROPPED, ACTIVE, ACTIVE_AFTER, LARGEST_RANK, LARGEST_RANK_AFTER,
+    STEPS, ROWS, REROUTED, CRITICAL, DROPPED, MERGED, ACTIVE, ACTIVE_AFTER, LARGEST_RANK, LARGEST_RANK_AFTER,
     DOMAINS, DOMAINS_AFTER, REMOTE_DOMAINS, REMOTE_DOMAINS_AFTER, REMOTE_SLOTS, REMOTE_SLOTS_AFTER, NUM_COUNTERS
 };
 enum When { BEFORE, AFTER };
@@ -126,7 +126,8 @@ struct Step {
     const int *home_T;                    // ? -1: none
     const short *rank_E;                  // ? one rank holds all
     int num_ranks;                        // 0 without rank_E, at most MAX_EXPERTS
-    int repeats;                          // a dropped slot repeats its token's heaviest expert, else it gets id -1
+    int merges;                           // no token names an expert twice, and slots may be empty; else no slot that
+                                          // the router filled is empty, and tokens may repeat an expert
     Count *counters;                      // one each, then one a rank: the experts that run there
     Workspace *workspace;
 };
@@ -136,10 +137,10 @@ struct Step {
     Weight *weights_TK, Id *ids_TK, int T, int K, int E, const Settings *settings, const unsigned char *valid_T,      \
         const unsigned short *neighbors_EE, const unsigned short *cutoff_E, const float *ranked_similarity_EE,    \
         const float *coefficient_EE, const float *size_E, const short *domain_E, const int *home_T,               \
-        const short *rank_E, int num_ranks, int repeats, Count *counters, Workspace *workspace
+        const short *rank_E, int num_ranks, int merges, Count *counters, Workspace *workspace
 #define ARGUMENTS                                                                                                 \
     weights_TK, ids_TK, T, K, E, settings, valid_T, neighbors_EE, cutoff_E, ranked_similarity_EE, coefficient_EE,   \
-        size_E, domain_E, home_T, rank_E, num_ranks, repeats, counters, workspace
+        size_E, domain_E, home_T, rank_E, num_ranks, merges, counters, workspace
 
 __device__ int warp_index() { return threadIdx.x / 32; }
 __device__ int lane_index() { return threadIdx.x % 32; }
@@ -193,6 +194,23 @@ __device__ bool is_visited(int domain, int visits, int home, int K, int width) {
 #pragma unroll 4
     for (int column = 0; column < K; ++column) visited |= __shfl_sync(ALL, visits, column, width) == domain;
     return visited;
+}
+
+// Whether an earlier slot of the token names the same expert, -1 being none. If this slot is the first of several,
+// `weight` becomes the sum of all of them.
+__device__ bool is_merged(int expert, int column, int K, int width, float &weight) {
+    bool merged = false, repeated = false;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int other = 0; other < K; ++other) {
+        float its_weight = __shfl_sync(ALL, weight, other, width);
+        bool same = __shfl_sync(ALL, expert, other, width) == expert && expert >= 0;
+        sum += same ? its_weight : 0.0f;
+        merged |= same && other < column;
+        repeated |= same && other != column;
+    }
+    if (repeated) weight = sum;
+    return merged;
 }
 
 // Counts the domain that this lane's slot visits, unless it is nowhere: once a token, and as remote unless it is home.
@@ -395,23 +413,29 @@ __device__ void settle_slots(const Step &step, const Settings &settings, Slot sl
                 int cheapest = settle_by_price(step, settings, votes, experts, slot, settles, rank, home, kept);
                 if (settles) outcome = cheapest;
             }
-            int heaviest = -1;
-            if (priced && step.repeats) {
-                unsigned first = __ballot_sync(ALL, rank == 0 && slot.column < step.K) >> lane / width * width;
-                heaviest = __shfl_sync(ALL, slot.expert, __ffs(first) - 1, width);
-            }
-            if (outcome != slot.expert) {
-                int at = slot.token * step.K + slot.column;
-                step.ids_TK[at] = outcome < 0 ? heaviest : outcome;
-                if (outcome < 0)
-                    step.weights_TK[at] = to_weight(0.0f);
-                else if (priced)
-                    step.weights_TK[at] = to_weight(slot.weight * step.coefficient_EE[slot.expert * step.E + outcome]);
-            }
             if (runs && outcome >= 0) runs[outcome] = 1;
             counts[REROUTED] += outcome != slot.expert && outcome >= 0;
             counts[DROPPED] += outcome != slot.expert && outcome < 0;
             counts[CRITICAL] += critical;
+
+            float weight = slot.weight;
+            if (priced && outcome != slot.expert) {
+                float scaled = outcome < 0 ? 0.0f : weight * step.coefficient_EE[slot.expert * step.E + outcome];
+                weight = to_float(to_weight(scaled));
+            }
+            int fills = -1;  // a slot that no expert computes
+            if (step.merges && is_merged(outcome, slot.column, step.K, width, weight)) {
+                outcome = -1;
+                weight = 0.0f;
+                ++counts[MERGED];
+            }
+            if (priced && !step.merges) {
+                unsigned first = __ballot_sync(ALL, rank == 0 && slot.column < step.K) >> lane / width * width;
+                fills = __shfl_sync(ALL, slot.expert, __ffs(first) - 1, width);
+            }
+            int at = slot.token * step.K + slot.column;
+            if (outcome != slot.expert) step.ids_TK[at] = outcome < 0 ? fills : outcome;
+            if (weight != slot.weight) step.weights_TK[at] = to_weight(weight);
             visits = step.domain_E && outcome >= 0 ? experts.domain[outcome] : NOWHERE;
         }
         if (step.domain_E) count_visit(visits, home, slot.column, step.K, width, AFTER, counts);
@@ -439,6 +463,7 @@ __device__ void settle(const Step &step, const Settings &settings, Slot slot, co
     for (int i = REROUTED; i < NUM_COUNTERS; ++i) {
         if (ACTIVE <= i && i <= LARGEST_RANK_AFTER) continue;  // count_experts
         if (i == DROPPED && !step.coefficient_EE) continue;
+        if (i == MERGED && !step.merges) continue;
         if (i >= DOMAINS && !step.domain_E) continue;
         int sum = __reduce_add_sync(ALL, counts[i]);
         if (lane_index() == 0 && sum) atomicAdd(&experts.totals[i], sum);

@@ -86,7 +86,7 @@ class LayerKernel:
         places: ExpertPlaces | None = None,
         *,
         threshold: float = 0.0,
-        repeats_dropped: bool = False,
+        merges: bool = False,
     ):
         """With coefficients and sizes the layer follows policy projection, otherwise the paper's.
 
@@ -96,7 +96,7 @@ class LayerKernel:
             places: where experts live. Without domains none is counted and none has a price; without ranks one rank
                 holds all. A rank beyond `num_ranks` is not counted.
             threshold: rho.
-            repeats_dropped: a dropped slot repeats its token's heaviest expert with weight 0, instead of -1.
+            merges: what a step ends in: `slots.merge_repeats`, or `slots.fill_dropped`.
 
         Raises:
             ValueError: more experts or ranks than MAX_EXPERTS, or tables that don't fit one another.
@@ -113,7 +113,7 @@ class LayerKernel:
             coefficient_EE = tables.coefficient_EE.to(device, torch.float32)
             self.coefficient_EE = coefficient_EE.masked_fill(itself_EE, 1).contiguous()
             self.size_E = tables.size_E.to(device, torch.float32).contiguous()
-        self.settings, self.repeats_dropped = settings, repeats_dropped
+        self.settings, self.merges = settings, merges
         neighbors_EE, ranked_similarity_EE = ranked_neighbors(similarity_EE)
         self.neighbors_EE = neighbors_EE.to(torch.int16).contiguous()
         self.ranked_similarity_EE = ranked_similarity_EE.contiguous()
@@ -139,8 +139,8 @@ class LayerKernel:
 
         Args:
             step: contiguous tensors on the device. Weights [T, K] are float32, bfloat16 or float16, and changed by
-                policy projection alone; ids [T, K] are int32 or int64, -1 is an empty slot. `valid_T` (bool, None: all
-                rows) and `home_T` (int32, -1: none) are at least T long.
+                policy projection and by merging; ids [T, K] are int32 or int64, -1 is an empty slot. `valid_T` (bool,
+                None: all rows) and `home_T` (int32, -1: none) are at least T long.
             all_reduce: where ranks share one primary set: gets this rank's losses, int64 [E], on torch's current
                 stream, and puts the sum over all ranks in their place. They are `projection.primary_losses`, but for a
                 primary expert some multiple of ALWAYS_PRIMARY. Called once in every call, whatever the settings, the
@@ -171,7 +171,7 @@ class LayerKernel:
         num_experts = len(self.cutoff_E)
         arguments = [topk_weights_TK, topk_ids_TK, num_rows, top_k, num_experts, self.settings.block, valid_T]
         arguments += [self.neighbors_EE, self.cutoff_E, self.ranked_similarity_EE, self.coefficient_EE, self.size_E]
-        arguments += [self.domain_E, home_T, self.rank_E, self.num_ranks, int(self.repeats_dropped)]
+        arguments += [self.domain_E, home_T, self.rank_E, self.num_ranks, int(self.merges)]
         arguments += [self.counters, self.workspace]
         lanes = num_rows << (top_k - 1).bit_length()  # as many for each token as the next power of two
         if num_rows <= ONE_LAUNCH_ROWS:
@@ -182,10 +182,14 @@ class LayerKernel:
         if num_rows <= ONE_LAUNCH_ROWS and all_reduce is None:
             kernels.launch("reroute", *shape, arguments)
         else:
-            kernels.launch("reroute_vote", *shape, arguments)
-            if all_reduce is not None:
-                all_reduce(self.losses_E)
-            kernels.launch("reroute_settle", *shape, arguments)
+            try:
+                kernels.launch("reroute_vote", *shape, arguments)
+                if all_reduce is not None:
+                    all_reduce(self.losses_E)
+                kernels.launch("reroute_settle", *shape, arguments)
+            except BaseException:
+                self.workspace.zero_()  # the votes of a step that was not settled must not count in the next
+                raise
 
 
 def _check_sizes(tables: LayerTables, places: ExpertPlaces) -> None:

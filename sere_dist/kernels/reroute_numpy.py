@@ -63,6 +63,6 @@ def reroute_step(
             rerouted = np.count_nonzero(new_ids_TK != ids_TK)
             topk_ids_TK = torch.from_numpy(new_ids_TK)
     # In the order of COUNTERS, up to the largest rank: here it has all active experts.
-    counts = (1, len(ids_TK), rerouted, critical_slots, 0, active_before, active, active_before, active)
+    counts = (1, len(ids_TK), rerouted, critical_slots, 0, 0, active_before, active, active_before, active)
     counters.numpy()[: len(counts)] += counts
     return topk_ids_TK

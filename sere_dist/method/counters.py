@@ -11,13 +11,14 @@ from sere_dist.method.rerouting import active_experts
 
 # What `count_step` counts. Experts are those of valid rows; "before" is what the router chose, "after" is what runs.
 # The largest rank is the one with the most active experts. Domains and slots are summed over tokens; a domain is remote
-# if it is not the token's home.
+# if it is not the token's home. A merged slot names an expert that the token has in an earlier slot, and is empty.
 COUNTERS = (
     "steps",
     "rows",
     "rerouted_slots",
     "critical_slots",
     "dropped_slots",
+    "merged_slots",
     "active_experts_before",
     "active_experts_after",
     "largest_rank_before",
@@ -32,7 +33,11 @@ COUNTERS = (
 
 
 def count_step(
-    step: Step, new_ids_TK: torch.Tensor, primary_E: torch.Tensor, places: ExpertPlaces | None = None
+    step: Step,
+    new_ids_TK: torch.Tensor,
+    primary_E: torch.Tensor,
+    places: ExpertPlaces | None = None,
+    merged_ids_TK: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns int64 [len(COUNTERS) + num_ranks]: what one step of one layer adds to its counters.
 
@@ -44,7 +49,9 @@ def count_step(
         new_ids_TK: what became of it.
         primary_E: bool [E], the primary experts; none where re-routing was off.
         places: where the experts live. Without domains none of the counters of domains and remote slots moves.
+        merged_ids_TK: what `slots.merge_repeats` made of the new ids. None: slots that repeat an expert stay.
     """
+    merged_ids_TK = new_ids_TK if merged_ids_TK is None else merged_ids_TK
     places, num_experts = places or ExpertPlaces(), len(primary_E)
     valid_T = torch.ones_like(step.ids_TK[:, 0], dtype=torch.bool) if step.valid_T is None else step.valid_T
     valid_TK = valid_T[:, None].expand_as(step.ids_TK)
@@ -53,9 +60,10 @@ def count_step(
     # What still runs outside the primary union stayed there because nothing was similar enough.
     is_primary_TK = primary_E[new_ids_TK.clamp(min=0).long()]
     critical_TK = valid_TK & (new_ids_TK >= 0) & ~is_primary_TK & primary_E.any()
-    slots = [(changed_TK & ~dropped_TK).sum(), critical_TK.sum(), dropped_TK.sum()]
+    merged_TK = (new_ids_TK >= 0) & (merged_ids_TK < 0)
+    slots = [(changed_TK & ~dropped_TK).sum(), critical_TK.sum(), dropped_TK.sum(), merged_TK.sum()]
 
-    both = (step.ids_TK, new_ids_TK)
+    both = (step.ids_TK, merged_ids_TK)
     active_EN = torch.stack([active_experts(ids_TK, valid_TK, num_experts) for ids_TK in both], dim=1).long()
     rank_E = torch.zeros_like(active_EN[:, 0]) if places.rank_E is None else places.rank_E.long()
     by_rank_RN = active_EN.new_zeros(max(places.num_ranks, 1), 2).index_add_(0, rank_E, active_EN)

@@ -153,15 +153,6 @@ def to_fixed_point(expert_price: float) -> int:
     return max(1, round(min(fixed, ALWAYS_PRIMARY))) if expert_price > 0 else ALWAYS_PRIMARY
 
 
-def repeat_dropped(step: Step, new_ids_TK: torch.Tensor) -> torch.Tensor:
-    """Returns new ids [T, K] in which a dropped slot, of weight 0, repeats its token's heaviest expert.
-
-    For expert kernels that can't skip a slot.
-    """
-    heaviest_T1 = step.ids_TK.gather(1, slots_by_weight(step.weights_TK)[:, :1])
-    return torch.where((new_ids_TK < 0) & (step.ids_TK >= 0), heaviest_T1, new_ids_TK)
-
-
 def _projection_tables(tables: LayerTables) -> ProjectionTables:
     """Returns the tables in float32. An expert stands in for itself whatever rounding left on the diagonal."""
     if tables.coefficient_EE is None or tables.size_E is None:

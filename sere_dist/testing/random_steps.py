@@ -18,12 +18,12 @@ from sere_dist.method.projection import (
     ALWAYS_PRIMARY,
     FIXED_POINT_ONE,
     primary_losses,
-    repeat_dropped,
     reroute_projection,
     to_fixed_point,
 )
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import replace_experts, substitutes
+from sere_dist.method.slots import fill_dropped, merge_repeats
 
 
 @dataclass
@@ -52,7 +52,7 @@ class RandomStep:
     ranks: int = 0
     elsewhere_share: float | None = None
     has_home: bool = False
-    repeats_dropped: bool = False
+    merges: bool = False
     enabled: bool = True
     min_rows: int = 0
     max_rows: int | None = None
@@ -135,8 +135,12 @@ class RandomStep:
         else:
             substitute_E = substitutes(self.similarity_EE, primary_E, self.threshold)
             weights_TK, ids_TK = self.weights_TK, replace_experts(self.ids_TK, substitute_E, step.valid_T)
-        counts = count_step(step, ids_TK, primary_E, self.places)
-        return weights_TK, repeat_dropped(step, ids_TK) if self.repeats_dropped else ids_TK, counts
+        if not self.merges:
+            return weights_TK, fill_dropped(step, ids_TK), count_step(step, ids_TK, primary_E, self.places)
+        merged_weights_TK, merged_ids_TK = weights_TK, ids_TK
+        if primary_E.any():  # else re-routing is off
+            merged_weights_TK, merged_ids_TK = merge_repeats(weights_TK, ids_TK, step.valid_T)
+        return merged_weights_TK, merged_ids_TK, count_step(step, ids_TK, primary_E, self.places, merged_ids_TK)
 
     def own_losses(self) -> torch.Tensor:
         """Returns int64 [E]: this rank's say in what is primary, whether or not it then acts."""
@@ -153,9 +157,7 @@ class RandomStep:
         """Returns the layer of this step, with settings of its own."""
         settings = DeviceSettings(device)
         self.set(settings)
-        return LayerKernel(
-            self.tables, settings, self.places, threshold=self.threshold, repeats_dropped=self.repeats_dropped
-        )
+        return LayerKernel(self.tables, settings, self.places, threshold=self.threshold, merges=self.merges)
 
     def set(self, settings: DeviceSettings) -> None:
         settings.set(self.settings, enabled=self.enabled, min_rows=self.min_rows, max_rows=self.max_rows)
@@ -212,7 +214,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "ranks": [0, 0, 1, 3, 8, 70],
     "elsewhere_share": [None] * 4 + [0.0, 0.1, 0.5],
     "has_home": [False, True],
-    "repeats_dropped": [False, True],
+    "merges": [False, True],
     "enabled": [True] * 9 + [False],
     "min_rows": [0] * 6 + [5, 20],
     "max_rows": [None] * 6 + [5, 20],

@@ -9,8 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
-from vllm.distributed.parallel_state import get_ep_group
+from vllm.config import ParallelConfig
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 from sere_dist.artifact.folder import Artifact
@@ -23,8 +22,19 @@ from sere_dist.vllm_plugin.rows import Rows
 class Backend(Protocol):
     """Re-routes the layers of one worker."""
 
-    def __init__(self, artifact: Artifact, rows: Rows, config: ReroutingConfig, expert_map: ExpertMap | None):
-        """`expert_map` says where experts live; None: one rank holds all of them."""
+    def __init__(
+        self,
+        artifact: Artifact,
+        rows: Rows,
+        config: ReroutingConfig,
+        expert_map: ExpertMap | None,
+        *,
+        merges: bool,
+        shares_primary: bool,
+    ):
+        """`expert_map` says where experts live; None: one rank holds all of them. `merges`: the expert kernels get
+        `slots.merge_repeats`, else `slots.fill_dropped`. `shares_primary`: all data-parallel ranks have one primary
+        set."""
 
     def set_settings(self, settings: dict[int, ReroutingConfig]) -> None:
         """Sets the settings of every layer (`Artifact.settings_by_layer`), from the next step on."""
@@ -35,11 +45,6 @@ class Backend(Protocol):
         Returns its counters, int64 [len(COUNTERS)], and behind them the active experts of each rank, if there are more
         than one.
         """
-
-
-def is_projection(artifact: Artifact, config: ReroutingConfig) -> bool:
-    """Says whether layers follow policy projection; they all do, or none."""
-    return next(iter(artifact.settings_by_layer(config).values())).policy == "projection"
 
 
 def replace_choice(
@@ -55,14 +60,9 @@ def replace_choice(
     router._compute_routing = types.MethodType(replaced, router)
 
 
-def all_reduce_losses(losses_E: torch.Tensor) -> None:
-    """Adds up, in place, the losses of all ranks of the expert-parallel group: int64 [E]. All of them must call it."""
-    group = get_ep_group()
-    if losses_E.is_cuda:  # on the current stream, so that it can be captured
-        communicator = group.device_communicator.pynccl_comm  # ty: ignore[missing-attribute]  # as CUDA's has
-        communicator.all_reduce(losses_E, losses_E, op=dist.ReduceOp.SUM)
-    else:
-        dist.all_reduce(losses_E, op=dist.ReduceOp.SUM, group=group.cpu_group)
+def shares_primary(config: ReroutingConfig, parallel: ParallelConfig) -> bool:
+    """Says whether ranks add up their losses: those with other tokens, which data-parallel attention alone has."""
+    return config.primary_scope == "group" and parallel.data_parallel_size > 1
 
 
 def places_of(expert_map: ExpertMap | None, layer: int) -> ExpertPlaces:

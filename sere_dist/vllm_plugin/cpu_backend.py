@@ -9,6 +9,8 @@ import functools
 from typing import cast
 
 import torch
+import torch.distributed as dist
+from vllm.distributed.parallel_state import get_dp_group
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.utils.torch_utils import direct_register_custom_op
 
@@ -17,10 +19,11 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.kernels.neighbors import ranked_neighbors
 from sere_dist.kernels.reroute_numpy import reroute_step
 from sere_dist.method.counters import COUNTERS, count_step
-from sere_dist.method.projection import primary_losses, repeat_dropped, reroute_projection, to_fixed_point
+from sere_dist.method.projection import primary_losses, reroute_projection, to_fixed_point
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import replace_experts, substitutes
-from sere_dist.vllm_plugin.backend import all_reduce_losses, homes_of, is_projection, places_of, replace_choice
+from sere_dist.method.slots import fill_dropped, merge_repeats
+from sere_dist.vllm_plugin.backend import homes_of, places_of, replace_choice
 from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.rows import Rows
 
@@ -43,6 +46,11 @@ def settings_in_force(settings: torch.Tensor, num_valid: int) -> Settings:
     select_top_k, threshold, expert_price, traffic_price, min_rows, max_rows = settings.tolist()
     is_on = min_rows <= num_valid <= max_rows
     return Settings(int(select_top_k) if is_on else 0, threshold, expert_price, traffic_price)
+
+
+def all_reduce_losses(losses_E: torch.Tensor) -> None:
+    """Adds up, in place, the losses of all data-parallel ranks: int64 [E]. All of them must call it."""
+    dist.all_reduce(losses_E, op=dist.ReduceOp.SUM, group=get_dp_group().cpu_group)
 
 
 def _check_rows(rows: int, topk_ids: torch.Tensor) -> None:
@@ -100,6 +108,7 @@ def _reroute_any(
     num_rows: torch.Tensor,
     counters: torch.Tensor,
     shares_primary: bool,
+    merges: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Any policy on any number of ranks; see `CpuBackend` for the arguments."""
     rows, num_valid = num_rows.tolist()
@@ -124,8 +133,12 @@ def _reroute_any(
         ids = replace_experts(topk_ids, substitutes(similarity, primary_E, in_force.threshold), step.valid_T)
     else:
         weights, ids = reroute_projection(step, tables, in_force, places, primary_E)
-    counters += count_step(step, ids, primary_E, places)
-    return weights.clone(), repeat_dropped(step, ids)
+    if not merges:
+        counters += count_step(step, ids, primary_E, places)
+        return weights.clone(), fill_dropped(step, ids)
+    merged_weights, merged_ids = merge_repeats(weights, ids, step.valid_T) if primary_E.any() else (weights, ids)
+    counters += count_step(step, ids, primary_E, places, merged_ids)
+    return merged_weights.clone(), merged_ids
 
 
 direct_register_custom_op(
@@ -159,16 +172,26 @@ class ReroutedRouter(BaseRouter):
 
 
 class CpuBackend:
-    """The op `reroute_fast` for the paper's policy on one rank, otherwise the op `reroute_any`.
+    """The op `reroute_fast` for the paper's policy on one rank without merging, otherwise the op `reroute_any`.
 
     Attributes:
         settings: by layer, float64 [len(SETTINGS)].
     """
 
-    def __init__(self, artifact: Artifact, rows: Rows, config: ReroutingConfig, expert_map: ExpertMap | None):
-        self.artifact, self.rows, self.config, self.expert_map = artifact, rows, config, expert_map
+    def __init__(
+        self,
+        artifact: Artifact,
+        rows: Rows,
+        config: ReroutingConfig,
+        expert_map: ExpertMap | None,
+        *,
+        merges: bool,
+        shares_primary: bool,
+    ):
+        self.artifact, self.rows, self.expert_map = artifact, rows, expert_map
+        self.merges, self.shares_primary = merges, shares_primary
         self.home = homes_of(rows, expert_map)
-        self.is_projection = is_projection(artifact, config)
+        self.is_projection = artifact.policy(config) == "projection"
         self.settings = {layer: torch.zeros(len(SETTINGS), dtype=torch.float64) for layer in artifact.layers}
 
     def set_settings(self, settings: dict[int, ReroutingConfig]) -> None:
@@ -179,7 +202,7 @@ class CpuBackend:
         rerouted = cast(ReroutedRouter, router)
         rerouted.sere_settings = self.settings[layer]
         rerouted.sere_valid_rows, rerouted.sere_num_rows = self.rows.valid, self.rows.count
-        if self.expert_map is None and not self.is_projection:
+        if self.expert_map is None and not self.is_projection and not self.merges:
             self._attach_fast(rerouted, layer)
         else:
             self._attach_any(rerouted, layer)
@@ -213,7 +236,7 @@ class CpuBackend:
         router.sere_size = tables.size_E if self.is_projection else None
         router.sere_rank, router.sere_domain, router.sere_home = places.rank_E, places.domain_E, self.home
         router.sere_counters = torch.zeros(len(COUNTERS) + places.num_ranks, dtype=torch.int64)
-        shares_primary = self.config.primary_scope == "group"
+        shares_primary, merges = self.shares_primary, self.merges
 
         def rerouted(router, weights, ids):
             return torch.ops.sere_dist.reroute_any(
@@ -230,6 +253,7 @@ class CpuBackend:
                 router.sere_num_rows,
                 router.sere_counters,
                 shares_primary,
+                merges,
             )
 
         replace_choice(router, rerouted)

@@ -4,34 +4,78 @@ The router runs inside vLLM's own opaque `moe_forward` op. Python runs at captur
 lies in device memory that the kernel reads.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.distributed as dist
+from vllm.distributed.parallel_state import get_dp_group
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
 
 from sere_dist.artifact.folder import Artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.kernels.reroute import DeviceSettings, LayerKernel
 from sere_dist.method.records import LayerTables, Step
-from sere_dist.vllm_plugin.backend import all_reduce_losses, homes_of, is_projection, places_of, replace_choice
+from sere_dist.vllm_plugin.backend import homes_of, places_of, replace_choice
 from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.rows import Rows
+
+
+def losses_all_reduce() -> Callable[[torch.Tensor], None]:
+    """Returns what adds up, in place, the losses of all data-parallel ranks: int64 [E]. All of them must call it.
+
+    It runs on the current stream, so that it can be captured.
+
+    Raises:
+        ValueError: vLLM has no NCCL communicator for it.
+    """
+    communicator = getattr(get_dp_group().device_communicator, "pynccl_comm", None)
+    if communicator is None or communicator.disabled:
+        raise ValueError(
+            "primary_scope: group needs vLLM's NCCL communicator, which is switched off or did not find NCCL: unset "
+            "VLLM_DISABLE_PYNCCL, or set primary_scope: rank"
+        )
+    return lambda losses_E: communicator.all_reduce(losses_E, losses_E, op=dist.ReduceOp.SUM)
+
+
+def check_rows(num_rows: int, rows: Rows) -> None:
+    """Raises RuntimeError if a router got other rows than the step has: their masks would not line up.
+
+    Where a graph replays, this was checked when it was captured.
+    """
+    padding = get_forward_context().is_padding if is_forward_context_available() else None
+    expected = len(rows.valid) if padding is None else len(padding)
+    if num_rows > expected or (padding is not None and num_rows != expected):
+        raise RuntimeError(
+            f"the router got {num_rows} rows in a step of {expected}, padding included: their re-routing masks do not "
+            "line up"
+        )
 
 
 class GpuBackend:
     """A block of settings and a kernel for every layer."""
 
-    def __init__(self, artifact: Artifact, rows: Rows, config: ReroutingConfig, expert_map: ExpertMap | None):
+    def __init__(
+        self,
+        artifact: Artifact,
+        rows: Rows,
+        config: ReroutingConfig,
+        expert_map: ExpertMap | None,
+        *,
+        merges: bool,
+        shares_primary: bool,
+    ):
         self.rows = rows
         self.home = homes_of(rows, expert_map)
-        self.all_reduce = all_reduce_losses if config.primary_scope == "group" else None
+        self.all_reduce = losses_all_reduce() if shares_primary else None
         self.settings: dict[int, DeviceSettings] = {}
         self.layers: dict[int, LayerKernel] = {}
-        has_prices = is_projection(artifact, config)
+        has_prices = artifact.policy(config) == "projection"
         for layer, tables in artifact.tables.items():
             used = tables if has_prices else LayerTables(tables.similarity_EE)
             self.settings[layer] = DeviceSettings(rows.valid.device)
-            self.layers[layer] = LayerKernel(
-                used, self.settings[layer], places_of(expert_map, layer), repeats_dropped=True
-            )
+            self.layers[layer] = LayerKernel(used, self.settings[layer], places_of(expert_map, layer), merges=merges)
 
     def set_settings(self, settings: dict[int, ReroutingConfig]) -> None:
         for layer, own in settings.items():
@@ -40,13 +84,12 @@ class GpuBackend:
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
         rows, kernel = self.rows, self.layers[layer]
+        # It hands out tensors that the model holds (vLLM's backend for Transformers), which must not change.
+        borrows = isinstance(router, CustomRoutingRouter)
 
         def rerouted(_router, weights, ids):
-            if len(ids) > len(rows.valid):
-                raise RuntimeError(
-                    f"the router got {len(ids)} rows, a step has {len(rows.valid)} at most: not the batch's rows"
-                )
-            weights, ids = weights.contiguous(), ids.contiguous()
+            check_rows(len(ids), rows)
+            weights, ids = (each.clone() if borrows else each.contiguous() for each in (weights, ids))
             kernel.reroute(Step(weights, ids, rows.valid, self.home), self.all_reduce)
             return weights, ids
 

@@ -21,7 +21,8 @@ from sere_dist.artifact.reference import load_artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.method.counters import COUNTERS, dispatch_bytes
 from sere_dist.moe import MoeShape, by_layer
-from sere_dist.vllm_plugin.backend import Backend
+from sere_dist.vllm_plugin.backend import Backend, shares_primary
+from sere_dist.vllm_plugin.expert_kernels import merges_repeats
 from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.rows import Rows
 from sere_dist.vllm_plugin.weights import checkpoint_weights
@@ -43,11 +44,6 @@ def rerouted_layers(model: torch.nn.Module, artifact: Artifact, is_placed: bool 
     found = by_layer((name, module) for name, module in model.named_modules() if isinstance(module, MoERunner))
     runners = {layer: runner for layer, (_name, runner) in found.items()}
     for layer, runner in runners.items():
-        if runner.is_monolithic:
-            raise ValueError(
-                f"layer {layer} routes inside a monolithic kernel, which can't be re-routed: use weights that are not "
-                "quantised, or another moe_backend"
-            )
         if not isinstance(runner.router, BaseRouter):
             raise ValueError(f"layer {layer} routes through {type(runner.router).__name__}, not vLLM's BaseRouter")
         if is_placed and getattr(runner.router, "num_expert_group", None) not in (None, 0, 1):
@@ -103,7 +99,14 @@ class Rerouting(Worker):
             num_experts = artifact.config.num_experts
             self.sere_expert_map = ExpertMap(runners, num_experts, settings.domain, self.parallel_config, self.device)
         self.sere_artifact = artifact
-        self.sere_backend = self.sere_backend_class(artifact, self.sere_rows, settings, self.sere_expert_map)
+        self.sere_backend = self.sere_backend_class(
+            artifact,
+            self.sere_rows,
+            settings,
+            self.sere_expert_map,
+            merges=merges_repeats(runners),
+            shares_primary=shares_primary(settings, self.parallel_config),
+        )
         routers = {layer: cast(BaseRouter, runner.router) for layer, runner in runners.items()}  # as was checked
         self.sere_layers = {layer: self.sere_backend.attach(router, layer) for layer, router in routers.items()}
         self.sere_top_k = artifact.config.num_experts_per_token

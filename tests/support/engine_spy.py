@@ -55,12 +55,13 @@ def kernel(worker, library: str) -> None:
     from pathlib import Path
 
     from sere_dist.kernels import reroute
-    from sere_dist.vllm_plugin.gpu_backend import GpuBackend
+    from sere_dist.vllm_plugin import cpu_backend, gpu_backend
     from tests.support.host_kernels import HostKernels
 
     kernels = HostKernels(Path(library))
     reroute.kernels_for = lambda *_: kernels
-    _attach_anew(worker.worker, GpuBackend)
+    gpu_backend.losses_all_reduce = lambda: cpu_backend.all_reduce_losses
+    _attach_anew(worker.worker, gpu_backend.GpuBackend)
 
 
 def pretend(worker, ranks: int, homes: list[int] | None) -> None:
@@ -86,10 +87,18 @@ def pretend(worker, ranks: int, homes: list[int] | None) -> None:
 def _attach_anew(worker, backend_class) -> None:
     from sere_dist.artifact.reference import load_artifact
     from sere_dist.moe import MoeShape
+    from sere_dist.vllm_plugin.backend import shares_primary
 
     shape = MoeShape.from_config(worker.vllm_config.model_config.hf_config)
     artifact = load_artifact(worker.sere_config.artifact, shape, "")
-    worker.sere_backend = backend_class(artifact, worker.sere_rows, worker.sere_config, worker.sere_expert_map)
+    worker.sere_backend = backend_class(
+        artifact,
+        worker.sere_rows,
+        worker.sere_config,
+        worker.sere_expert_map,
+        merges=False,
+        shares_primary=shares_primary(worker.sere_config, worker.parallel_config),
+    )
     worker.sere_layers = {
         layer: worker.sere_backend.attach(runner.router, layer) for layer, runner in worker.sere_runners.items()
     }

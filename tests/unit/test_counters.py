@@ -33,6 +33,7 @@ def test_counts_by_hand():
         "rerouted_slots": 1,
         "critical_slots": 0,
         "dropped_slots": 1,
+        "merged_slots": 0,
         "active_experts_before": 4,
         "active_experts_after": 2,
         "largest_rank_before": 4,

@@ -10,7 +10,8 @@ steps = st.builds(
     RandomStep,
     seed=st.integers(0, 2**31),
     **{name: st.sampled_from(values) for name, values in CHOICES.items()}
-    | {"projection": st.just(False), "domains": st.none(), "ranks": st.just(0), "elsewhere_share": st.none()},
+    | {"projection": st.just(False), "merges": st.just(False)}
+    | {"domains": st.none(), "ranks": st.just(0), "elsewhere_share": st.none()},
 )
 
 
