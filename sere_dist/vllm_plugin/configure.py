@@ -1,8 +1,11 @@
 """The plugin in the front end: checks the settings against model and engine, and picks the worker that re-routes."""
 
 from pathlib import Path
+from typing import Any
 
 import vllm
+from packaging.version import Version
+from vllm import envs
 from vllm.config import CompilationMode, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -13,6 +16,7 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ALLOW_UNTESTED_VLLM, environment_flag
 from sere_dist.moe import MoeShape
 from sere_dist.vllm_plugin import TESTED_VLLM, WORKERS
+from sere_dist.vllm_plugin.engine_settings import engine_settings, settings_of
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
@@ -24,14 +28,15 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         ValueError: a setting, the artifact or a feature of the engine rules re-routing out. Nothing is ever served
             un-re-routed in silence.
     """
-    if vllm.__version__ not in TESTED_VLLM and not environment_flag(ALLOW_UNTESTED_VLLM):
+    # Wheels for another CUDA than vLLM's default carry a local version, as in 0.32.0+cu129.
+    if Version(vllm.__version__).public not in TESTED_VLLM and not environment_flag(ALLOW_UNTESTED_VLLM):
         raise ValueError(
             f"sere_dist was tested with vLLM {', '.join(TESTED_VLLM)}, this is {vllm.__version__}. Install a tested "
             f"release, or set {ALLOW_UNTESTED_VLLM}=1 and check the counters."
         )
     additional = vllm_config.additional_config
     assert isinstance(additional, dict)  # it has a `sere` entry
-    settings = ReroutingConfig.model_validate(additional["sere"]).resolved()
+    settings = settings_of(additional["sere"]).resolved()
     model = vllm_config.model_config
     shape = MoeShape.from_config(model.hf_config)
     settings.check_top_k(shape.num_experts_per_token)
@@ -52,19 +57,21 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     if advice := saves_no_traffic(settings, parallel):
         logger.warning("sere_dist: no bytes between ranks are saved: %s", advice)
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
-    additional["sere"] = settings.model_dump(mode="json")
+    vllm_config.additional_config = {**additional, "sere": engine_settings(settings, artifact.policy(settings))}
 
 
 def check_placement(path: Path, shape: MoeShape, layers: set[int], vllm_config: VllmConfig) -> None:
     """Raises ValueError if vLLM would not load a model's experts as this placement says."""
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size if parallel.enable_expert_parallel else 1
+    outputs: Any = getattr(vllm_config, "aux_output_config", vllm_config.model_config)  # there in vLLM 0.30
     Placement.load(path).check_serves(shape, layers, ranks)
     for wrong, advice in (
         (parallel.enable_eplb, "EPLB moves experts: set enable_eplb=False"),
         (parallel.expert_placement_strategy != "linear", "set expert_placement_strategy='linear'"),
         (parallel.enable_ep_weight_filter, "set enable_ep_weight_filter=False"),
-        (vllm_config.aux_output_config.enable_return_routed_experts, "set enable_return_routed_experts=False"),
+        (outputs.enable_return_routed_experts, "set enable_return_routed_experts=False"),
+        (vllm_config.weight_transfer_config is not None, "remove weight_transfer_config"),
     ):
         if wrong:
             raise ValueError(f"a placement permutes the model's experts; {advice}, or remove 'placement'")
@@ -95,6 +102,20 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "prefill context parallelism: set prefill_context_parallel_size=1",
         ),
         (parallel.use_ubatching, "micro-batches: remove enable_dbo and ubatch_size"),
+        (parallel.enable_elastic_ep, "elastic expert parallelism: set enable_elastic_ep=False"),
+        (
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "layers that get some of a step's rows: set kv_sharing_fast_prefill=False",
+        ),
+        (
+            envs.VLLM_BATCH_INVARIANT,
+            "outputs that must not depend on the batch, which re-routing looks at: unset VLLM_BATCH_INVARIANT",
+        ),
+        (
+            parallel.distributed_executor_backend == "ray"
+            and not getattr(envs, "VLLM_USE_RAY_V2_EXECUTOR_BACKEND", True),  # 0.33 has the second executor alone
+            "vLLM's first Ray executor, which goes around its workers: unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
+        ),
         (
             parallel.worker_cls not in {*WORKERS, *WORKERS.values()},
             f"the worker {parallel.worker_cls}: use vLLM's CPU or CUDA worker",
@@ -118,5 +139,9 @@ def saves_no_traffic(settings: ReroutingConfig, parallel: ParallelConfig) -> str
     if current_platform.is_cpu():
         return None if settings.cpu_dispatch == "all_to_all" else "all_gather sends all; set cpu_dispatch: all_to_all"
     if parallel.all2all_backend == "allgather_reducescatter":
-        return "all-gather sends every token to every rank; set all2all_backend=deepep_high_throughput"
+        return (
+            "all-gather sends every token to every rank; set all2all_backend to deepep_v2 or, within one NVLink "
+            "domain, to flashinfer_nvlink_one_sided. deepep_high_throughput saves traffic too, but switches CUDA "
+            "graphs off"
+        )
     return None

@@ -21,7 +21,9 @@ from sere_dist.artifact.reference import load_artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.method.counters import COUNTERS, dispatch_bytes
 from sere_dist.moe import MoeShape, by_layer
+from sere_dist.vllm_plugin.agreement import check_agreement, what_must_agree
 from sere_dist.vllm_plugin.backend import Backend, shares_primary
+from sere_dist.vllm_plugin.engine_settings import settings_of
 from sere_dist.vllm_plugin.expert_kernels import merges_repeats
 from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.rows import Rows
@@ -80,10 +82,11 @@ class Rerouting(Worker):
     def load_model(self, **kwargs) -> None:
         additional = self.vllm_config.additional_config
         assert isinstance(additional, dict)  # the front end has put the settings there
-        settings = ReroutingConfig.model_validate(additional["sere"])
+        settings = settings_of(additional["sere"])
         served = self.vllm_config.model_config
         artifact = load_artifact(settings.artifact, MoeShape.from_config(served.hf_config), served.model)
-        placement = None if settings.placement is None else Placement.load(settings.placement)
+        self.sere_placement = placement = None if settings.placement is None else Placement.load(settings.placement)
+        check_agreement(what_must_agree(settings, artifact, placement))
         with checkpoint_weights(placement):
             super().load_model(**kwargs)
         assert self.device is not None  # vLLM's worker has set it
@@ -116,6 +119,23 @@ class Rerouting(Worker):
         if settings.policy == "recommended":
             what = f"as recommended {artifact.recommended}"
         logger.info("sere_dist re-routes %d MoE layers: %s, %s rows", len(runners), what, settings.rows)
+
+    def compile_or_warm_up_model(self):
+        """Warms up, and forgets it: vLLM's warm-up may look like requests, which must not be counted as served."""
+        times = super().compile_or_warm_up_model()
+        self.sere_rows.valid.zero_()
+        self.sere_rows.count.zero_()
+        for counters in self.sere_layers.values():
+            counters.zero_()
+        self.sere_seen_rerouting = False
+        return times
+
+    def reload_weights(self, *args, **kwargs) -> None:
+        """Loads weights again, with the experts where the placement has them."""
+        if self.sere_placement is not None and kwargs.get("weights_iterator") is not None:
+            raise ValueError("weights that don't come from a checkpoint can't be placed: remove 'placement'")
+        with checkpoint_weights(self.sere_placement):
+            super().reload_weights(*args, **kwargs)
 
     def execute_model(self, scheduler_output, *args, **kwargs):
         """Runs a step, and stops the engine if vLLM did not go through what re-routing hooked."""

@@ -1,21 +1,25 @@
 """What the plugin checks in vLLM's front end, before an engine or a worker starts."""
 
 import logging
+import pickle
 
 import pytest
+from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from examples.tiny_moe.data import MODEL
+from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ALLOW_UNTESTED_VLLM
 from sere_dist.vllm_plugin import configure as plugin
+from sere_dist.vllm_plugin.engine_settings import settings_of
 from tests.support.artifacts import small_artifact
 
 TOP_K = 8
 
 
-def configure(sere: dict, **arguments) -> None:
+def configure(sere: dict, **arguments) -> VllmConfig:
     """Has vLLM make up the engine's configuration, as every engine does first."""
-    EngineArgs(str(MODEL), additional_config={"sere": sere}, **arguments).create_engine_config()
+    return EngineArgs(str(MODEL), additional_config={"sere": sere}, **arguments).create_engine_config()
 
 
 @pytest.fixture
@@ -65,12 +69,68 @@ def test_an_artifact_of_another_model_stops_the_start(tmp_path):
             "tensor_parallel_size=1",
         ),
         ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=False"),
     ],
 )
 def test_what_is_not_rerouted_yet_is_refused(artifact_path, parallel, message):
     sere = {"artifact": str(artifact_path), "select_top_k": 2}
     with pytest.raises(ValueError, match=message):
         configure(sere, **parallel)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "arguments", "message"),
+    [
+        ("VLLM_BATCH_INVARIANT", "1", {}, "unset VLLM_BATCH_INVARIANT"),
+        (
+            "VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
+            "0",
+            {"distributed_executor_backend": "ray"},
+            "unset VLLM_USE_RAY_V2_EXECUTOR_BACKEND",
+        ),
+    ],
+)
+def test_switches_of_vllm_that_rule_rerouting_out_are_refused(
+    artifact_path, monkeypatch, variable, value, arguments, message
+):
+    sere = {"artifact": str(artifact_path), "select_top_k": 2}
+    configure(sere)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        configure(sere, **arguments)
+
+
+def test_elastic_expert_parallelism_is_refused(artifact_path):
+    """vLLM itself refuses it on CPUs, so the configuration is changed afterwards."""
+    config = configure({"artifact": str(artifact_path), "select_top_k": 2})
+    config.parallel_config.enable_elastic_ep = True
+    advice = [advice for is_on, advice in plugin.unsupported_features(config) if is_on]
+    assert advice == ["elastic expert parallelism: set enable_elastic_ep=False"]
+
+
+def test_another_number_does_not_compile_the_model_anew(artifact_path, projection_path):
+    """vLLM's key of its compile cache has `additional_config` in it."""
+
+    def key(path, **sere):
+        return configure({"artifact": str(path), **sere}).compute_hash()
+
+    plain = key(artifact_path, select_top_k=2)
+    assert plain == key(artifact_path, select_top_k=1, threshold=0.5, min_rows=3, enabled=False)
+    assert plain == key(projection_path, select_top_k=2), "the policy is the same"
+    priced = key(projection_path, select_top_k=2, policy="projection")
+    assert priced == key(projection_path, select_top_k=3, policy="projection", expert_price=0.1)
+    assert priced != plain, "another policy is other code"
+
+
+def test_settings_reach_the_workers(artifact_path):
+    """The configuration is pickled on its way to them, and an engine's arguments may be used again."""
+    sere = {"artifact": str(artifact_path), "select_top_k": 2, "threshold": 0.25}
+    arguments = EngineArgs(str(MODEL), additional_config={"sere": sere, "other": 1})
+    for _ in range(2):
+        additional = pickle.loads(pickle.dumps(arguments.create_engine_config())).additional_config
+        assert settings_of(additional["sere"]) == ReroutingConfig.model_validate(sere).resolved()
+        assert additional["other"] == 1
+    assert arguments.additional_config == {"sere": sere, "other": 1}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +157,12 @@ def test_the_start_warns_of_lost_quality(artifact_path, caplog_vllm, select_top_
     configure(sere)
     warnings = [record for record in caplog_vllm.records if "raise select_top_k" in record.getMessage()]
     assert len(warnings) == warns
+
+
+@pytest.mark.parametrize("local", ["", "+cu129", "+cpu"])
+def test_wheels_for_another_cuda_are_the_same_release(artifact_path, monkeypatch, local):
+    monkeypatch.setattr(plugin.vllm, "__version__", f"{plugin.TESTED_VLLM[-1]}{local}")
+    configure({"artifact": str(artifact_path), "select_top_k": 2})
 
 
 def test_an_untested_vllm_is_refused(artifact_path, monkeypatch):

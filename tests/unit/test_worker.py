@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
+from sere_dist.artifact.placement import LayerPlacement, Placement
 from sere_dist.config import ReroutingConfig
 from sere_dist.method.counters import COUNTERS
 from sere_dist.method.projection import reroute_projection
@@ -24,6 +26,16 @@ class Vllms:
         self.on_step()
         return "output"
 
+    def compile_or_warm_up_model(self):
+        """As with runner V2: steps that look like requests, then captures, which don't prepare a batch."""
+        self.execute_model(STEP)
+        self.on_capture()
+        return "times"
+
+    def reload_weights(self, weights_iterator=None):
+        given = DefaultModelLoader.get_all_weights(None, None, None) if weights_iterator is None else weights_iterator
+        self.reloaded = dict(given)
+
 
 class Worker(Rerouting, Vllms):
     def __init__(self, prepares: bool, reroutes: bool):
@@ -33,7 +45,12 @@ class Worker(Rerouting, Vllms):
             if reroutes:
                 self.sere_layers[7][COUNTERS.index("steps")] += 1
 
+        def capture():
+            self.captured = self.sere_rows.valid.tolist()
+            self.sere_layers[7][COUNTERS.index("steps")] += 1
+
         super().__init__(step)
+        self.on_capture, self.sere_placement = capture, None
         self.sere_rows, self.sere_expert_map, self.sere_seen_rerouting = Rows(4), None, False
         self.sere_layers = {7: torch.zeros(len(COUNTERS), dtype=torch.int64)}
 
@@ -74,3 +91,43 @@ def test_prices_follow_the_weights_that_the_router_gives():
 def test_a_layer_that_was_not_rerouted_is_an_error():
     with pytest.raises(RuntimeError, match="layer 7 chose its experts without asking sere_dist"):
         Worker(prepares=True, reroutes=False).execute_model(STEP)
+
+
+def test_a_warm_up_is_not_counted_as_served():
+    """It runs steps like requests, and graphs are captured while these rows are still marked."""
+    worker = Worker(prepares=True, reroutes=True)
+    assert worker.compile_or_warm_up_model() == "times"
+    assert any(worker.captured)
+    assert not worker.sere_layers[7].any() and not worker.sere_rows.valid.any() and not worker.sere_rows.count.any()
+    assert not worker.sere_seen_rerouting, "the first step that is served is checked"
+    worker.execute_model(STEP)
+    assert worker.sere_layers[7][COUNTERS.index("steps")] == 1 and worker.sere_seen_rerouting
+
+
+def test_a_missing_hook_stops_the_warm_up():
+    with pytest.raises(RuntimeError, match="layer 7 chose its experts without asking sere_dist"):
+        Worker(prepares=True, reroutes=False).compile_or_warm_up_model()
+
+
+def test_weights_that_are_no_checkpoint_are_not_placed():
+    worker = Worker(prepares=True, reroutes=True)
+    worker.reload_weights(weights_iterator=[("lm_head.weight", 1)])
+    assert worker.reloaded.pop("lm_head.weight") == 1
+    worker.sere_placement = object()
+    with pytest.raises(ValueError, match="can't be placed: remove 'placement'"):
+        worker.reload_weights(weights_iterator=[("lm_head.weight", 1)])
+    assert not worker.reloaded
+
+
+def test_weights_that_are_loaded_again_are_placed_again(monkeypatch):
+    expected = dict.fromkeys(LayerPlacement.model_fields, 1)  # nobody reads it
+    about = {"base_model": "nobody/small-moe", "num_experts": 4, "num_ranks": 2, "affinity": "similarity"}
+    layer = LayerPlacement(**expected | {"rank_of_expert": [1, 0, 0, 1]})  # in the order 1, 2, 0, 3
+    experts = [(f"model.layers.1.mlp.experts.{i}.up_proj.weight", torch.tensor(i)) for i in range(4)]
+    router = ("model.layers.1.mlp.gate.weight", torch.arange(4))
+    monkeypatch.setattr(DefaultModelLoader, "get_all_weights", lambda *_: iter([*experts, router]))
+    worker = Worker(prepares=True, reroutes=True)
+    worker.sere_placement = Placement(**about, layers={1: layer})
+    worker.reload_weights()
+    assert [worker.reloaded[name].item() for name, _ in experts] == [1, 2, 0, 3]
+    assert worker.reloaded[router[0]].tolist() == [1, 2, 0, 3]

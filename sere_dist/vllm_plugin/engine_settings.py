@@ -1,0 +1,31 @@
+"""The settings on their way from vLLM's front end to its workers."""
+
+from typing import Any
+
+import sere_dist
+from sere_dist.config import ReroutingConfig
+
+
+class EngineSettings(str):
+    """What stands in vLLM's `additional_config["sere"]` once the front end has checked it.
+
+    vLLM makes `additional_config` part of the key of its compile cache. So the text says only what compiled code
+    depends on, and a start with other numbers does not compile the model anew.
+
+    Attributes:
+        settings: all settings, in JSON's types.
+    """
+
+    settings: dict[str, Any]
+
+
+def engine_settings(settings: ReroutingConfig, policy: str) -> EngineSettings:
+    """Returns the settings for the workers; `policy` is the one that the layers follow, "sere" or "projection"."""
+    text = EngineSettings(f"sere_dist {sere_dist.__version__}: policy {policy}, primary_scope {settings.primary_scope}")
+    text.settings = settings.model_dump(mode="json")
+    return text
+
+
+def settings_of(sere: Any) -> ReroutingConfig:
+    """Returns the settings in `additional_config["sere"]`: as a user wrote them, or as the front end left them."""
+    return ReroutingConfig.model_validate(sere.settings if isinstance(sere, EngineSettings) else sere)
