@@ -7,8 +7,14 @@ LOCK := requirements/cpu.lock
 TORCH := $(shell grep '^torch==' $(LOCK))
 BIN := .venv/bin
 SCHEMATHESIS := 4.32.5
+VERSION ?= 0.31.0
 
-.PHONY: help demo serve format lint types unit check test test-all bench-calibration soak check-deploy lock clean
+define install-torch
+$(1)/pip install -q --no-deps '$(TORCH)' || { $(1)/pip install -q uv && \
+  $(1)/uv pip install -q --python $(1)/python --no-deps --torch-backend cpu '$(TORCH)'; }
+endef
+
+.PHONY: help demo serve format lint types unit check test test-all test-vllm bench-calibration soak check-deploy lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -46,6 +52,10 @@ test: check ## and each promise that needs the real thing: engines, Ray, Serve, 
 test-all: lint types ## everything, at length: run it before an issue is called resolved (45 minutes)
 	$(PYTEST) tests --dist loadfile --hypothesis-profile thorough
 
+# Another release of vLLM in an environment of its own: the lock, less what requirements/vllm-VERSION.txt replaces.
+test-vllm: .venv-vllm-$(VERSION)/.ready ## the tests that need vLLM's parts, with another release of it (VERSION=0.31.0)
+	.venv-vllm-$(VERSION)/bin/python -m pytest tests/unit tests/engine -n 2 --dist loadfile -m "not slow"
+
 bench-calibration: .venv/.ready ## calibration's speed and memory (25 minutes, on an idle machine)
 	$(BIN)/python -m benchmarks.calibration
 
@@ -61,12 +71,20 @@ check-deploy: .venv/.ready ## deploy/kubernetes against the custom resource defi
 	.venv-soak/bin/pip install -q schemathesis==$*
 	touch $@
 
+.venv-vllm-%/.ready: requirements/vllm-%.txt $(LOCK) pyproject.toml
+	$(PYTHON) -m venv .venv-vllm-$*
+	$(call install-torch,.venv-vllm-$*/bin)
+	replaced=$$(sed -n 's/^# without //p; s/==.*//p' $< | paste -sd '|'); \
+	  grep -vE "^($$replaced)==" $(LOCK) | cat - $< > .venv-vllm-$*/requirements.txt
+	.venv-vllm-$*/bin/pip install -q --no-deps -r .venv-vllm-$*/requirements.txt
+	.venv-vllm-$*/bin/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
 # Torch comes first: from wherever pip is told to look if that has the CPU build, else from PyTorch's own CPU index, which
 # uv knows by name. The lock is whole, so nothing pulls in a requirement that it leaves out (cpu.exclude).
 .venv/.ready: $(LOCK) pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q --no-deps '$(TORCH)' || { $(BIN)/pip install -q uv && \
-	  $(BIN)/uv pip install -q --python $(BIN)/python --no-deps --torch-backend cpu '$(TORCH)'; }
+	$(call install-torch,$(BIN))
 	$(BIN)/pip install -q --no-deps -r $(LOCK)
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
@@ -76,4 +94,4 @@ lock: ## rewrite the lock from pyproject.toml
 	  --excludes requirements/cpu.exclude $(TORCH_FROM) -o $(LOCK)
 
 clean: ## remove what the targets here made
-	rm -rf .venv .venv-soak build
+	rm -rf .venv .venv-soak .venv-vllm-* build

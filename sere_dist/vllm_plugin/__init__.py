@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-TESTED_VLLM = ("0.32.0",)
+TESTED_VLLM = ("0.30.0", "0.31.0", "0.32.0")  # the newest patch of each of three minor releases: make test-vllm
 # vLLM's workers, and ours that take their place.
 WORKERS = {
     "vllm.v1.worker.cpu_worker.CPUWorker": "sere_dist.vllm_plugin.cpu_worker.ReroutingCPUWorker",

@@ -3,11 +3,14 @@
 Re-routed slots reach an expert kernel in one of two forms; see `method.slots`. A kernel that can't take the form that
 it gets does not fail: it loses slots, or mixes up rows. So a layer is re-routed only if the classes that run it are in
 the tables below, which say what their sources do. These were read in vLLM 0.32.0, FlashInfer 0.7.0, DeepEP d4f41e4 and
-triton_kernels 3.5.1, the versions that this vLLM is built with. None of it was seen on a GPU.
+triton_kernels 3.5.1, the versions that this vLLM is built with; vLLM 0.31 has the same. In 0.30 merged slots were not
+looked at. None of it was seen on a GPU.
 """
 
 from typing import NamedTuple
 
+import vllm
+from packaging.version import Version
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
@@ -20,6 +23,14 @@ class Takes(NamedTuple):
     repeats: bool  # slots of one token that name the same expert
     empty: str  # slots with the id -1: ALWAYS, NEVER, or WITH_EXPERT_MAP, which expert parallelism brings
     because: str
+
+
+class Placement(NamedTuple):
+    """How a layer's experts are spread over ranks."""
+
+    is_split: bool = False  # each rank has some of them, and a map that says which
+    is_linear: bool = True  # rank r has the r-th share of them, in order
+    experts_per_rank: int = 128
 
 
 _ALIGN = "moe_align_block_size sorts slots and leaves out -1; moe_sum skips their rows only with an expert map"
@@ -108,7 +119,13 @@ def merges_repeats(runners: dict[int, MoERunner]) -> bool:
     forms = {layer: _merges(layer, runner) for layer, runner in runners.items()}
     if len(set(forms.values())) > 1:
         raise ValueError(f"the model's layers run different expert kernels, some of which need merged slots: {forms}")
-    return next(iter(forms.values()))
+    merged = next(iter(forms.values()))
+    if merged and Version(vllm.__version__) < Version("0.31"):
+        raise ValueError(
+            f"these expert kernels need merged slots, which sere_dist has not looked at in vLLM {vllm.__version__}: "
+            f"install vLLM 0.31 or later, or set {OTHER_BACKEND}"
+        )
+    return merged
 
 
 def _merges(layer: int, runner: MoERunner) -> bool:
@@ -126,14 +143,6 @@ def _merges(layer: int, runner: MoERunner) -> bool:
         experts_per_rank=runner.moe_config.num_local_experts,
     )
     return merges(experts, dispatcher, placement, scales_rows_together=_scales_rows_together(kernel))
-
-
-class Placement(NamedTuple):
-    """How a layer's experts are spread over ranks."""
-
-    is_split: bool = False  # each rank has some of them, and a map that says which
-    is_linear: bool = True  # rank r has the r-th share of them, in order
-    experts_per_rank: int = 128
 
 
 def merges(experts: str, dispatcher: str, placement: Placement, *, scales_rows_together: bool = False) -> bool:

@@ -2,16 +2,18 @@
 
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm
 from vllm.config import CompilationConfig, CUDAGraphMode
 from vllm.model_executor.layers.fused_moe import modular_kernel
 
 from sere_dist.method.rerouting import reroute
 from sere_dist.method.slots import merge_repeats
 from sere_dist.testing.expert_choice import CAPABILITIES, LAYOUTS, QUANTISATIONS, chosen, pretended_gpu, verdict
-from sere_dist.vllm_plugin.expert_kernels import DISPATCHERS, EXPERTS, MONOLITHIC, Placement, merges
+from sere_dist.vllm_plugin.expert_kernels import DISPATCHERS, EXPERTS, MONOLITHIC, Placement, merges, merges_repeats
 from tests.support.expert_routing import bit_matrix_routing, first_slot_routing, messages_to_an_expert
 
 
@@ -106,6 +108,48 @@ def test_rows_that_share_a_scale_are_not_left_empty():
     assert merges("TritonExperts", "DeepEPV2PrepareAndFinalize", Placement(True))
     with pytest.raises(ValueError, match="can't run"):
         merges("TritonExperts", "DeepEPV2PrepareAndFinalize", Placement(True), scales_rows_together=True)
+
+
+def runner(experts: str, dispatcher: str = "MoEPrepareAndFinalizeNoDPEPModular", is_monolithic: bool = False):
+    """A loaded layer, as far as it matters which classes run it."""
+    config = SimpleNamespace(quant_dtype=None, a2_scale=None, per_act_token_quant=False, block_shape=None)
+    kernel = SimpleNamespace(
+        fused_experts=type(experts, (), {"quant_config": config})(), prepare_finalize=type(dispatcher, (), {})()
+    )
+    return SimpleNamespace(
+        routed_experts=SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=kernel), expert_map=None),
+        is_monolithic=is_monolithic,
+        expert_placement_strategy="linear",
+        moe_config=SimpleNamespace(num_local_experts=128),
+    )
+
+
+def test_all_layers_get_one_form():
+    assert merges_repeats({0: runner("FlashInferExperts"), 1: runner("FlashInferExperts")})
+    assert not merges_repeats({0: runner("TritonExperts")})
+    with pytest.raises(ValueError, match="different expert kernels"):
+        merges_repeats({0: runner("FlashInferExperts"), 1: runner("TritonExperts")})
+
+
+def test_a_layer_that_chooses_experts_itself_is_refused():
+    with pytest.raises(ValueError, match=r'layer 3: OAITritonMxfp4ExpertsMonolithic .* set moe_backend="marlin"'):
+        merges_repeats({3: runner("OAITritonMxfp4ExpertsMonolithic", is_monolithic=True)})
+    with pytest.raises(ValueError, match=r'set moe_backend="triton" \(bfloat16, FP8\) or "marlin"'):
+        merges_repeats({3: runner("NewMonolithic", is_monolithic=True)})
+
+
+def test_a_layer_that_does_not_name_its_kernel_is_refused():
+    layer = runner("TritonExperts")
+    layer.routed_experts.quant_method.moe_kernel = None
+    with pytest.raises(ValueError, match="layer 3 does not say which kernel"):
+        merges_repeats({3: layer})
+
+
+def test_releases_whose_kernels_were_not_read_get_no_merged_slots(monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.30.0+cu129")
+    assert not merges_repeats({0: runner("TritonExperts")})
+    with pytest.raises(ValueError, match=r"install vLLM 0\.31 or later"):
+        merges_repeats({0: runner("FlashInferExperts")})
 
 
 @pytest.mark.parametrize("all2all_backend", ["allgather_reducescatter", "deepep_v2", "flashinfer_nvlink_one_sided"])
