@@ -156,15 +156,15 @@ def time_rerouting(worker) -> None:
     """In a worker on a CPU, eager: keeps what each re-routing takes, for `rerouting_seconds`."""
     from sere_dist.vllm_plugin import cpu_backend
 
-    reroute, seconds = cpu_backend._reroute_fast, []
+    reroute, seconds = cpu_backend.CpuBackend.reroute, []
 
     def timed(*arguments):
         started = time.perf_counter()
-        ids = reroute(*arguments)
+        routed = reroute(*arguments)
         seconds.append(time.perf_counter() - started)
-        return ids
+        return routed
 
-    cpu_backend._reroute_fast = timed  # ty: ignore[invalid-assignment]  # the same function, timed
+    cpu_backend.CpuBackend.reroute = timed  # ty: ignore[invalid-assignment]  # the same function, timed
     worker.rerouting_seconds = seconds
 
 

@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 
-from sere_dist.kernels.neighbors import ranked_neighbors
 from sere_dist.kernels.reroute import ID_DTYPES, WEIGHT_DTYPES, DeviceSettings, LayerKernel
-from sere_dist.kernels.reroute_numpy import reroute_step
 from sere_dist.method.counters import COUNTERS, count_step
 from sere_dist.method.projection import (
     ALWAYS_PRIMARY,
@@ -146,12 +144,22 @@ class RandomStep:
         """Returns int64 [E]: this rank's say in what is primary, whether or not it then acts."""
         return primary_losses(self.step, self.tables, self.settings)
 
-    def by_numpy(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the same by `reroute_numpy`, which knows neither projection nor domains nor ranks."""
-        counters = torch.zeros(len(COUNTERS), dtype=torch.int64)
-        neighbors = ranked_neighbors(self.similarity_EE)
-        ids_TK = reroute_step(self.step, neighbors, self.settings_in_force, counters)
-        return self.weights_TK, ids_TK, counters
+    def by_cpu(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns the same by `kernels.reroute_cpu`."""
+        from sere_dist.kernels.reroute_cpu import CpuLayer  # needs Numba, which a machine with a GPU may lack
+
+        layer = CpuLayer(self.tables, self.places, merges=self.merges)
+        layer.set(self.settings, enabled=self.enabled, min_rows=self.min_rows, max_rows=self.max_rows)
+
+        def all_reduce(losses_E: torch.Tensor) -> None:
+            assert self.elsewhere_E is not None  # else nobody is asked
+            offered = self.own_losses() if self.enabled else torch.zeros_like(losses_E)
+            assert torch.equal(losses_E, offered), "other ranks got other losses"
+            losses_E += self.elsewhere_E
+
+        step = Step(self.weights_TK.float(), self.ids_TK, self.valid_T, self.home_T)
+        weights_TK, ids_TK = layer.reroute(step, None if self.elsewhere_E is None else all_reduce)
+        return weights_TK, ids_TK, layer.counters
 
     def layer(self, device: torch.device | str) -> LayerKernel:
         """Returns the layer of this step, with settings of its own."""

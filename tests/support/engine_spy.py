@@ -31,14 +31,14 @@ def watch(_worker) -> int:
     _library = torch.library.Library("_C", "IMPL")
     _library.impl("cpu_fused_moe", spy, "CPU", with_keyset=True, allow_override=True)
 
-    original = plugin.reroute_step
+    original = plugin.CpuLayer.reroute
 
-    def spied(step, *others):
-        valid = [True] * len(step.ids_TK) if step.valid_T is None else step.valid_T.tolist()
-        rerouted.append((step.weights_TK.float().tolist(), step.ids_TK.tolist(), valid))
-        return original(step, *others)
+    def spied(layer, step, *others):
+        valid = step.valid_T[: len(step.ids_TK)].tolist()
+        rerouted.append((step.weights_TK.tolist(), step.ids_TK.tolist(), valid))
+        return original(layer, step, *others)
 
-    plugin.reroute_step = spied
+    plugin.CpuLayer.reroute = spied
     return os.getpid()
 
 

@@ -1,0 +1,467 @@
+"""Re-routing of one decode step on a CPU: every policy, merging and counters in one pass, compiled by Numba.
+
+    layer = CpuLayer(LayerTables(similarity_EE))
+    layer.set(Settings(select_top_k=2))
+    weights_TK, ids_TK = layer.reroute(Step(topk_weights_TK, topk_ids_TK, valid_T))
+    dict(zip(COUNTERS, layer.counters.tolist()))
+
+`sere_dist.method` computes the same, to the bit: all arithmetic is in float32, in the order that is written there. The
+same steps as in reroute.cu: vote, find substitutes, settle. Compiled code is kept beside this file, or where
+NUMBA_CACHE_DIR says. Shape suffixes: T tokens of the step, K experts per token, E experts of the layer.
+"""
+
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import torch
+
+from sere_dist.kernels.neighbors import ranked_neighbors
+from sere_dist.method.counters import COUNTERS
+from sere_dist.method.projection import ALWAYS_PRIMARY, FIXED_POINT_ONE, to_fixed_point
+from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
+
+NOWHERE = -1  # a slot or a token without a domain
+NO_SUBSTITUTE = -1
+ONE, ZERO = np.float32(1), np.float32(0)
+FIXED = np.float32(FIXED_POINT_ONE)
+MOST = np.float32(ALWAYS_PRIMARY)
+(
+    STEPS,
+    ROWS,
+    REROUTED,
+    CRITICAL,
+    DROPPED,
+    MERGED,
+    ACTIVE,
+    ACTIVE_AFTER,
+    LARGEST_RANK,
+    LARGEST_RANK_AFTER,
+    DOMAINS,
+    DOMAINS_AFTER,
+    REMOTE_DOMAINS,
+    REMOTE_DOMAINS_AFTER,
+    REMOTE_SLOTS,
+    REMOTE_SLOTS_AFTER,
+) = range(len(COUNTERS))
+
+
+def compiled(function: Callable) -> Callable:
+    """Compiles a function when it is first called, or takes what an earlier process compiled."""
+    try:
+        return numba.njit(cache=True)(function)
+    except RuntimeError:  # no folder can be written
+        return numba.njit(function)
+
+
+@compiled
+def rank_slots(weights_K, ranks_K):
+    """Sets `ranks_K`: how many of the token's slots come first, the heavier ones, and of equal ones the earlier."""
+    for mine in range(len(weights_K)):
+        weight, rank = weights_K[mine], 0
+        for other in range(len(weights_K)):
+            its = weights_K[other]
+            # Like torch's sort: NaN is the largest, and equal to NaN.
+            is_nan, its_nan = weight != weight, its != its
+            comes_first = (its_nan and not is_nan) or its > weight
+            is_equal = its == weight or (is_nan and its_nan)
+            rank += comes_first or (is_equal and other < mine)
+        ranks_K[mine] = rank
+
+
+@compiled
+def vote(weights_TK, ids_TK, valid_T, size_E, select_top_k, counts_losses, losses_E, chosen_E):
+    """Adds each expert's loss to `losses_E`, and marks the experts that valid tokens chose. Returns the valid rows."""
+    num_slots, num_experts, rows = ids_TK.shape[1], len(losses_E), 0
+    ranks_K, heaviest_E = np.empty(num_slots, dtype=np.int64), np.zeros(num_experts, dtype=np.bool_)
+    is_on = 0 < select_top_k < num_slots
+    for token in range(len(ids_TK)):
+        if not valid_T[token]:
+            continue
+        rows += 1
+        if is_on:
+            rank_slots(weights_TK[token], ranks_K)
+        for slot in range(num_slots):
+            expert = ids_TK[token, slot]
+            if expert < 0 or expert >= num_experts:
+                continue
+            chosen_E[expert] = True
+            if not is_on:
+                continue
+            if ranks_K[slot] < select_top_k:
+                heaviest_E[expert] = True
+            elif counts_losses:
+                weight = weights_TK[token, slot]
+                error = np.rint(((weight * weight) * size_E[expert]) * FIXED)
+                if error > ZERO:  # not NaN
+                    losses_E[expert] += np.int64(min(error, MOST))
+    for expert in range(num_experts):
+        if heaviest_E[expert]:
+            losses_E[expert] = ALWAYS_PRIMARY
+    return rows
+
+
+@compiled
+def substitute_of(expert, neighbors_EE, ranked_EE, primary_E, threshold):
+    """Returns the expert's most similar primary expert and that similarity; NO_SUBSTITUTE where it is critical."""
+    for place in range(len(primary_E)):
+        neighbor = neighbors_EE[expert, place]
+        if primary_E[neighbor]:
+            similarity = ranked_EE[expert, place]
+            if threshold > ZERO and similarity < threshold and not primary_E[expert]:
+                return NO_SUBSTITUTE, ZERO
+            return np.int64(neighbor), similarity
+    return NO_SUBSTITUTE, ZERO
+
+
+@compiled
+def is_among(domain, visits_K, home):
+    if domain == home:
+        return True
+    for visited in visits_K:  # noqa: SIM110  Numba compiles no generator
+        if visited == domain:
+            return True
+    return False
+
+
+@compiled
+def count_visits(visits_K, home, counters, when):
+    """Counts the domains that a token's slots visit: each once, and as remote unless it is the token's home."""
+    for slot in range(len(visits_K)):
+        domain = visits_K[slot]
+        if domain == NOWHERE:
+            continue
+        is_new = True
+        for earlier in range(slot):
+            is_new = is_new and visits_K[earlier] != domain
+        is_remote = domain != home
+        counters[DOMAINS + when] += is_new
+        counters[REMOTE_DOMAINS + when] += is_new and is_remote
+        counters[REMOTE_SLOTS + when] += is_remote
+
+
+@compiled
+def cheapest(expert, loss, choice, similarity, price, visits_K, home, neighbors_EE, ranked_EE, primary_E, domain_E):
+    """Returns the expert that takes a slot, or -1 if dropping costs less. Costs rise as similarity falls, so only two
+    can be the cheapest: the most similar expert, and the most similar one in a domain that is visited anyway."""
+    least = loss * (ONE - similarity)
+    if price > ZERO and len(domain_E) and not is_among(domain_E[choice], visits_K, home):
+        least = least + price
+        for place in range(len(primary_E)):
+            neighbor = neighbors_EE[expert, place]
+            if primary_E[neighbor] and is_among(domain_E[neighbor], visits_K, home):
+                cost = loss * (ONE - ranked_EE[expert, place])
+                if cost < least:  # of equal costs the larger similarity wins: the choice so far came first
+                    least, choice = cost, np.int64(neighbor)
+                break
+    return np.int64(-1) if loss < least else choice
+
+
+@compiled
+def merge(weights_K, ids_K):
+    """Leaves each expert in its first slot, with the sum of its weights. Returns how many slots that emptied."""
+    merged = 0
+    for slot in range(len(ids_K)):
+        if ids_K[slot] < 0:
+            continue
+        for later in range(slot + 1, len(ids_K)):
+            if ids_K[later] == ids_K[slot]:
+                weights_K[slot] = weights_K[slot] + weights_K[later]
+                weights_K[later], ids_K[later] = ZERO, -1
+                merged += 1
+    return merged
+
+
+@compiled
+def settle(
+    weights_TK,
+    ids_TK,
+    valid_T,
+    home_T,
+    neighbors_EE,
+    ranked_EE,
+    coefficient_EE,
+    size_E,
+    domain_E,
+    primary_E,
+    select_top_k,
+    threshold,
+    price,
+    acts,
+    merges,
+    runs_E,
+    counters,
+):
+    """Rewrites the valid tokens' slots in place, marks the experts that run, and counts slots and visits."""
+    num_slots, num_experts = ids_TK.shape[1], len(primary_E)
+    has_prices, has_domains, has_homes = len(size_E) > 0, len(domain_E) > 0, len(home_T) > 0
+    ranks_K, outcome_K = np.empty(num_slots, dtype=np.int64), np.empty(num_slots, dtype=np.int64)
+    visits_K = np.empty(num_slots, dtype=np.int64)
+    new_weights_K, substitute_E = np.empty(num_slots, dtype=np.float32), np.full(num_experts, -2)
+    similarity_E = np.empty(num_experts, dtype=np.float32)
+    for token in range(len(ids_TK)):
+        if not valid_T[token]:
+            continue
+        home = np.int64(home_T[token]) if has_homes else NOWHERE
+        for slot in range(num_slots):
+            expert = np.int64(ids_TK[token, slot])
+            outcome_K[slot] = expert if 0 <= expert < num_experts else -1
+            new_weights_K[slot] = weights_TK[token, slot]
+        if has_domains:
+            for slot in range(num_slots):
+                visits_K[slot] = domain_E[outcome_K[slot]] if outcome_K[slot] >= 0 else NOWHERE
+            count_visits(visits_K, home, counters, 0)
+        if acts:
+            if has_prices:
+                rank_slots(weights_TK[token], ranks_K)
+            heaviest = -1
+            for slot in range(num_slots):
+                expert = outcome_K[slot]
+                if has_prices and ranks_K[slot] == 0:
+                    heaviest = expert
+                stays = expert < 0 or (ranks_K[slot] < select_top_k if has_prices else primary_E[expert])
+                if not stays and substitute_E[expert] == -2:  # of the first slot that asks
+                    substitute_E[expert], similarity_E[expert] = substitute_of(
+                        expert, neighbors_EE, ranked_EE, primary_E, threshold
+                    )
+                if not stays and substitute_E[expert] == NO_SUBSTITUTE:
+                    counters[CRITICAL] += 1
+                    stays = True
+                if stays:
+                    if has_prices:
+                        ranks_K[slot] = -1  # has no turn below
+                elif not has_prices:
+                    outcome_K[slot] = substitute_E[expert]
+                elif has_domains:
+                    visits_K[slot] = NOWHERE  # until it is settled
+            if has_prices:
+                for turn in range(select_top_k, num_slots):  # a slot's choice may add a domain for the next
+                    for slot in range(num_slots):
+                        if ranks_K[slot] != turn:
+                            continue
+                        expert, weight = outcome_K[slot], weights_TK[token, slot]
+                        choice = cheapest(
+                            expert,
+                            (weight * weight) * size_E[expert],
+                            substitute_E[expert],
+                            similarity_E[expert],
+                            price,
+                            visits_K,
+                            home,
+                            neighbors_EE,
+                            ranked_EE,
+                            primary_E,
+                            domain_E,
+                        )
+                        outcome_K[slot] = choice
+                        new_weights_K[slot] = ZERO if choice < 0 else weight
+                        if choice >= 0 and choice != expert:
+                            new_weights_K[slot] = weight * coefficient_EE[expert, choice]
+                        if has_domains and choice >= 0:
+                            visits_K[slot] = domain_E[choice]
+            for slot in range(num_slots):
+                before, after = ids_TK[token, slot], outcome_K[slot]
+                if after >= 0:
+                    runs_E[after] = True
+                    counters[REROUTED] += after != before
+                elif 0 <= before < num_experts:
+                    counters[DROPPED] += 1
+            if merges:
+                counters[MERGED] += merge(new_weights_K, outcome_K)
+            for slot in range(num_slots):
+                if not 0 <= ids_TK[token, slot] < num_experts:
+                    continue
+                weights_TK[token, slot] = new_weights_K[slot]
+                ids_TK[token, slot] = heaviest if outcome_K[slot] < 0 and not merges else outcome_K[slot]
+        if has_domains:
+            for slot in range(num_slots):
+                visits_K[slot] = domain_E[outcome_K[slot]] if outcome_K[slot] >= 0 else NOWHERE
+            count_visits(visits_K, home, counters, 1)
+
+
+@compiled
+def count_experts(active_E, rank_E, num_ranks, counters, when):
+    """Counts the active experts, and those of the largest rank; behind the counters, those of every rank at the end."""
+    by_rank_R = np.zeros(max(num_ranks, 1), dtype=np.int64)
+    for expert in range(len(active_E)):
+        if not active_E[expert]:
+            continue
+        rank = np.int64(rank_E[expert]) if num_ranks else 0
+        if 0 <= rank < len(by_rank_R):
+            by_rank_R[rank] += 1
+    counters[ACTIVE + when] += by_rank_R.sum()
+    counters[LARGEST_RANK + when] += by_rank_R.max()
+    if when == 1:
+        for rank in range(num_ranks):
+            counters[len(COUNTERS) + rank] += by_rank_R[rank]
+
+
+@compiled
+def finish(
+    weights_TK,
+    ids_TK,
+    valid_T,
+    home_T,
+    neighbors_EE,
+    ranked_EE,
+    coefficient_EE,
+    size_E,
+    rank_E,
+    domain_E,
+    numbers,
+    merges,
+    rows,
+    losses_E,
+    chosen_E,
+    counters,
+):
+    """Re-routes and counts a step, by the losses of all ranks."""
+    if rows == 0:
+        return
+    select_top_k, enough = np.int64(numbers[0]), np.int64(numbers[2])
+    primary_E, any_primary = np.empty(len(losses_E), dtype=np.bool_), False
+    for expert in range(len(losses_E)):
+        primary_E[expert] = losses_E[expert] >= enough
+        any_primary = any_primary or primary_E[expert]
+    acts = any_primary and 0 < select_top_k < ids_TK.shape[1] and numbers[4] <= rows <= numbers[5]
+    runs_E = np.zeros(len(losses_E), dtype=np.bool_) if acts else chosen_E
+    counters[STEPS] += 1
+    counters[ROWS] += rows
+    if acts or len(domain_E):
+        settle(
+            weights_TK,
+            ids_TK,
+            valid_T,
+            home_T,
+            neighbors_EE,
+            ranked_EE,
+            coefficient_EE,
+            size_E,
+            domain_E,
+            primary_E,
+            select_top_k,
+            np.float32(numbers[1]),
+            np.float32(numbers[3]),
+            acts,
+            merges,
+            runs_E,
+            counters,
+        )
+    num_ranks = len(counters) - len(COUNTERS)
+    count_experts(chosen_E, rank_E, num_ranks, counters, 0)
+    count_experts(runs_E, rank_E, num_ranks, counters, 1)
+
+
+@compiled
+def reroute_alone(
+    weights_TK,
+    ids_TK,
+    valid_T,
+    home_T,
+    neighbors_EE,
+    ranked_EE,
+    coefficient_EE,
+    size_E,
+    rank_E,
+    domain_E,
+    numbers,
+    merges,
+    counters,
+):
+    """Re-routes and counts a step in place, where no other rank has a say in what is primary."""
+    losses_E = np.zeros(len(neighbors_EE), dtype=np.int64)
+    chosen_E = np.zeros(len(neighbors_EE), dtype=np.bool_)
+    counts_losses = len(size_E) > 0 and numbers[2] < ALWAYS_PRIMARY
+    rows = vote(weights_TK, ids_TK, valid_T, size_E, np.int64(numbers[0]), counts_losses, losses_E, chosen_E)
+    finish(
+        weights_TK,
+        ids_TK,
+        valid_T,
+        home_T,
+        neighbors_EE,
+        ranked_EE,
+        coefficient_EE,
+        size_E,
+        rank_E,
+        domain_E,
+        numbers,
+        merges,
+        rows,
+        losses_E,
+        chosen_E,
+        counters,
+    )
+
+
+class CpuLayer:
+    """One MoE layer's tables, settings and counters, and what re-routes its steps. Off until the settings are set.
+
+    Attributes:
+        counters: int64 [len(COUNTERS) + num_ranks], summed over the steps; see `counters.count_step`.
+    """
+
+    def __init__(self, tables: LayerTables, places: ExpertPlaces | None = None, *, merges: bool = False):
+        """With coefficients and sizes the layer follows policy projection, otherwise the paper's.
+
+        Args:
+            tables: on the CPU.
+            places: where experts live; its tensors may be changed in place between steps. None: one rank holds all.
+            merges: what a step ends in: `slots.merge_repeats`, or `slots.fill_dropped`.
+        """
+        places = places or ExpertPlaces()
+        similarity_EE = tables.similarity_EE.float()
+        coefficient_EE, size_E = torch.empty(0, 0), torch.empty(0)
+        if tables.coefficient_EE is not None and tables.size_E is not None:
+            itself_EE = torch.eye(len(similarity_EE), dtype=torch.bool)
+            similarity_EE = similarity_EE.masked_fill(itself_EE, 1)
+            coefficient_EE, size_E = tables.coefficient_EE.float().masked_fill(itself_EE, 1), tables.size_E.float()
+        neighbors_EE, ranked_EE = ranked_neighbors(similarity_EE)
+        self.merges = merges
+        self.counters = torch.zeros(len(COUNTERS) + places.num_ranks, dtype=torch.int64)
+        self.numbers = torch.zeros(6, dtype=torch.float64)
+        tables_of_step = (neighbors_EE.short(), ranked_EE, coefficient_EE, size_E)
+        where = (_integers(places.rank_E), _integers(places.domain_E))
+        self._tables = tuple(table.contiguous().numpy() for table in (*tables_of_step, *where))
+        self._counters, self._numbers = self.counters.numpy(), self.numbers.numpy()
+
+    def set(self, settings: Settings, *, enabled: bool = True, min_rows: int = 0, max_rows: int | None = None) -> None:
+        """Sets the settings, whether re-routing is on, and the valid rows of a step between which it is."""
+        select_top_k = settings.select_top_k if enabled else 0
+        most = np.inf if max_rows is None else max_rows
+        enough = to_fixed_point(settings.expert_price)
+        self._numbers[:] = select_top_k, settings.threshold, enough, settings.traffic_price, min_rows, most
+
+    def reroute(
+        self, step: Step, all_reduce: Callable[[torch.Tensor], None] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns new weights and ids [T, K], and counts the step. The inputs are not changed.
+
+        Args:
+            step: float32 weights, int32 or int64 ids; the masks may be longer than the step.
+            all_reduce: where ranks share one primary set: puts the sum over all ranks of the losses, int64 [E], in
+                their place. Called once in every call, whatever the settings and the rows: the other ranks wait.
+        """
+        weights, ids = step.weights_TK.clone(), step.ids_TK.clone()
+        valid = np.ones(len(ids), dtype=bool) if step.valid_T is None else step.valid_T.numpy()
+        home = NO_HOME if step.home_T is None else step.home_T.numpy()
+        arrays = (weights.numpy(), ids.numpy(), valid, home, *self._tables, self._numbers, self.merges)
+        if all_reduce is None:
+            reroute_alone(*arrays, self._counters)
+            return weights, ids
+        num_experts = len(self._tables[0])
+        losses, chosen_E = torch.zeros(num_experts, dtype=torch.int64), np.zeros(num_experts, dtype=bool)
+        size_E, enough = self._tables[3], self._numbers[2]
+        counts_losses = bool(len(size_E)) and enough < ALWAYS_PRIMARY
+        top_k = int(self._numbers[0])
+        rows = vote(*arrays[:3], size_E, top_k, counts_losses, losses.numpy(), chosen_E)
+        all_reduce(losses)
+        finish(*arrays, rows, losses.numpy(), chosen_E, self._counters)
+        return weights, ids
+
+
+NO_HOME = np.empty(0, dtype=np.int32)
+
+
+def _integers(table_E: torch.Tensor | None) -> torch.Tensor:
+    """Returns a table of places as int16, the very tensor where it is that; an empty one for None."""
+    return torch.empty(0, dtype=torch.int16) if table_E is None else table_E.short()
