@@ -11,6 +11,7 @@ NUMBA_CACHE_DIR says. Shape suffixes: T tokens of the step, K experts per token,
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -22,7 +23,8 @@ from sere_dist.method.projection import ALWAYS_PRIMARY, FIXED_POINT_ONE, to_fixe
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 
 NOWHERE = -1  # a slot or a token without a domain
-NO_SUBSTITUTE = -1
+NO_SUBSTITUTE, NOT_LOOKED_UP = -1, -2
+NO_HOME = np.empty(0, dtype=np.int32)
 ONE, ZERO = np.float32(1), np.float32(0)
 FIXED = np.float32(FIXED_POINT_ONE)
 MOST = np.float32(ALWAYS_PRIMARY)
@@ -44,6 +46,32 @@ MOST = np.float32(ALWAYS_PRIMARY)
     REMOTE_SLOTS,
     REMOTE_SLOTS_AFTER,
 ) = range(len(COUNTERS))
+
+
+class Slots(NamedTuple):
+    """A step's own copies of weights and ids, which are rewritten, and its masks. `home_T` is empty where no token has
+    a home."""
+
+    weights_TK: np.ndarray
+    ids_TK: np.ndarray
+    valid_T: np.ndarray
+    home_T: np.ndarray
+
+
+class Tables(NamedTuple):
+    """A layer's tables. Those that there is no use for are empty: coefficients and sizes under the paper's policy,
+    ranks and domains where one rank holds all experts."""
+
+    neighbors_EE: np.ndarray  # every row: all experts, the most similar first
+    ranked_EE: np.ndarray  # their similarities
+    coefficient_EE: np.ndarray
+    size_E: np.ndarray
+    rank_E: np.ndarray
+    domain_E: np.ndarray
+
+
+# What stands in a layer's `numbers`, all as float64.
+SELECT_TOP_K, THRESHOLD, LOSS_THAT_SUFFICES, TRAFFIC_PRICE, MIN_ROWS, MAX_ROWS, MERGES = range(7)
 
 
 def compiled(function: Callable) -> Callable:
@@ -70,9 +98,12 @@ def rank_slots(weights_K, ranks_K):
 
 
 @compiled
-def vote(weights_TK, ids_TK, valid_T, size_E, select_top_k, counts_losses, losses_E, chosen_E):
+def vote(slots, size_E, numbers, losses_E, chosen_E):
     """Adds each expert's loss to `losses_E`, and marks the experts that valid tokens chose. Returns the valid rows."""
+    weights_TK, ids_TK, valid_T, _home_T = slots
     num_slots, num_experts, rows = ids_TK.shape[1], len(losses_E), 0
+    select_top_k = np.int64(numbers[SELECT_TOP_K])
+    counts_losses = len(size_E) > 0 and numbers[LOSS_THAT_SUFFICES] < ALWAYS_PRIMARY
     ranks_K, heaviest_E = np.empty(num_slots, dtype=np.int64), np.zeros(num_experts, dtype=np.bool_)
     is_on = 0 < select_top_k < num_slots
     for token in range(len(ids_TK)):
@@ -102,12 +133,12 @@ def vote(weights_TK, ids_TK, valid_T, size_E, select_top_k, counts_losses, losse
 
 
 @compiled
-def substitute_of(expert, neighbors_EE, ranked_EE, primary_E, threshold):
+def substitute_of(expert, tables, primary_E, threshold):
     """Returns the expert's most similar primary expert and that similarity; NO_SUBSTITUTE where it is critical."""
     for place in range(len(primary_E)):
-        neighbor = neighbors_EE[expert, place]
+        neighbor = tables.neighbors_EE[expert, place]
         if primary_E[neighbor]:
-            similarity = ranked_EE[expert, place]
+            similarity = tables.ranked_EE[expert, place]
             if threshold > ZERO and similarity < threshold and not primary_E[expert]:
                 return NO_SUBSTITUTE, ZERO
             return np.int64(neighbor), similarity
@@ -141,20 +172,27 @@ def count_visits(visits_K, home, counters, when):
 
 
 @compiled
-def cheapest(expert, loss, choice, similarity, price, visits_K, home, neighbors_EE, ranked_EE, primary_E, domain_E):
+def cheapest(expert, loss, choice, similarity, tables, primary_E, price, visits_K, home):
     """Returns the expert that takes a slot, or -1 if dropping costs less. Costs rise as similarity falls, so only two
     can be the cheapest: the most similar expert, and the most similar one in a domain that is visited anyway."""
     least = loss * (ONE - similarity)
-    if price > ZERO and len(domain_E) and not is_among(domain_E[choice], visits_K, home):
+    if price > ZERO and len(tables.domain_E) and not is_among(tables.domain_E[choice], visits_K, home):
         least = least + price
         for place in range(len(primary_E)):
-            neighbor = neighbors_EE[expert, place]
-            if primary_E[neighbor] and is_among(domain_E[neighbor], visits_K, home):
-                cost = loss * (ONE - ranked_EE[expert, place])
+            neighbor = tables.neighbors_EE[expert, place]
+            if primary_E[neighbor] and is_among(tables.domain_E[neighbor], visits_K, home):
+                cost = loss * (ONE - tables.ranked_EE[expert, place])
                 if cost < least:  # of equal costs the larger similarity wins: the choice so far came first
                     least, choice = cost, np.int64(neighbor)
                 break
     return np.int64(-1) if loss < least else choice
+
+
+@compiled
+def find_visits(ids_K, domain_E, visits_K):
+    """Sets the domain that each slot visits."""
+    for slot in range(len(ids_K)):
+        visits_K[slot] = domain_E[ids_K[slot]] if 0 <= ids_K[slot] < len(domain_E) else NOWHERE
 
 
 @compiled
@@ -173,110 +211,83 @@ def merge(weights_K, ids_K):
 
 
 @compiled
-def settle(
-    weights_TK,
-    ids_TK,
-    valid_T,
-    home_T,
-    neighbors_EE,
-    ranked_EE,
-    coefficient_EE,
-    size_E,
-    domain_E,
-    primary_E,
-    select_top_k,
-    threshold,
-    price,
-    acts,
-    merges,
-    runs_E,
-    counters,
-):
+def settle(slots, tables, primary_E, numbers, acts, runs_E, counters):
     """Rewrites the valid tokens' slots in place, marks the experts that run, and counts slots and visits."""
+    weights_TK, ids_TK, valid_T, home_T = slots
     num_slots, num_experts = ids_TK.shape[1], len(primary_E)
-    has_prices, has_domains, has_homes = len(size_E) > 0, len(domain_E) > 0, len(home_T) > 0
+    select_top_k, merges = np.int64(numbers[SELECT_TOP_K]), numbers[MERGES] > 0
+    threshold, price = np.float32(numbers[THRESHOLD]), np.float32(numbers[TRAFFIC_PRICE])
+    has_prices, has_domains, has_homes = len(tables.size_E) > 0, len(tables.domain_E) > 0, len(home_T) > 0
     ranks_K, outcome_K = np.empty(num_slots, dtype=np.int64), np.empty(num_slots, dtype=np.int64)
-    visits_K = np.empty(num_slots, dtype=np.int64)
-    new_weights_K, substitute_E = np.empty(num_slots, dtype=np.float32), np.full(num_experts, -2)
-    similarity_E = np.empty(num_experts, dtype=np.float32)
+    visits_K, new_weights_K = np.empty(num_slots, dtype=np.int64), np.empty(num_slots, dtype=np.float32)
+    substitute_E, similarity_E = np.full(num_experts, NOT_LOOKED_UP), np.empty(num_experts, dtype=np.float32)
     for token in range(len(ids_TK)):
         if not valid_T[token]:
             continue
         home = np.int64(home_T[token]) if has_homes else NOWHERE
-        for slot in range(num_slots):
-            expert = np.int64(ids_TK[token, slot])
-            outcome_K[slot] = expert if 0 <= expert < num_experts else -1
-            new_weights_K[slot] = weights_TK[token, slot]
         if has_domains:
-            for slot in range(num_slots):
-                visits_K[slot] = domain_E[outcome_K[slot]] if outcome_K[slot] >= 0 else NOWHERE
+            find_visits(ids_TK[token], tables.domain_E, visits_K)
             count_visits(visits_K, home, counters, 0)
-        if acts:
-            if has_prices:
-                rank_slots(weights_TK[token], ranks_K)
-            heaviest = -1
-            for slot in range(num_slots):
-                expert = outcome_K[slot]
-                if has_prices and ranks_K[slot] == 0:
-                    heaviest = expert
-                stays = expert < 0 or (ranks_K[slot] < select_top_k if has_prices else primary_E[expert])
-                if not stays and substitute_E[expert] == -2:  # of the first slot that asks
-                    substitute_E[expert], similarity_E[expert] = substitute_of(
-                        expert, neighbors_EE, ranked_EE, primary_E, threshold
+            if not acts:
+                count_visits(visits_K, home, counters, 1)
+        if not acts:
+            continue
+        heaviest = -1
+        if has_prices:
+            rank_slots(weights_TK[token], ranks_K)
+        for slot in range(num_slots):
+            expert, weight = np.int64(ids_TK[token, slot]), weights_TK[token, slot]
+            if not 0 <= expert < num_experts:
+                expert = -1
+            outcome_K[slot], new_weights_K[slot] = expert, weight
+            if has_prices and ranks_K[slot] == 0:
+                heaviest = expert
+            stays = expert < 0 or (ranks_K[slot] < select_top_k if has_prices else primary_E[expert])
+            if not stays:
+                if substitute_E[expert] == NOT_LOOKED_UP:
+                    found = substitute_of(expert, tables, primary_E, threshold)
+                    substitute_E[expert], similarity_E[expert] = found
+                stays = substitute_E[expert] == NO_SUBSTITUTE
+                counters[CRITICAL] += stays
+            if stays:
+                ranks_K[slot] = -1  # it has no turn below
+            elif not has_prices:
+                outcome_K[slot] = substitute_E[expert]
+            else:
+                visits_K[slot] = NOWHERE  # until it is settled
+        if has_prices:
+            for turn in range(select_top_k, num_slots):  # by weight: a slot's choice may add a domain for the next
+                for slot in range(num_slots):
+                    if ranks_K[slot] != turn:
+                        continue
+                    expert, weight = outcome_K[slot], weights_TK[token, slot]
+                    loss, nearest = (weight * weight) * tables.size_E[expert], substitute_E[expert]
+                    choice = cheapest(
+                        expert, loss, nearest, similarity_E[expert], tables, primary_E, price, visits_K, home
                     )
-                if not stays and substitute_E[expert] == NO_SUBSTITUTE:
-                    counters[CRITICAL] += 1
-                    stays = True
-                if stays:
-                    if has_prices:
-                        ranks_K[slot] = -1  # has no turn below
-                elif not has_prices:
-                    outcome_K[slot] = substitute_E[expert]
-                elif has_domains:
-                    visits_K[slot] = NOWHERE  # until it is settled
-            if has_prices:
-                for turn in range(select_top_k, num_slots):  # a slot's choice may add a domain for the next
-                    for slot in range(num_slots):
-                        if ranks_K[slot] != turn:
-                            continue
-                        expert, weight = outcome_K[slot], weights_TK[token, slot]
-                        choice = cheapest(
-                            expert,
-                            (weight * weight) * size_E[expert],
-                            substitute_E[expert],
-                            similarity_E[expert],
-                            price,
-                            visits_K,
-                            home,
-                            neighbors_EE,
-                            ranked_EE,
-                            primary_E,
-                            domain_E,
-                        )
-                        outcome_K[slot] = choice
-                        new_weights_K[slot] = ZERO if choice < 0 else weight
-                        if choice >= 0 and choice != expert:
-                            new_weights_K[slot] = weight * coefficient_EE[expert, choice]
-                        if has_domains and choice >= 0:
-                            visits_K[slot] = domain_E[choice]
-            for slot in range(num_slots):
-                before, after = ids_TK[token, slot], outcome_K[slot]
-                if after >= 0:
-                    runs_E[after] = True
-                    counters[REROUTED] += after != before
-                elif 0 <= before < num_experts:
-                    counters[DROPPED] += 1
-            if merges:
-                counters[MERGED] += merge(new_weights_K, outcome_K)
-            for slot in range(num_slots):
-                if not 0 <= ids_TK[token, slot] < num_experts:
-                    continue
+                    outcome_K[slot] = choice
+                    if choice < 0:
+                        new_weights_K[slot] = ZERO
+                    elif choice != expert:
+                        new_weights_K[slot] = weight * tables.coefficient_EE[expert, choice]
+                    if has_domains and choice >= 0:
+                        visits_K[slot] = tables.domain_E[choice]
+        for slot in range(num_slots):
+            before, after = ids_TK[token, slot], outcome_K[slot]
+            if after >= 0:
+                runs_E[after] = True
+                counters[REROUTED] += after != before
+            elif 0 <= before < num_experts:
+                counters[DROPPED] += 1
+        if merges:
+            counters[MERGED] += merge(new_weights_K, outcome_K)
+        if has_domains:
+            find_visits(outcome_K, tables.domain_E, visits_K)
+            count_visits(visits_K, home, counters, 1)
+        for slot in range(num_slots):
+            if 0 <= ids_TK[token, slot] < num_experts:
                 weights_TK[token, slot] = new_weights_K[slot]
                 ids_TK[token, slot] = heaviest if outcome_K[slot] < 0 and not merges else outcome_K[slot]
-        if has_domains:
-            for slot in range(num_slots):
-                visits_K[slot] = domain_E[outcome_K[slot]] if outcome_K[slot] >= 0 else NOWHERE
-            count_visits(visits_K, home, counters, 1)
 
 
 @compiled
@@ -297,100 +308,34 @@ def count_experts(active_E, rank_E, num_ranks, counters, when):
 
 
 @compiled
-def finish(
-    weights_TK,
-    ids_TK,
-    valid_T,
-    home_T,
-    neighbors_EE,
-    ranked_EE,
-    coefficient_EE,
-    size_E,
-    rank_E,
-    domain_E,
-    numbers,
-    merges,
-    rows,
-    losses_E,
-    chosen_E,
-    counters,
-):
+def finish(slots, tables, numbers, rows, losses_E, chosen_E, counters):
     """Re-routes and counts a step, by the losses of all ranks."""
     if rows == 0:
         return
-    select_top_k, enough = np.int64(numbers[0]), np.int64(numbers[2])
+    select_top_k, enough = np.int64(numbers[SELECT_TOP_K]), np.int64(numbers[LOSS_THAT_SUFFICES])
     primary_E, any_primary = np.empty(len(losses_E), dtype=np.bool_), False
     for expert in range(len(losses_E)):
         primary_E[expert] = losses_E[expert] >= enough
         any_primary = any_primary or primary_E[expert]
-    acts = any_primary and 0 < select_top_k < ids_TK.shape[1] and numbers[4] <= rows <= numbers[5]
+    is_on = 0 < select_top_k < slots.ids_TK.shape[1] and numbers[MIN_ROWS] <= rows <= numbers[MAX_ROWS]
+    acts = any_primary and is_on
     runs_E = np.zeros(len(losses_E), dtype=np.bool_) if acts else chosen_E
     counters[STEPS] += 1
     counters[ROWS] += rows
-    if acts or len(domain_E):
-        settle(
-            weights_TK,
-            ids_TK,
-            valid_T,
-            home_T,
-            neighbors_EE,
-            ranked_EE,
-            coefficient_EE,
-            size_E,
-            domain_E,
-            primary_E,
-            select_top_k,
-            np.float32(numbers[1]),
-            np.float32(numbers[3]),
-            acts,
-            merges,
-            runs_E,
-            counters,
-        )
+    if acts or len(tables.domain_E):
+        settle(slots, tables, primary_E, numbers, acts, runs_E, counters)
     num_ranks = len(counters) - len(COUNTERS)
-    count_experts(chosen_E, rank_E, num_ranks, counters, 0)
-    count_experts(runs_E, rank_E, num_ranks, counters, 1)
+    count_experts(chosen_E, tables.rank_E, num_ranks, counters, 0)
+    count_experts(runs_E, tables.rank_E, num_ranks, counters, 1)
 
 
 @compiled
-def reroute_alone(
-    weights_TK,
-    ids_TK,
-    valid_T,
-    home_T,
-    neighbors_EE,
-    ranked_EE,
-    coefficient_EE,
-    size_E,
-    rank_E,
-    domain_E,
-    numbers,
-    merges,
-    counters,
-):
+def reroute_alone(slots, tables, numbers, counters):
     """Re-routes and counts a step in place, where no other rank has a say in what is primary."""
-    losses_E = np.zeros(len(neighbors_EE), dtype=np.int64)
-    chosen_E = np.zeros(len(neighbors_EE), dtype=np.bool_)
-    counts_losses = len(size_E) > 0 and numbers[2] < ALWAYS_PRIMARY
-    rows = vote(weights_TK, ids_TK, valid_T, size_E, np.int64(numbers[0]), counts_losses, losses_E, chosen_E)
-    finish(
-        weights_TK,
-        ids_TK,
-        valid_T,
-        home_T,
-        neighbors_EE,
-        ranked_EE,
-        coefficient_EE,
-        size_E,
-        rank_E,
-        domain_E,
-        numbers,
-        merges,
-        rows,
-        losses_E,
-        chosen_E,
-        counters,
-    )
+    losses_E = np.zeros(len(tables.neighbors_EE), dtype=np.int64)
+    chosen_E = np.zeros(len(tables.neighbors_EE), dtype=np.bool_)
+    rows = vote(slots, tables.size_E, numbers, losses_E, chosen_E)
+    finish(slots, tables, numbers, rows, losses_E, chosen_E, counters)
 
 
 class CpuLayer:
@@ -416,20 +361,19 @@ class CpuLayer:
             similarity_EE = similarity_EE.masked_fill(itself_EE, 1)
             coefficient_EE, size_E = tables.coefficient_EE.float().masked_fill(itself_EE, 1), tables.size_E.float()
         neighbors_EE, ranked_EE = ranked_neighbors(similarity_EE)
-        self.merges = merges
         self.counters = torch.zeros(len(COUNTERS) + places.num_ranks, dtype=torch.int64)
-        self.numbers = torch.zeros(6, dtype=torch.float64)
-        tables_of_step = (neighbors_EE.short(), ranked_EE, coefficient_EE, size_E)
+        of_layer = (neighbors_EE.short(), ranked_EE, coefficient_EE, size_E)
         where = (_integers(places.rank_E), _integers(places.domain_E))
-        self._tables = tuple(table.contiguous().numpy() for table in (*tables_of_step, *where))
-        self._counters, self._numbers = self.counters.numpy(), self.numbers.numpy()
+        self._tables = Tables(*(table.contiguous().numpy() for table in (*of_layer, *where)))
+        self._counters, self._numbers = self.counters.numpy(), np.zeros(7)
+        self._numbers[MERGES] = merges
 
     def set(self, settings: Settings, *, enabled: bool = True, min_rows: int = 0, max_rows: int | None = None) -> None:
         """Sets the settings, whether re-routing is on, and the valid rows of a step between which it is."""
         select_top_k = settings.select_top_k if enabled else 0
         most = np.inf if max_rows is None else max_rows
         enough = to_fixed_point(settings.expert_price)
-        self._numbers[:] = select_top_k, settings.threshold, enough, settings.traffic_price, min_rows, most
+        self._numbers[:MERGES] = select_top_k, settings.threshold, enough, settings.traffic_price, min_rows, most
 
     def reroute(
         self, step: Step, all_reduce: Callable[[torch.Tensor], None] | None = None
@@ -442,24 +386,18 @@ class CpuLayer:
                 their place. Called once in every call, whatever the settings and the rows: the other ranks wait.
         """
         weights, ids = step.weights_TK.clone(), step.ids_TK.clone()
-        valid = np.ones(len(ids), dtype=bool) if step.valid_T is None else step.valid_T.numpy()
-        home = NO_HOME if step.home_T is None else step.home_T.numpy()
-        arrays = (weights.numpy(), ids.numpy(), valid, home, *self._tables, self._numbers, self.merges)
+        valid_T = np.ones(len(ids), dtype=bool) if step.valid_T is None else step.valid_T.numpy()
+        home_T = NO_HOME if step.home_T is None else step.home_T.numpy()
+        slots = Slots(weights.numpy(), ids.numpy(), valid_T, home_T)
         if all_reduce is None:
-            reroute_alone(*arrays, self._counters)
+            reroute_alone(slots, self._tables, self._numbers, self._counters)
             return weights, ids
-        num_experts = len(self._tables[0])
-        losses, chosen_E = torch.zeros(num_experts, dtype=torch.int64), np.zeros(num_experts, dtype=bool)
-        size_E, enough = self._tables[3], self._numbers[2]
-        counts_losses = bool(len(size_E)) and enough < ALWAYS_PRIMARY
-        top_k = int(self._numbers[0])
-        rows = vote(*arrays[:3], size_E, top_k, counts_losses, losses.numpy(), chosen_E)
-        all_reduce(losses)
-        finish(*arrays, rows, losses.numpy(), chosen_E, self._counters)
+        num_experts = len(self._tables.neighbors_EE)
+        losses_E, chosen_E = torch.zeros(num_experts, dtype=torch.int64), np.zeros(num_experts, dtype=bool)
+        rows = vote(slots, self._tables.size_E, self._numbers, losses_E.numpy(), chosen_E)
+        all_reduce(losses_E)
+        finish(slots, self._tables, self._numbers, rows, losses_E.numpy(), chosen_E, self._counters)
         return weights, ids
-
-
-NO_HOME = np.empty(0, dtype=np.int32)
 
 
 def _integers(table_E: torch.Tensor | None) -> torch.Tensor:
