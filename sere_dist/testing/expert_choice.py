@@ -57,6 +57,8 @@ LAYOUTS = (
             ("deepep_low_latency", "DeepEPLLPrepareAndFinalize"),
             ("deepep_v2", "DeepEPV2PrepareAndFinalize"),
             ("nixl_ep", "NixlEPPrepareAndFinalize"),
+            ("moonep", "MoonEPPrepareAndFinalize"),
+            ("passthrough", "PassThroughPrepareAndFinalize"),
             ("flashinfer_nvlink_one_sided", "FlashInferNVLinkOneSidedPrepareAndFinalize"),
             ("flashinfer_nvlink_two_sided", "FlashInferNVLinkTwoSidedPrepareAndFinalize"),
         )
@@ -122,6 +124,7 @@ def pretended_gpu(capability: int) -> Iterator[None]:
         "has_deep_ep": True,
         "has_deep_ep_v2": True,
         "has_nixl_ep": True,
+        "has_moonep": True,
     }
     for module in pkgutil.iter_modules(experts_package.__path__, f"{experts_package.__name__}."):
         with contextlib.suppress(ImportError):  # kernels of other makers

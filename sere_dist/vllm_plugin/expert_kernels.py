@@ -153,10 +153,10 @@ def merges(experts: str, dispatcher: str, placement: Placement, *, scales_rows_t
     Raises:
         ValueError: they can't be served re-routed; the message says what to set.
     """
-    if experts not in EXPERTS:
-        raise ValueError(f"sere_dist does not know whether {experts} can run re-routed slots: set {OTHER_BACKEND}")
     if dispatcher not in DISPATCHERS:
         raise ValueError(f"sere_dist does not know whether {dispatcher} can send re-routed slots: set {OTHER_DISPATCH}")
+    if experts not in EXPERTS:
+        raise ValueError(f"sere_dist does not know whether {experts} can run re-routed slots: set {OTHER_BACKEND}")
     compute, send = EXPERTS[experts], DISPATCHERS[dispatcher]
     if compute.repeats and send.repeats:
         # Merging spares rows. Kernels that take empty slots under conditions are spared the conditions.
