@@ -41,10 +41,14 @@ def test_every_factor_is_below_1():
 
 def test_what_a_traffic_price_saves():
     goals = {(goal["baseline"], goal["placement"]): goal for goal in load(RESULTS / "traffic.json")["goals"]}
-    for baseline, before in (("paper", "visit {} fewer remote ranks"), ("dropping", "dropping the slots it is {}")):
-        linear, placed = (f"{goals[baseline, place]['fewer_remote_domains']:.0%}" for place in ("linear", "placed"))
-        assert before.format(linear) in PROSE
-        assert {"paper": f"{placed} fewer.", "dropping": f"{linear} and {placed}"}[baseline] in PROSE
+    for baseline, said in (
+        ("paper", ("`traffic_price: {}`, tokens visit {} fewer remote ranks", "{} fewer. Against dropping")),
+        ("dropping", ("`traffic_price: {}` makes them visit {} fewer", "with that placement {} fewer")),
+    ):
+        linear, placed = (goals[baseline, place] for place in ("linear", "placed"))
+        assert linear["price"] == placed["price"]
+        assert said[0].format(linear["price"], f"{linear['fewer_remote_domains']:.0%}") in PROSE
+        assert said[1].format(f"{placed['fewer_remote_domains']:.0%}") in PROSE
 
 
 def test_survival():
