@@ -91,15 +91,16 @@ def served(
 def wait_until_ready(server: subprocess.Popen, url: str, log: Path, key: str) -> None:
     """Returns once a completion is answered: the ingress lists the model before its engine is up."""
     client = openai.OpenAI(base_url=url, api_key=key, max_retries=0, timeout=10)
-    deadline = time.monotonic() + READY_SECONDS
+    deadline, last = time.monotonic() + READY_SECONDS, "nothing was asked"
     while time.monotonic() < deadline and server.poll() is None:
         try:
             client.completions.create(model=MODEL_ID, prompt="In", max_tokens=1)
             return
-        except openai.APIError:
+        except openai.APIError as error:
+            last = f"{type(error).__name__}: {error}"
             time.sleep(0.5)
     tail = "\n".join(log.read_text().splitlines()[-40:])
-    raise SystemExit(f"error: the application was not ready within {READY_SECONDS} s:\n{tail}")
+    raise SystemExit(f"error: the application was not ready within {READY_SECONDS} s, at last {last}\n{tail}")
 
 
 def ask(url: str) -> None:
