@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import torch
 
+from sere_dist.files import written_whole
+
 TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
@@ -77,10 +79,14 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def keep(results: Path, measured: dict[str, Any]) -> None:
-    """Writes results over those of the same names; the others in the file stay as they are."""
+    """Writes results over those of the same names; the others in the file stay as they are.
+
+    The file is there whole at any time, so that a benchmark that is killed loses nothing.
+    """
     kept = json.loads(results.read_text()) if results.exists() else {}
     results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(kept | measured, indent=1) + "\n")
+    with written_whole(results) as path:
+        path.write_text(json.dumps(kept | measured, indent=1) + "\n")
 
 
 def line_by_line(report: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
-"""The machine's description, also where what it is read from is missing."""
+"""The machine's description, also where what it is read from is missing, and the file of results."""
 
+import json
 import os
 import sys
 
@@ -55,3 +56,19 @@ def test_cores_where_siblings_are_told_and_where_not(tmp_path, monkeypatch):
     for cpu, names in enumerate(["0,2", "1,3", "0,2", "1,3"]):
         (tmp_path / f"cpu{cpu}").write_text(names + "\n")
     assert provenance.physical_cores() == 2
+
+
+def test_results_of_other_names_stay_when_a_writer_dies(tmp_path, monkeypatch):
+    results = tmp_path / "new" / "results.json"
+    provenance.keep(results, {"first": 1})
+    provenance.keep(results, {"second": 2})
+    assert json.loads(results.read_text()) == {"first": 1, "second": 2}
+
+    def killed(path, text):
+        path.write_bytes(text[:10].encode())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(results), "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        provenance.keep(results, {"third": 3})
+    assert json.loads(results.read_text()) == {"first": 1, "second": 2}
