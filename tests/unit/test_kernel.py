@@ -3,10 +3,12 @@
 import itertools
 import json
 import re
+import runpy
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -284,6 +286,29 @@ def test_a_compile_error_says_what_to_do(tmp_path):
     )
     with pytest.raises(RuntimeError, match=f"(?s){refused}"):
         kernel.compile_kernels("sm_13", torch.float32, torch.int32, tmp_path)
+
+
+@pytest.mark.parametrize("fails_at", ["the cubin", "its attributes"])
+def test_a_driver_that_is_too_old_says_what_to_install(monkeypatch, fails_at):
+    def fail(*_):
+        raise Exception("CUDA_ERROR_INVALID_IMAGE")
+
+    lazy = SimpleNamespace(attributes=type("Attributes", (), {"num_regs": property(fail)})())
+    module = SimpleNamespace(get_kernel=fail if fails_at == "the cubin" else lambda _name: lazy)
+    monkeypatch.setattr(kernel, "nvrtc_version", lambda: (13, 5))
+    monkeypatch.setattr(kernel.driver, "cuDriverGetVersion", lambda: (0, 12090))
+    says = r"INVALID_IMAGE.*runs CUDA 12.9 at most, and NVRTC 13.5 .* 'cuda-python==12\.\*' nvidia-cuda-nvrtc-cu12"
+    with pytest.raises(RuntimeError, match=says):
+        kernel.load_kernels(module, kernel.ENTRIES)
+    monkeypatch.setattr(kernel.driver, "cuDriverGetVersion", lambda: (0, 13000))
+    with pytest.raises(Exception, match=r"^CUDA_ERROR_INVALID_IMAGE$"):  # something else is wrong: it speaks for itself
+        kernel.load_kernels(module, kernel.ENTRIES)
+
+
+def test_a_cuda_core_that_is_too_old_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.core.utils", ModuleType("utils"))  # it lacks what newer ones have
+    with pytest.raises(ImportError, match=r"needs cuda-core 1\.0 or newer .*FileStreamProgramCache.* pip install -U"):
+        runpy.run_path(kernel.__file__)
 
 
 def test_spills_would_be_seen(tmp_path):
