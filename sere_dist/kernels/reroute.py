@@ -229,7 +229,10 @@ def _check(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> No
 def compile_options(arch: str, weight_dtype: torch.dtype, id_dtype: torch.dtype) -> ProgramOptions:
     """Returns NVRTC's options. All of them are part of the key in cuda.core's cache."""
     macros = [*MACROS[weight_dtype], *MACROS[id_dtype]]
-    return ProgramOptions(name=SOURCE.name, arch=arch, std="c++17", fma=False, define_macro=macros or None)
+    # Line numbers are for sanitizers and profilers; the machine code is the same with them and without.
+    return ProgramOptions(
+        name=SOURCE.name, arch=arch, std="c++17", fma=False, lineinfo=True, define_macro=macros or None
+    )
 
 
 def compile_kernels(
