@@ -16,6 +16,7 @@ from benchmarks.common import capture, resources
 from sere_dist.console import progress
 from sere_dist.kernels import reroute
 from sere_dist.method.records import Step
+from sere_dist.provenance import rounded
 from sere_dist.testing.random_steps import RandomStep, assert_equal, random_steps
 
 FEW, MANY = 25, 500
@@ -28,7 +29,7 @@ def check_first() -> dict[str, Any]:
     for weights, ids in itertools.product(reroute.WEIGHT_DTYPES, reroute.ID_DTYPES):
         for name, kernel in reroute.kernels_for(device, weights, ids).entries.items():
             kernels.append({"kernel": name, "weights": str(weights), "ids": str(ids), **resources(kernel)})
-    seconds = time.perf_counter() - started
+    seconds = rounded(time.perf_counter() - started)
     RandomStep(seed=0, rows=16, top_k=8, experts=128, select_top_k=2, projection=False).check("cuda")
     return {"compute_capability": torch.cuda.get_device_capability(), "compile_seconds": seconds, "kernels": kernels}
 
