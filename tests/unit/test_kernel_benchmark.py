@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from benchmarks import kernel, kernel_checks, kernel_times
 from sere_dist.kernels import reroute
 from sere_dist.testing.random_steps import RandomStep
+from tests.support.commands import invoke
 from tests.support.cubins import local_memory
 from tests.support.host_kernels import compile_baselines_on_host
 
@@ -101,3 +104,50 @@ def test_the_benchmark_says_what_it_would_measure():
     if not torch.cuda.is_available():
         without = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert without.returncode and "--dry-run" in without.stderr
+
+
+class Replayed:
+    """Stands for a CUDA graph: replays by calling again."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def replay(self):
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def as_on_a_gpu(on_host, monkeypatch, tmp_path):
+    """The benchmark's own code, from its options to its file; a graph and the time that it takes are made up."""
+    library = compile_baselines_on_host(tmp_path, experts=60)
+    library.entries = {"gate": SimpleNamespace(attributes=SimpleNamespace(num_regs=32, local_size_bytes=0))}
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda _end: 0.008)
+    on_cpu = partial(kernel_times.Calls, device="cpu")
+    monkeypatch.setattr(kernel_times, "Calls", lambda *shape: on_cpu(*shape[:-1]))
+    monkeypatch.setattr(kernel_times, "Baselines", lambda _experts: library)
+    monkeypatch.setattr(kernel_times, "capture", Replayed)
+    monkeypatch.setattr(kernel_times, "LAYERS", 2)
+    monkeypatch.setattr(kernel_times, "CALLS_A_LAYER", 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda _cycles: None)
+    return tmp_path / "kernel.json"
+
+
+@pytest.mark.parametrize("part", ["time", "sweep"])
+def test_what_is_timed_is_kept_shape_by_shape(as_on_a_gpu, monkeypatch, part):
+    kept = []
+    monkeypatch.setattr(kernel, "keep", lambda _path, found: kept.append(len(found[part]["microseconds"])))
+    options = ["--part", part, "--experts", "60", "--rows", "1,2", "--rounds", "1", "--results", str(as_on_a_gpu)]
+    printed = invoke(kernel.main, *options).stdout.splitlines()
+    found = json.loads(printed[-1])[part]
+    columns = {*kernel_times.KINDS, "cold: re-routing"} if part == "time" else set(kernel_times.LAUNCHES)
+    assert kept == [1, 2] and [row["rows"] for row in found["microseconds"]] == [1, 2]
+    for row in found["microseconds"]:
+        assert row.keys() == {"experts", "top_k", "rows"} | columns
+        assert row["re-routing" if part == "time" else "two launches"] == {"median": 2.0, "min": 2.0, "max": 2.0}
+    assert found["baselines"] == [{"kernel": "gate", "experts": 60, "registers": 32, "local_bytes": 0}]
+    assert found["versions"]["nvrtc"] and found["machine"]["gpu"] == "a GPU"
+    assert any("Microseconds a call inside a CUDA graph of 4 calls" in line for line in printed)
