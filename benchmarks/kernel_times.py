@@ -200,7 +200,7 @@ def replay_microseconds(
     for turn in range(rounds + 2):
         for kind, graph in graphs.items():
             put_back()
-            torch.cuda._sleep(2_000_000)  # a millisecond, in which the host hands the whole graph over
+            torch.cuda._sleep(4_000_000)  # two milliseconds, in which the host hands the whole graph over
             start.record()
             graph.replay()
             end.record()
