@@ -63,7 +63,7 @@ def check_steps(count: int) -> dict[str, Any]:
 
 def in_many_blocks():
     """Has each step take two launches, over as many blocks as its few rows can fill."""
-    return mock.patch.dict(vars(reroute), ONE_LAUNCH_ROWS=0, THREADS_OF_TWO=64)
+    return mock.patch.multiple(reroute, ONE_LAUNCH_ROWS=0, THREADS_OF_TWO=64)
 
 
 def check_many_blocks() -> dict[str, Any]:

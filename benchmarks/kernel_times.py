@@ -29,9 +29,11 @@ REROUTING, THREE_LAUNCHES = "re-routing", "three launches"
 KINDS = ("empty", "empty, 1,024 threads", GATE, THREE_LAUNCHES, REROUTING, "off", "united", "merging", "projection")
 KINDS += ("traffic price", "expert price, skewed", COLD_GATE, COLD)
 # How the same step can be launched: constants of `sere_dist.kernels.reroute`.
-ONE_LAUNCH, TWO_LAUNCHES = {"ONE_LAUNCH_ROWS": reroute.NO_LIMIT}, {"ONE_LAUNCH_ROWS": 0}
-LAUNCHES = {f"one launch, {n} experts a warp": ONE_LAUNCH | {"EXPERTS_A_WARP": n} for n in (4, 8, 16)}
-LAUNCHES |= {"two launches": TWO_LAUNCHES}
+LAUNCHES: dict[str, dict[str, Any]] = {
+    f"one launch, {experts} experts a warp": {"ONE_LAUNCH_ROWS": reroute.NO_LIMIT, "EXPERTS_A_WARP": experts}
+    for experts in (4, 8, 16)
+}
+LAUNCHES["two launches"] = {"ONE_LAUNCH_ROWS": 0}
 Call = Callable[[], None]
 
 
@@ -228,7 +230,7 @@ def sweep_shape(experts: int, top_k: int, rows: int, rounds: int) -> dict[str, A
     expected = calls.tokens.ids.clone()
     graphs = {}
     for name, constants in LAUNCHES.items():
-        with mock.patch.dict(vars(reroute), constants):
+        with mock.patch.multiple(reroute, **constants):
             calls.run(REROUTING)
             assert torch.equal(calls.tokens.ids, expected), f"{name}: other experts"
             graphs[name] = capture(calls.of[REROUTING])

@@ -83,23 +83,20 @@ def run_engine(options: dict[str, Any], prompts: list[list[int]], turns: list[di
     """Starts an engine that answers all prompts once each turn.
 
     Raises:
-        RuntimeError: it failed; the end of its output is in the message.
-        subprocess.TimeoutExpired: it took more than ENGINE_SECONDS.
+        RuntimeError: it failed, with the end of its output in the message, or took more than ENGINE_SECONDS.
     """
     plugins = PLUGIN if "additional_config" in options else ""
-    work = json.dumps([options, prompts, NEW_TOKENS, turns])
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.plugin_engine", work],
-        env={**os.environ, **ENVIRONMENT, "VLLM_PLUGINS": plugins},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=ENGINE_SECONDS,
-    )
+    command = [sys.executable, "-m", "benchmarks.plugin_engine", json.dumps([options, prompts, NEW_TOKENS, turns])]
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_PLUGINS": plugins}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=ENGINE_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"the engine took more than {ENGINE_SECONDS} s") from error
     for line in done.stdout.splitlines():
         if line.startswith("ANSWERS ") and not done.returncode:
             return json.loads(line.removeprefix("ANSWERS "))
-    raise RuntimeError(f"the engine ended with status {done.returncode}:\n" + "\n".join(done.stdout.splitlines()[-25:]))
+    last_lines = [*done.stdout.splitlines()[-10:], *done.stderr.splitlines()[-20:]]
+    raise RuntimeError(f"the engine ended with status {done.returncode}:\n" + "\n".join(last_lines))
 
 
 def heldout_prompts() -> list[list[int]]:
@@ -142,7 +139,7 @@ def check_engines(mode: str, eager: bool, prompts: list[list[int]], artifact: Pa
     try:
         (stock,) = run_engine(engine_options(eager, None), prompts, [{}])
         ours = run_engine(engine_options(eager, artifact), prompts, list(TURNS.values()))
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
+    except RuntimeError as error:
         return [Check(f"{mode}: engines", False, str(error))], {}
     by_turn = dict(zip(TURNS, ours, strict=True))
     found = {"stock": stock["outputs"], "S < K": by_turn["S < K"]["outputs"]}

@@ -11,8 +11,6 @@ from typing import Any
 
 from vllm import LLM, CompletionOutput, SamplingParams
 
-from sere_dist.vllm_plugin import register
-
 COUNTED = ("steps", "rerouted_slots", "active_experts_before", "active_experts_after")
 
 
@@ -36,6 +34,8 @@ def main() -> None:
     options, prompts, new_tokens, turns = json.loads(sys.argv[1])
     reroutes = "additional_config" in options
     if reroutes:
+        from sere_dist.vllm_plugin import register
+
         register()  # as vLLM does by the entry point, which a copy of the repository that is not installed lacks
     llm, answers = LLM(**options), []
     parameters = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False, logprobs=2)

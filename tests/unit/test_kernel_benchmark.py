@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from benchmarks import kernel, kernel_checks, kernel_times
+from benchmarks.common import ROOT
 from sere_dist.kernels import reroute
 from sere_dist.testing.random_steps import RandomStep
 from tests.support.commands import invoke
 from tests.support.cubins import local_memory
 from tests.support.host_kernels import compile_baselines_on_host
-
-ROOT = kernel_times.SOURCE.parents[1]
 
 
 @pytest.fixture

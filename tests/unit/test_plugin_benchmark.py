@@ -70,9 +70,16 @@ def test_a_mode_that_does_not_start_leaves_the_next_its_turn(monkeypatch, tmp_pa
     assert len(checks) == 9 and found["S < K"] == REROUTED
 
 
-def test_an_engine_that_fails_shows_its_last_words(monkeypatch):
-    monkeypatch.setattr(plugin.sys, "executable", "false")
-    with pytest.raises(RuntimeError, match="ended with status 1"):
+def test_an_engine_that_fails_or_hangs_is_an_error(monkeypatch, tmp_path):
+    engine = tmp_path / "python"
+    engine.write_text("#!/bin/sh\necho about to fail\necho out of memory >&2\nexit 3\n")
+    engine.chmod(0o755)
+    monkeypatch.setattr(plugin.sys, "executable", str(engine))
+    with pytest.raises(RuntimeError, match=r"(?s)ended with status 3:\nabout to fail\nout of memory$"):
+        plugin.run_engine({}, [[1]], [{}])
+    engine.write_text("#!/bin/sh\nexec sleep 1000\n")
+    monkeypatch.setattr(plugin, "ENGINE_SECONDS", 0.5)
+    with pytest.raises(RuntimeError, match=r"the engine took more than 0\.5 s"):
         plugin.run_engine({}, [[1]], [{}])
 
 
