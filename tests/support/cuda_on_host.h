@@ -185,6 +185,11 @@ T __shfl_sync(unsigned, T value, int source, int width = 32) {
 }
 
 template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int other) {
+    return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ other);
+}
+
+template <typename T>
 T atomicAdd(T *address, T value) {  // one fiber runs at a time
     T before = *address;
     *address += value;

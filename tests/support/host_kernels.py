@@ -23,12 +23,15 @@ class HostKernels:
         self.launches.append(name)
         function = self.library[f"{name}_on_host"]
         function.restype = ctypes.c_char_p
-        passed = [
-            ctypes.c_int(v) if isinstance(v, int) else ctypes.c_void_p(v.data_ptr() if v is not None else None)
-            for v in arguments
-        ]
+        passed = map(_host_argument, arguments)
         if error := function(ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.c_uint(self.seed), *passed):
             raise RuntimeError(error.decode())
+
+
+def _host_argument(value):
+    if isinstance(value, int | float):
+        return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
+    return ctypes.c_void_p(None if value is None else value.data_ptr())
 
 
 class CompiledOnDemand(dict[tuple[torch.dtype, torch.dtype], HostKernels]):
@@ -48,9 +51,19 @@ class CompiledOnDemand(dict[tuple[torch.dtype, torch.dtype], HostKernels]):
 def compile_on_host(folder: Path, source: str, weight_dtype=torch.float32, id_dtype=torch.int32) -> HostKernels:
     """Compiles `source` in place of reroute.cu."""
     (folder / "reroute.cu").write_text(source)
-    library = folder / "reroute.so"
-    macros = [f"-D{name}" for name in (*kernel.MACROS[weight_dtype], *kernel.MACROS[id_dtype])]
-    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas", *macros]
-    command += ["-I", str(folder), "-I", str(HERE), str(HERE / "reroute_on_host.cpp"), "-o", str(library)]
+    macros = [*kernel.MACROS[weight_dtype], *kernel.MACROS[id_dtype]]
+    return _compile(folder, "reroute_on_host.cpp", folder, macros)
+
+
+def compile_baselines_on_host(folder: Path, experts: int) -> HostKernels:
+    """Compiles what `benchmarks.kernel` times re-routing against."""
+    return _compile(folder, "baselines_on_host.cpp", HERE.parents[1] / "benchmarks", [f"EXPERTS={experts}"])
+
+
+def _compile(folder: Path, wrapper: str, sources: Path, macros: list[str]) -> HostKernels:
+    library = folder / f"{wrapper}.so"
+    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"]
+    command += [f"-D{macro}" for macro in macros]
+    command += ["-I", str(sources), "-I", str(HERE), str(HERE / wrapper), "-o", str(library)]
     subprocess.run(command, check=True)
     return HostKernels(library)

@@ -1,18 +1,16 @@
 """The kernel of reroute.cu against the torch functions, run on the CPU (cuda_on_host.h), and compiled for real GPUs."""
 
 import itertools
-import json
 import re
-import subprocess
+import runpy
 import sys
 import warnings
-from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from cuda.core import Program, ProgramOptions
-from elftools.elf.elffile import ELFFile
 from hypothesis import HealthCheck, given, settings
 
 from sere_dist.kernels import reroute as kernel
@@ -20,9 +18,9 @@ from sere_dist.method.counters import COUNTERS
 from sere_dist.method.projection import ALWAYS_PRIMARY
 from sere_dist.method.records import ExpertPlaces, LayerTables, Step
 from sere_dist.testing.random_steps import CHOICES, RandomStep, assert_equal, random_steps
+from tests.support.cubins import local_memory
 from tests.support.host_kernels import compile_on_host
 
-ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 
@@ -250,31 +248,13 @@ def test_a_dropped_barrier_is_caught(tmp_path, monkeypatch, which):
     assert caught
 
 
-def local_memory(cubin: bytes, tmp_path: Path) -> dict[str, int]:
-    """Bytes of local memory a thread of each kernel has: register spills, and arrays that need an address."""
-    (tmp_path / "cubin").write_bytes(cubin)
-    with open(tmp_path / "cubin", "rb") as file:
-        elf = ELFFile(file)
-        symbols = elf.get_section_by_name(".symtab")
-        info = elf.get_section_by_name(".nv.info").data()
-        frames, at = {}, 0
-        while at < len(info):
-            form, attribute = info[at], info[at + 1]
-            size = int.from_bytes(info[at + 2 : at + 4], "little") if form == 4 else 0
-            if attribute == 0x11:  # EIATTR_FRAME_SIZE: symbol, bytes
-                symbol, frame = (int.from_bytes(info[at + i : at + i + 4], "little") for i in (4, 8))
-                frames[symbols.get_symbol(symbol).name] = frame
-            at += 4 + size
-    return frames
-
-
 @pytest.mark.parametrize(
     "arch", [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
 )
 @pytest.mark.parametrize(("weight_dtype", "id_dtype"), list(itertools.product(kernel.WEIGHT_DTYPES, kernel.ID_DTYPES)))
 def test_compiles_without_spills(tmp_path, arch, weight_dtype, id_dtype):
     cubin = kernel.compile_kernels(arch, weight_dtype, id_dtype, tmp_path / "cache").code
-    frames = local_memory(cubin, tmp_path)
+    frames = local_memory(cubin)
     assert frames.keys() >= set(kernel.ENTRIES) and not any(frames.values())
 
 
@@ -286,10 +266,33 @@ def test_a_compile_error_says_what_to_do(tmp_path):
         kernel.compile_kernels("sm_13", torch.float32, torch.int32, tmp_path)
 
 
-def test_spills_would_be_seen(tmp_path):
+@pytest.mark.parametrize("fails_at", ["the cubin", "its attributes"])
+def test_a_driver_that_is_too_old_says_what_to_install(monkeypatch, fails_at):
+    def fail(*_):
+        raise Exception("CUDA_ERROR_INVALID_IMAGE")
+
+    lazy = SimpleNamespace(attributes=type("Attributes", (), {"num_regs": property(fail)})())
+    module = SimpleNamespace(get_kernel=fail if fails_at == "the cubin" else lambda _name: lazy)
+    monkeypatch.setattr(kernel, "nvrtc_version", lambda: (13, 5))
+    monkeypatch.setattr(kernel.driver, "cuDriverGetVersion", lambda: (0, 12090))
+    says = r"INVALID_IMAGE.*runs CUDA 12.9 at most, and NVRTC 13.5 .* 'cuda-python==12\.\*' nvidia-cuda-nvrtc-cu12"
+    with pytest.raises(RuntimeError, match=says):
+        kernel.load_kernels(module, kernel.ENTRIES)
+    monkeypatch.setattr(kernel.driver, "cuDriverGetVersion", lambda: (0, 13000))
+    with pytest.raises(Exception, match=r"^CUDA_ERROR_INVALID_IMAGE$"):  # something else is wrong: it speaks for itself
+        kernel.load_kernels(module, kernel.ENTRIES)
+
+
+def test_a_cuda_core_that_is_too_old_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.core.utils", ModuleType("utils"))  # it lacks what newer ones have
+    with pytest.raises(ImportError, match=r"needs cuda-core 1\.0 or newer .*FileStreamProgramCache.* pip install -U"):
+        runpy.run_path(kernel.__file__)
+
+
+def test_spills_would_be_seen():
     source = kernel.SOURCE.read_text().replace("__launch_bounds__(MAX_THREADS)", "")
     options = ProgramOptions(arch="sm_90", std="c++17", max_register_count=24)
-    assert local_memory(Program(source, "c++", options).compile("cubin").code, tmp_path)["reroute"] > 0
+    assert local_memory(Program(source, "c++", options).compile("cubin").code)["reroute"] > 0
 
 
 def test_cache_keeps_each_set_of_options(tmp_path):
@@ -346,14 +349,3 @@ def test_what_does_not_fit_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             layer().reroute(step)
-
-
-@pytest.mark.slow
-def test_the_benchmark_says_what_it_would_measure():
-    command = [sys.executable, "-m", "benchmarks.kernel"]
-    run = subprocess.run([*command, "--dry-run"], capture_output=True, text=True, check=True, cwd=ROOT)
-    would = json.loads(run.stdout.splitlines()[-1])["dry_run"]
-    assert would["shapes"] == 48 and would["cubin_bytes"].keys() == set(ARCHITECTURES)
-    if not torch.cuda.is_available():
-        without = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert without.returncode and "--dry-run" in without.stderr
