@@ -1,5 +1,6 @@
 """Ranks that would not re-route alike stop at their start: real processes, joined as vLLM joins its workers."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,12 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.vllm_plugin.agreement import what_must_agree
 from tests.support.artifacts import small_artifact
 
+SCENARIOS = {
+    "agree": [{"settings": "S = 2"}, {"settings": "S = 2"}],
+    "differ": [{"settings": "S = 2"}, {"settings": "S = 3"}],
+    "no plugin": [{"settings": "S = 2"}, None],
+}
+# One process goes through all scenarios: most of its time is an import.
 RANK = textwrap.dedent(
     """
     import json, sys
@@ -19,56 +26,42 @@ RANK = textwrap.dedent(
     import torch.distributed as dist
     from sere_dist.vllm_plugin.agreement import check_agreement
 
-    rank, file, own, timeout = sys.argv[1:]
-    dist.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=2)
-    if own != "no plugin":
-        check_agreement(json.loads(own), timedelta(seconds=float(timeout)))
-    print("goes on")
-    dist.barrier()
+    rank, folder, scenarios = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    for name, owns in scenarios.items():
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=2)
+        try:
+            if owns[rank] is not None:
+                check_agreement(owns[rank], timedelta(seconds=5 if None in owns else 120))
+            print(name, "goes on", flush=True)
+        except RuntimeError as error:
+            print(name, error, flush=True)
+        dist.barrier()
+        dist.destroy_process_group()
     """
 )
 
 
-def start(tmp_path, *owns: str, timeout: float = 120) -> list[subprocess.CompletedProcess]:
-    arguments = [sys.executable, "-c", RANK]
+@pytest.mark.long
+def test_ranks_that_would_not_reroute_alike_stop(tmp_path):
     processes = [
         subprocess.Popen(
-            [*arguments, str(rank), str(tmp_path / "store"), own, str(timeout)],
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path), json.dumps(SCENARIOS)],
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
         )
-        for rank, own in enumerate(owns)
+        for rank in (0, 1)
     ]
-    outputs = []
     try:
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            outputs.append(subprocess.CompletedProcess(process.args, process.returncode, output))
+        (first, why), (second, why_second) = (process.communicate(timeout=300) for process in processes)
     finally:
         for process in processes:
             process.kill()
-    return outputs
-
-
-@pytest.mark.long
-def test_ranks_that_agree_go_on(tmp_path):
-    for done in start(tmp_path, '{"settings": "S = 2"}', '{"settings": "S = 2"}'):
-        assert done.returncode == 0 and "goes on" in done.stdout, done.stdout
-
-
-@pytest.mark.long
-def test_ranks_that_differ_stop(tmp_path):
-    for done in start(tmp_path, '{"settings": "S = 2"}', '{"settings": "S = 3"}'):
-        assert done.returncode != 0 and "goes on" not in done.stdout
-        assert "would not re-route alike" in done.stdout and "settings: S = " in done.stdout, done.stdout
-
-
-@pytest.mark.long
-def test_a_rank_without_the_plugin_is_named(tmp_path):
-    first, second = start(tmp_path, '{"settings": "S = 2"}', "no plugin", timeout=5)
-    assert "rank 1 has not said in 5 s that it re-routes" in first.stdout, first.stdout
-    assert "goes on" in second.stdout
+    assert "agree goes on" in first and "agree goes on" in second, why + why_second
+    assert "differ ranks 0 and 1 would not re-route alike" in first and "settings: S = 2 here, S = 3 there" in first
+    assert "differ ranks 1 and 0 would not re-route alike" in second
+    assert "no plugin rank 1 has not said in 5 s that it re-routes" in first
+    assert "no plugin goes on" in second
 
 
 def test_what_must_agree(tmp_path):
