@@ -6,6 +6,7 @@ is a tensor, the layer's `handle`, by which the op finds its tables, settings an
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import llvmlite.binding
 import torch
@@ -14,13 +15,10 @@ from vllm.distributed.parallel_state import get_dp_group
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from sere_dist.artifact.folder import Artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.kernels.reroute_cpu import CpuLayer
-from sere_dist.method.records import LayerTables, Step
-from sere_dist.vllm_plugin.backend import homes_of, places_of, replace_choice
-from sere_dist.vllm_plugin.expert_map import ExpertMap
-from sere_dist.vllm_plugin.rows import Rows
+from sere_dist.method.records import ExpertPlaces, LayerTables, Step
+from sere_dist.vllm_plugin.backend import AllReduce, Backend, replace_choice
 
 Routed = tuple[torch.Tensor, torch.Tensor]  # weights [T, K] and ids [T, K]
 
@@ -60,26 +58,14 @@ class ReroutedRouter(BaseRouter):
     sere_handle: torch.Tensor
 
 
-class CpuBackend:
+class CpuBackend(Backend[CpuLayer]):
     """A `CpuLayer` for every layer, behind the custom op `sere_dist::reroute`."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        rows: Rows,
-        config: ReroutingConfig,
-        expert_map: ExpertMap | None,
-        *,
-        merges: bool,
-        shares_primary: bool,
-    ):
-        self.rows, self.home = rows, homes_of(rows, expert_map)
-        self.all_reduce = all_reduce_losses if shares_primary else None
-        has_prices = artifact.policy(config) == "projection"
-        self.layers: dict[int, CpuLayer] = {}
-        for layer, tables in artifact.tables.items():
-            used = tables if has_prices else LayerTables(tables.similarity_EE)
-            self.layers[layer] = CpuLayer(used, places_of(expert_map, layer), merges=merges)
+    def losses_all_reduce(self) -> AllReduce:
+        return all_reduce_losses
+
+    def new_layer(self, tables: LayerTables, places: ExpertPlaces, merges: bool) -> CpuLayer:
+        return CpuLayer(tables, places, merges=merges)
 
     def set_settings(self, settings: dict[int, ReroutingConfig]) -> None:
         for layer, own in settings.items():
@@ -87,7 +73,7 @@ class CpuBackend:
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
         kernel = self.layers[layer]
-        setattr(router, "sere_handle", torch.tensor(len(_attached)))  # noqa: B010  a ReroutedRouter from here on
+        cast(ReroutedRouter, router).sere_handle = torch.tensor(len(_attached))
         _attached.append(lambda weights, ids: self.reroute(kernel, weights, ids))
 
         def rerouted(router, weights, ids):

@@ -4,8 +4,6 @@ The router runs inside vLLM's own opaque `moe_forward` op. Python runs at captur
 lies in device memory that the kernel reads.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from vllm.distributed.parallel_state import get_dp_group
@@ -13,16 +11,14 @@ from vllm.forward_context import get_forward_context, is_forward_context_availab
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
 
-from sere_dist.artifact.folder import Artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.kernels.reroute import DeviceSettings, LayerKernel
-from sere_dist.method.records import LayerTables, Step
-from sere_dist.vllm_plugin.backend import homes_of, places_of, replace_choice
-from sere_dist.vllm_plugin.expert_map import ExpertMap
+from sere_dist.method.records import ExpertPlaces, LayerTables, Step
+from sere_dist.vllm_plugin.backend import AllReduce, Backend, replace_choice
 from sere_dist.vllm_plugin.rows import Rows
 
 
-def losses_all_reduce() -> Callable[[torch.Tensor], None]:
+def losses_all_reduce() -> AllReduce:
     """Returns what adds up, in place, the losses of all data-parallel ranks: int64 [E]. All of them must call it.
 
     It runs on the current stream, so that it can be captured.
@@ -53,34 +49,20 @@ def check_rows(num_rows: int, rows: Rows) -> None:
         )
 
 
-class GpuBackend:
-    """A block of settings and a kernel for every layer."""
+class GpuBackend(Backend[LayerKernel]):
+    """A kernel for every layer, with settings of its own."""
 
-    def __init__(
-        self,
-        artifact: Artifact,
-        rows: Rows,
-        config: ReroutingConfig,
-        expert_map: ExpertMap | None,
-        *,
-        merges: bool,
-        shares_primary: bool,
-    ):
-        self.rows = rows
-        self.home = homes_of(rows, expert_map)
-        self.all_reduce = losses_all_reduce() if shares_primary else None
-        self.settings: dict[int, DeviceSettings] = {}
-        self.layers: dict[int, LayerKernel] = {}
-        has_prices = artifact.policy(config) == "projection"
-        for layer, tables in artifact.tables.items():
-            used = tables if has_prices else LayerTables(tables.similarity_EE)
-            self.settings[layer] = DeviceSettings(rows.valid.device)
-            self.layers[layer] = LayerKernel(used, self.settings[layer], places_of(expert_map, layer), merges=merges)
+    def losses_all_reduce(self) -> AllReduce:
+        return losses_all_reduce()
+
+    def new_layer(self, tables: LayerTables, places: ExpertPlaces, merges: bool) -> LayerKernel:
+        return LayerKernel(tables, DeviceSettings(self.rows.valid.device), places, merges=merges)
 
     def set_settings(self, settings: dict[int, ReroutingConfig]) -> None:
         for layer, own in settings.items():
-            self.settings[layer].set(own.numbers, enabled=own.enabled, min_rows=own.min_rows, max_rows=own.max_rows)
-            self.layers[layer].set_threshold(own.threshold)
+            kernel = self.layers[layer]
+            kernel.settings.set(own.numbers, enabled=own.enabled, min_rows=own.min_rows, max_rows=own.max_rows)
+            kernel.set_threshold(own.threshold)
 
     def attach(self, router: BaseRouter, layer: int) -> torch.Tensor:
         rows, kernel = self.rows, self.layers[layer]
