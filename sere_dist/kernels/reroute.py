@@ -33,7 +33,7 @@ except ImportError as error:  # older ones lack names, or don't find one another
 
 from sere_dist.kernels.neighbors import ranked_neighbors
 from sere_dist.method.counters import COUNTERS
-from sere_dist.method.projection import to_fixed_point
+from sere_dist.method.projection import projection_tables, to_fixed_point
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 
 SOURCE = Path(__file__).with_name("reroute.cu")
@@ -113,14 +113,12 @@ class LayerKernel:
         num_experts = len(tables.similarity_EE)
         _check_sizes(tables, places)
         device = settings.block.device
-        similarity_EE = tables.similarity_EE.to(device, torch.float32)
+        tables = tables.to(device)
+        similarity_EE = tables.similarity_EE.float()
         self.coefficient_EE = self.size_E = None
         if tables.coefficient_EE is not None and tables.size_E is not None:
-            itself_EE = torch.eye(num_experts, dtype=torch.bool, device=device)
-            similarity_EE = similarity_EE.masked_fill(itself_EE, 1)
-            coefficient_EE = tables.coefficient_EE.to(device, torch.float32)
-            self.coefficient_EE = coefficient_EE.masked_fill(itself_EE, 1).contiguous()
-            self.size_E = tables.size_E.to(device, torch.float32).contiguous()
+            similarity_EE, coefficient_EE, size_E = projection_tables(tables)
+            self.coefficient_EE, self.size_E = coefficient_EE.contiguous(), size_E.contiguous()
         self.settings, self.merges = settings, merges
         neighbors_EE, ranked_similarity_EE = ranked_neighbors(similarity_EE)
         self.neighbors_EE = neighbors_EE.to(torch.int16).contiguous()

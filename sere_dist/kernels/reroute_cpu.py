@@ -19,7 +19,7 @@ import torch
 
 from sere_dist.kernels.neighbors import ranked_neighbors
 from sere_dist.method.counters import COUNTERS
-from sere_dist.method.projection import ALWAYS_PRIMARY, FIXED_POINT_ONE, to_fixed_point
+from sere_dist.method.projection import ALWAYS_PRIMARY, FIXED_POINT_ONE, projection_tables, to_fixed_point
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 
 NOWHERE = -1  # a slot or a token without a domain
@@ -354,12 +354,9 @@ class CpuLayer:
             merges: what a step ends in: `slots.merge_repeats`, or `slots.fill_dropped`.
         """
         places = places or ExpertPlaces()
-        similarity_EE = tables.similarity_EE.float()
-        coefficient_EE, size_E = torch.empty(0, 0), torch.empty(0)
+        similarity_EE, coefficient_EE, size_E = tables.similarity_EE.float(), torch.empty(0, 0), torch.empty(0)
         if tables.coefficient_EE is not None and tables.size_E is not None:
-            itself_EE = torch.eye(len(similarity_EE), dtype=torch.bool)
-            similarity_EE = similarity_EE.masked_fill(itself_EE, 1)
-            coefficient_EE, size_E = tables.coefficient_EE.float().masked_fill(itself_EE, 1), tables.size_E.float()
+            similarity_EE, coefficient_EE, size_E = projection_tables(tables)
         neighbors_EE, ranked_EE = ranked_neighbors(similarity_EE)
         self.counters = torch.zeros(len(COUNTERS) + places.num_ranks, dtype=torch.int64)
         of_layer = (neighbors_EE.short(), ranked_EE, coefficient_EE, size_E)

@@ -72,7 +72,7 @@ def reroute_projection(
         return step.weights_TK.clone(), step.ids_TK.clone()
     if primary_E is None:
         primary_E = primary_by_price(step, tables, settings)
-    own = _projection_tables(tables)
+    own = projection_tables(tables)
     order_TK = slots_by_weight(step.weights_TK)
     heaviest_TK = order_TK.argsort(dim=1) < settings.select_top_k
     critical_E = _critical_experts(own.similarity_EE, primary_E, settings.threshold)
@@ -153,7 +153,7 @@ def to_fixed_point(expert_price: float) -> int:
     return max(1, round(min(fixed, ALWAYS_PRIMARY))) if expert_price > 0 else ALWAYS_PRIMARY
 
 
-def _projection_tables(tables: LayerTables) -> ProjectionTables:
+def projection_tables(tables: LayerTables) -> ProjectionTables:
     """Returns the tables in float32. An expert stands in for itself whatever rounding left on the diagonal."""
     if tables.coefficient_EE is None or tables.size_E is None:
         raise ValueError("policy projection needs coefficient_EE and size_E: calibrate with method projection")
