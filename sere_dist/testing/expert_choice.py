@@ -27,7 +27,7 @@ from vllm.model_executor.layers.quantization.utils import quant_utils
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
 
-from sere_dist.vllm_plugin.expert_kernels import MONOLITHIC, Placement, merges
+from sere_dist.vllm_plugin.expert_kernels import Placement, merges, monolithic_refusal
 
 NUM_EXPERTS = 128
 CAPABILITIES = {"A100": 80, "H100": 90, "B200": 100}
@@ -191,6 +191,6 @@ def verdict(experts: type[FusedMoEExperts], layout: Layout) -> str:
     """
     name, ranks = experts.__name__, layout.tensor_parallel * layout.data_parallel
     if experts.is_monolithic():
-        raise ValueError(f'set moe_backend="{MONOLITHIC[name]}"')
+        raise ValueError(monolithic_refusal(name))
     placement = Placement(layout.expert_parallel, True, NUM_EXPERTS // ranks if layout.expert_parallel else NUM_EXPERTS)
     return "merged" if merges(name, layout.dispatcher, placement) else "repeats"

@@ -134,15 +134,20 @@ def _merges(layer: int, runner: MoERunner) -> bool:
         raise ValueError(f"layer {layer} does not say which kernel runs its experts: set {OTHER_BACKEND}")
     experts, dispatcher = (type(part).__name__ for part in (kernel.fused_experts, kernel.prepare_finalize))
     if runner.is_monolithic:
-        backend = MONOLITHIC.get(experts)
-        cure = OTHER_BACKEND if backend is None else f'moe_backend="{backend}"'
-        raise ValueError(f"layer {layer}: {experts} chooses experts itself, which can't be re-routed: set {cure}")
+        raise ValueError(f"layer {layer}: {monolithic_refusal(experts)}")
     placement = Placement(
         is_split=runner.routed_experts.expert_map is not None,
         is_linear=runner.expert_placement_strategy == "linear",
         experts_per_rank=runner.moe_config.num_local_experts,
     )
     return merges(experts, dispatcher, placement, scales_rows_together=_scales_rows_together(kernel))
+
+
+def monolithic_refusal(experts: str) -> str:
+    """Says what to set in place of a class that chooses experts itself."""
+    backend = MONOLITHIC.get(experts)
+    cure = OTHER_BACKEND if backend is None else f'moe_backend="{backend}"'
+    return f"{experts} chooses experts itself, which can't be re-routed: set {cure}"
 
 
 def merges(experts: str, dispatcher: str, placement: Placement, *, scales_rows_together: bool = False) -> bool:

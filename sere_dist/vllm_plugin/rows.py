@@ -54,12 +54,16 @@ class Rows:
             return prepared
 
         def dummy(*args, **kwargs):
-            self.count.zero_()
-            self.valid.zero_()
+            self.clear()
             return dummy_run(*args, **kwargs)
 
         setattr(runner, hook, prepare)
         runner._dummy_run = dummy
+
+    def clear(self) -> None:
+        """Marks no row: what runs next is no step of requests."""
+        self.count.zero_()
+        self.valid.zero_()
 
     def start_step(
         self,

@@ -123,12 +123,14 @@ class Rerouting(Worker):
     def compile_or_warm_up_model(self):
         """Warms up, and forgets it: vLLM's warm-up may look like requests, which must not be counted as served."""
         times = super().compile_or_warm_up_model()
-        self.sere_rows.valid.zero_()
-        self.sere_rows.count.zero_()
-        for counters in self.sere_layers.values():
-            counters.zero_()
+        self.sere_rows.clear()
+        self._reset_counters()
         self.sere_seen_rerouting = False
         return times
+
+    def _reset_counters(self) -> None:
+        for counters in self.sere_layers.values():
+            counters.zero_()
 
     def reload_weights(self, *args, **kwargs) -> None:
         """Loads weights again, with the experts where the placement has them."""
@@ -192,8 +194,7 @@ class Rerouting(Worker):
                     for when in ("before", "after")
                 }
         if reset:
-            for counters in self.sere_layers.values():
-                counters.zero_()
+            self._reset_counters()
         ranks_before = self.parallel_config.data_parallel_rank * self.parallel_config.world_size
         return {"rank": ranks_before + self.rank, "layers": layers}
 
