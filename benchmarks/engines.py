@@ -8,7 +8,7 @@ from transformers import AutoConfig
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
-from sere_dist.environment import ALLOW_UNTESTED_VLLM
+from sere_dist.environment import ALLOW_UNTESTED_VLLM, is_tested_release
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import MoeShape
 
@@ -40,11 +40,10 @@ def write_random_artifact(model: Path, folder: Path) -> Path:
 def allow_this_vllm() -> bool:
     """Lets the plugin start on whatever vLLM is here, and returns whether sere_dist was tested with it."""
     import vllm
-    from packaging.version import Version
 
     from sere_dist.vllm_plugin import TESTED_VLLM
 
-    is_tested = Version(vllm.__version__).public in TESTED_VLLM
+    is_tested = is_tested_release(vllm.__version__, TESTED_VLLM)
     if not is_tested:
         os.environ[ALLOW_UNTESTED_VLLM] = "1"
     return is_tested

@@ -1,7 +1,10 @@
 """The environment variables of sere_dist: what they are called, what they mean, and how they are read."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
+
+from packaging.version import Version
 
 ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"
 API_KEY = "SERE_API_KEY"
@@ -45,6 +48,11 @@ def environment_secrets(name: str) -> tuple[str, ...]:
     if not text.split():
         raise ValueError(f"{given[0]} is set but holds nothing: give it a secret, or unset it")
     return tuple(text.split())
+
+
+def is_tested_release(version: str, tested: Collection[str]) -> bool:
+    """Says whether a version is one of those tested. A local part, as in 0.32.0+cu129, is another build of the same."""
+    return Version(version).public in tested
 
 
 def environment_flag(name: str) -> bool:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from sere_dist.cli.fresh_process import ChildError, call_in_fresh_process, describe, one_line
 from sere_dist.cli.gpus import Gpus, read_gpus
-from sere_dist.environment import ALLOW_UNTESTED_VLLM, PLUGIN, environment_flag, plugin_is_disabled
+from sere_dist.environment import ALLOW_UNTESTED_VLLM, PLUGIN, environment_flag, is_tested_release, plugin_is_disabled
 
 PLUGIN_GROUP = "vllm.general_plugins"
 # What the plugin replaces or extends in vLLM, besides the workers.
@@ -210,7 +210,7 @@ def check_vllm(vllm: dict[str, Any], gpus: Gpus) -> Finding:
     if vllm["missing"]:
         found += f" lacks {', '.join(vllm['missing'])}"
         return Finding("vllm", "fail", one_line(found), f"install the release that sere_dist extends: vLLM {tested}")
-    if vllm["version"] not in vllm["tested"]:
+    if not is_tested_release(vllm["version"], vllm["tested"]):
         found += f", sere_dist was tested with {tested}"
         if environment_flag(ALLOW_UNTESTED_VLLM):
             return Finding("vllm", "warning", found, f"{ALLOW_UNTESTED_VLLM} allows it: check the counters")

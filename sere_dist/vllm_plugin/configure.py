@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import vllm
-from packaging.version import Version
 from vllm import envs
 from vllm.config import CompilationMode, ParallelConfig, VllmConfig
 from vllm.logger import init_logger
@@ -13,7 +12,7 @@ from vllm.platforms import current_platform
 from sere_dist.artifact.placement import Placement
 from sere_dist.artifact.reference import load_artifact
 from sere_dist.config import ReroutingConfig
-from sere_dist.environment import ALLOW_UNTESTED_VLLM, environment_flag
+from sere_dist.environment import ALLOW_UNTESTED_VLLM, environment_flag, is_tested_release
 from sere_dist.moe import MoeShape
 from sere_dist.vllm_plugin import TESTED_VLLM, WORKERS
 from sere_dist.vllm_plugin.engine_settings import engine_settings, settings_of
@@ -28,8 +27,7 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         ValueError: a setting, the artifact or a feature of the engine rules re-routing out. Nothing is ever served
             un-re-routed in silence.
     """
-    # Wheels for another CUDA than vLLM's default carry a local version, as in 0.32.0+cu129.
-    if Version(vllm.__version__).public not in TESTED_VLLM and not environment_flag(ALLOW_UNTESTED_VLLM):
+    if not is_tested_release(vllm.__version__, TESTED_VLLM) and not environment_flag(ALLOW_UNTESTED_VLLM):
         raise ValueError(
             f"sere_dist was tested with vLLM {', '.join(TESTED_VLLM)}, this is {vllm.__version__}. Install a tested "
             f"release, or set {ALLOW_UNTESTED_VLLM}=1 and check the counters."

@@ -189,6 +189,7 @@ def test_vllm(one_h200, monkeypatch):
     facts = {"loads_plugin": True, "version": "0.32.0", "device": "cuda", "tested": ["0.32.0"], "missing": []}
     monkeypatch.delenv("SERE_ALLOW_UNTESTED_VLLM", raising=False)
     assert doctor.check_vllm(facts, one_h200) == Finding("vllm", "ok", "0.32.0 for cuda")
+    assert doctor.check_vllm(facts | {"version": "0.32.0+cu129"}, one_h200).status == "ok", "the engine takes it, too"
     assert doctor.check_vllm(facts | {"device": "cpu"}, one_h200).status == "warning"
     lacking = doctor.check_vllm(facts | {"missing": ["a.b (ImportError: no b)"]}, one_h200)
     assert lacking.status == "fail" and "lacks a.b (ImportError: no b)" in lacking.found
