@@ -34,6 +34,10 @@ BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiv
 KINDS = {"object": "mapping", "boolean": "`true`, `false`"}
 
 
+# What `expert_choice.verdict` says, in the words of docs/expert_kernels.md.
+FORMS = {"merged": "merged slots", "repeats": "repeated slots"}
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Returns a Markdown table; a bar inside a cell is escaped."""
     lines = [header, ("---",) * len(header), *rows]
@@ -162,7 +166,7 @@ def expert_kernels() -> str:
                     row = (quantisation, "none", "vLLM has no kernel for this")
                 else:
                     try:
-                        what = f"{verdict(experts, layout)} slots"
+                        what = FORMS[verdict(experts, layout)]
                     except ValueError as refusal:
                         what = "refused: set " + code(re.findall(r'set (\w+="\w+")', str(refusal))[-1])
                     row = (quantisation, code(experts.__name__), what)
