@@ -6,21 +6,14 @@ from unittest import mock
 import pytest
 import torch
 from vllm import forward_context
-from vllm.model_executor.layers.fused_moe.router.custom_routing_router import CustomRoutingRouter
 
-from sere_dist.config import ReroutingConfig
 from sere_dist.kernels import reroute as kernel
 from sere_dist.method.records import Step
 from sere_dist.method.rerouting import reroute
 from sere_dist.method.slots import merge_repeats
 from sere_dist.testing.random_steps import RandomStep
 from sere_dist.vllm_plugin import backend, gpu_backend
-from sere_dist.vllm_plugin.rows import Rows
-from tests.support.artifacts import small_artifact
-
-WEIGHTS = torch.tensor([[0.4, 0.3, 0.3], [0.5, 0.3, 0.2]])
-IDS = torch.tensor([[0, 2, 3], [1, 2, 3]], dtype=torch.int32)
-CONFIG = ReroutingConfig(artifact="a", select_top_k=1)
+from tests.support.routers import CONFIG, IDS, WEIGHTS, rerouted_router
 
 
 @pytest.fixture
@@ -28,23 +21,9 @@ def on_host(host_kernels, monkeypatch):
     monkeypatch.setattr(kernel, "kernels_for", lambda _device, weights, ids: host_kernels[weights, ids])
 
 
-def routed(merges: bool = False):
-    """Returns a router that hands out tensors of the model, re-routed, and the similarity that it goes by."""
-    artifact = small_artifact()
-    layer = next(iter(artifact.layers))
-    router = object.__new__(CustomRoutingRouter)
-    rows = Rows(8)
-    rows.valid[:2] = True
-    ours = gpu_backend.GpuBackend(artifact, rows, CONFIG, None, merges=merges, shares_primary=False)
-    with mock.patch.object(CustomRoutingRouter, "_compute_routing", lambda *_args, **_named: (WEIGHTS, IDS)):
-        ours.attach(router, layer)
-    ours.set_settings(artifact.settings_by_layer(CONFIG))
-    return router, artifact.layers[layer].similarity_EE
-
-
 @pytest.mark.parametrize("merges", [False, True])
 def test_a_router_returns_what_the_kernel_made_of_its_choice(on_host, merges):
-    router, similarity_EE = routed(merges)
+    router, similarity_EE = rerouted_router(gpu_backend.GpuBackend, merges=merges)
     before = WEIGHTS.clone(), IDS.clone()
     weights, ids = router._compute_routing(None, None, None)
     new_ids = reroute(WEIGHTS, IDS, similarity_EE, select_top_k=1)
@@ -55,7 +34,7 @@ def test_a_router_returns_what_the_kernel_made_of_its_choice(on_host, merges):
 
 
 def test_rows_that_do_not_line_up_stop_the_step(on_host):
-    router, _ = routed()
+    router, _ = rerouted_router(gpu_backend.GpuBackend)
     for padding, fits in ((2, True), (3, False), (1, False)):
         context = SimpleNamespace(is_padding=torch.zeros(padding, dtype=torch.bool))
         with mock.patch.object(forward_context, "_forward_context", context):
