@@ -22,7 +22,7 @@ import typer
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.common import ROOT, ranged, spread
+from benchmarks.common import RESULTS, ROOT, ranged, spread
 from sere_dist.console import progress, tables
 from sere_dist.kernels.reroute_cpu import CpuLayer
 from sere_dist.method.projection import reroute_projection
@@ -42,7 +42,7 @@ POLICIES = {
     "projection, both prices, 8 ranks": (Settings(1, expert_price=0.02, traffic_price=0.01), True, True),
 }
 READY = """
-import time; started = time.perf_counter()
+import time
 import torch
 imported = time.perf_counter()
 from sere_dist.kernels.reroute_cpu import CpuLayer
@@ -115,7 +115,7 @@ def ready_seconds(rounds: int) -> dict[str, Any]:
 
 def main(
     rounds: Annotated[int, typer.Option(help="Number of measurements of each kind.")] = 5,
-    results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "benchmarks" / "results" / "cpu.json",
+    results: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "cpu.json",
 ) -> None:
     torch.set_num_threads(1)
     measured = {
