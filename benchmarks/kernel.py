@@ -16,7 +16,7 @@ benchmarks.gpu` runs each part under a time limit of its own. The parts:
 - sanitize: few random steps, for compute-sanitizer
 - profile: one launch at each of a few sizes, for ncu
 - time: every kind in a CUDA graph, see benchmarks/kernel_times.py
-- sweep: experts a warp, and where two launches overtake one
+- sweep: experts per warp, a start before the last kernel ends, and where two launches overtake one
 
 Prints tables, and one JSON line last. Writes `benchmarks/results/kernel.json` after each part, and in time and sweep
 after each shape; what runs under another tool (sanitize, profile) is only printed.
@@ -35,7 +35,7 @@ from rich.table import Table
 from benchmarks import kernel_checks, kernel_times
 from benchmarks.common import RESULTS, numbers
 from sere_dist.console import progress, tables
-from sere_dist.kernels.reroute import ENTRIES, compile_kernels, nvrtc_version
+from sere_dist.kernels.reroute import ENTRIES, Build, compile_kernels, nvrtc_version
 from sere_dist.provenance import keep, machine, versions
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -105,7 +105,7 @@ def dry_run(part: str, shapes: list[tuple[int, int, int]]) -> dict[str, Any]:
     for arch in ARCHITECTURES:
         for experts in {experts for experts, _, _ in shapes}:
             kernel_times.compile_baselines(arch, experts)
-        sizes[arch] = len(compile_kernels(arch, torch.float32, torch.int32).code)
+        sizes[arch] = len(compile_kernels(arch, Build(128, 8)).code)
         print(f"{arch}: {', '.join(ENTRIES)} compiled, {sizes[arch]:,} bytes; {', '.join(kernel_times.BASELINES)} too")
     kinds = list(kernel_times.KINDS)
     print(f"would run {', '.join(OF_ALL) if part == 'all' else part}; time: {'; '.join(kinds)}")

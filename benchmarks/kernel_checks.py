@@ -13,6 +13,7 @@ import torch
 from rich.progress import track
 
 from benchmarks.common import capture, resources
+from benchmarks.kernel_times import BUILDS
 from sere_dist.console import progress
 from sere_dist.kernels import reroute
 from sere_dist.method.records import Step
@@ -24,11 +25,11 @@ PROFILED_ROWS = (1, 64, 256, 1024)
 
 
 def check_first() -> dict[str, Any]:
-    """Compiles and loads the kernel for every pair of types, then re-routes one step."""
+    """Compiles and loads the kernel for each of a few kinds of layers, then re-routes one step."""
     device, started, kernels = torch.device("cuda", torch.cuda.current_device()), time.perf_counter(), []
-    for weights, ids in itertools.product(reroute.WEIGHT_DTYPES, reroute.ID_DTYPES):
-        for name, kernel in reroute.kernels_for(device, weights, ids).entries.items():
-            kernels.append({"kernel": name, "weights": str(weights), "ids": str(ids), **resources(kernel)})
+    for layer, build in BUILDS.items():
+        for name, kernel in reroute.kernels_for(device, build).entries.items():
+            kernels.append({"kernel": name, "layer": layer, **resources(kernel)})
     seconds = rounded(time.perf_counter() - started)
     RandomStep(seed=0, rows=16, top_k=8, experts=128, select_top_k=2, projection=False).check("cuda")
     return {"compute_capability": torch.cuda.get_device_capability(), "compile_seconds": seconds, "kernels": kernels}
@@ -63,7 +64,7 @@ def check_steps(count: int) -> dict[str, Any]:
 
 def in_many_blocks():
     """Has each step take two launches, over as many blocks as its few rows can fill."""
-    return mock.patch.multiple(reroute, ONE_LAUNCH_ROWS=0, THREADS_OF_TWO=64)
+    return mock.patch.multiple(reroute, ONE_LAUNCH_LANES=0, THREADS_OF_TWO=64)
 
 
 def check_many_blocks() -> dict[str, Any]:

@@ -6,17 +6,18 @@ outside the timed part. All this stays in the L2 cache, from which a model's wei
 first overwrite that cache, and then choose experts: re-routing then meets cold tables and warm tokens, as in a model.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
 
 import torch
-from cuda.core import ObjectCode, Program, ProgramOptions
+from cuda.core import LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
 
 from benchmarks.common import capture, resources, spread
 from sere_dist.kernels import reroute
-from sere_dist.kernels.reroute import Argument, DeviceSettings, LayerKernel, launch_kernel, load_kernels
+from sere_dist.kernels.reroute import Build, DeviceSettings, Feature, LayerKernel, load_kernels
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 
 SOURCE = Path(__file__).with_name("baselines.cu")
@@ -28,13 +29,22 @@ GATE, COLD_GATE, COLD = "gate", "cold: gate", "cold: gate, re-routing"
 REROUTING, THREE_LAUNCHES = "re-routing", "three launches"
 KINDS = ("empty", "empty, 1,024 threads", GATE, THREE_LAUNCHES, REROUTING, "off", "united", "merging", "projection")
 KINDS += ("traffic price", "expert price, skewed", COLD_GATE, COLD)
+EVERYTHING = Feature.PROJECTION | Feature.DOMAINS | Feature.RANKS
+# Kinds of layers that the kernel is compiled for.
+BUILDS = {
+    "paper's policy": Build(128, 8),
+    "projection": Build(128, 8, Feature.PROJECTION),
+    "projection, domains, ranks": Build(128, 8, EVERYTHING),
+    "the same, merged slots": Build(128, 8, EVERYTHING | Feature.MERGES),
+}
 # How the same step can be launched: constants of `sere_dist.kernels.reroute`.
 LAUNCHES: dict[str, dict[str, Any]] = {
-    f"one launch, {experts} experts a warp": {"ONE_LAUNCH_ROWS": reroute.NO_LIMIT, "EXPERTS_A_WARP": experts}
-    for experts in (4, 8, 16)
+    f"{experts} experts per warp": {"EXPERTS_A_WARP": experts} for experts in (4, 8, 16)
 }
-LAUNCHES["two launches"] = {"ONE_LAUNCH_ROWS": 0}
+LAUNCHES["no overlap"] = {"OVERLAPS": False}
+LAUNCHES["two launches"] = {"ONE_LAUNCH_LANES": 0}
 Call = Callable[[], None]
+Argument = torch.Tensor | int | float
 
 
 def compile_baselines(arch: str, experts: int) -> ObjectCode:
@@ -55,7 +65,18 @@ class Baselines:
         self.entries = load_kernels(compile_baselines(f"sm_{major}{minor}", experts), BASELINES)
 
     def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
-        launch_kernel(self.entries[name], self.device, blocks, threads, arguments)
+        with torch.cuda.device(self.device):
+            stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+            launch(
+                stream, LaunchConfig(grid=blocks, block=threads), self.entries[name], *map(_kernel_argument, arguments)
+            )
+
+
+def _kernel_argument(value: Argument) -> Any:
+    """cuda.core takes a Python int for a pointer, and a Python float for a double."""
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
 class Tokens:

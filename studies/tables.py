@@ -11,7 +11,7 @@ from typing import Any
 
 from studies.common import RESULTS, ROOT
 
-PAGES = ROOT / "docs/results.md", ROOT / "docs/log.md"
+PAGES = ROOT / "docs/results.md", ROOT / "docs/log.md", ROOT / "docs/design.md"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 RIVALS = {
     "paper, frobenius": "SERE, the paper's policy",
@@ -165,11 +165,21 @@ def accuracy() -> str:
     return markdown(["score", "off", "on", "difference", "other answers"], rows)
 
 
+def kernel_instructions() -> str:
+    counts = load(ROOT / "benchmarks/results/kernel_instructions.json")["counts"]
+    rows = []
+    for count in sorted(counts, key=lambda count: count["source"] == "this"):
+        source = "now: " + count["layer"] if count["source"] == "this" else f"`{count['source']}`"
+        numbers = (f"{count[name]:,}" for name in ("static", "registers", "shortest", "longest"))
+        rows.append([source, f"`{count['kernel']}`", *numbers])
+    return markdown(["source and layer", "kernel", "instructions", "registers", "shortest way", "longest way"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
-        *(decode, calibration, accuracy),
+        *(decode, calibration, accuracy, kernel_instructions),
     )
 }
 

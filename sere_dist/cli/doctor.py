@@ -151,15 +151,13 @@ def check_links(gpus: Gpus) -> Finding:
 
 def check_kernel(gpus: Gpus) -> Finding:
     """Raises what cuda.core raises: NVRTC is missing, or refused the source."""
-    import torch
-
-    from sere_dist.kernels.reroute import compile_kernels, compiler_advice, nvrtc_version
+    from sere_dist.kernels.reroute import Build, compile_kernels, compiler_advice, nvrtc_version
 
     archs = sorted({"sm_{}{}".format(*gpu.capability) for gpu in gpus.devices}) or [ARCH_WITHOUT_GPU]
     start = time.monotonic()
     for arch in archs:
         with tempfile.TemporaryDirectory() as empty:  # what is in the cache says nothing of the compiler
-            compile_kernels(arch, torch.float32, torch.int32, Path(empty))
+            compile_kernels(arch, Build(128, 8), Path(empty))
     seconds = time.monotonic() - start
     major, minor = nvrtc_version()
     found = f"NVRTC {major}.{minor} compiled it for {', '.join(archs)} in {seconds:.1f} s"

@@ -1,32 +1,41 @@
 // Re-routes one step of one MoE layer in place, and counts what that did. The same in torch: sere_dist/method.
 //
-// A step is T tokens (rows) of K slots, each a weight and the id of one of E experts. A token's slots are neighbouring
-// lanes of a warp: K rounded up to a power of two is the `width` of such a group.
+// A step is T tokens (rows) of K slots, each a weight and the id of one of E experts. Every thread has one slot. A
+// token's slots are neighbouring lanes of a warp: K rounded up to a power of two is the `width` of such a group.
 //
 //   1. vote        every valid token marks the experts of its slots: `chosen`, and `primary` in its S heaviest slots;
 //                  where an expert has a price, its other slots say what they would lose without theirs: what loses
 //                  as much in all becomes primary too
 //   2. substitute  for each chosen expert: the first of its neighbours, in order of falling similarity, that is primary
-//   3. settle      every token rewrites its slots and counts
+//   3. settle      every token rewrites its slots, and counts
 //
-// Up to 1,024 rows one block does it all (`reroute`). More rows take two launches over many blocks (`reroute_vote`,
-// `reroute_settle`), which hand over the votes in a workspace that is all zero before and after. Between the two, other
-// ranks' votes may be added; `chosen` stays this rank's own.
+// Where a block has a thread for every slot, it does it all (`reroute`). Other steps take two launches over many blocks
+// (`reroute_vote`, `reroute_settle`), which hand over the votes in a workspace that is all zero before and after. Between
+// the two, other ranks' votes may be added; `chosen` stays this rank's own. No block has fewer threads than experts.
 //
-// Whatever a CUDA graph must not freeze is read from memory here: the settings, the tables, the rows' masks.
-// Compiled by NVRTC through reroute.py, and by g++ against tests/support/cuda_on_host.h. No fused multiply-add: results equal
-// torch's to the bit. Macros choose the types: IDS_64; one of BFLOAT16, FLOAT16 (default: float32).
+// Whatever a CUDA graph must not freeze is read from memory here: the settings, the tables, the rows' masks. What a layer
+// never changes is a constant: reroute.py has NVRTC compile this file for its EXPERTS, TOP_K and FEATURES. The tests have
+// g++ compile it without them, against tests/support/cuda_on_host.h. No fused multiply-add: results equal torch's to the
+// bit.
 
+#ifndef EXPERTS_A_WARP
+#define EXPERTS_A_WARP 8  // whose substitutes a warp looks up at once
+#endif
+#ifdef EXPERTS
+constexpr int MAX_EXPERTS = EXPERTS;
+#else
 constexpr int MAX_EXPERTS = 1024;
+#endif
+constexpr int MAX_RANKS = 1024;
 constexpr int MAX_THREADS = 1024;
-constexpr int PREFETCHED = 8;  // experts a warp whose first 32 neighbours it loads before it needs them
 constexpr unsigned ALL = 0xffffffffu;
 constexpr unsigned short NO_SUBSTITUTE = 0xffff;
 constexpr int NOWHERE = -1;
 
-// A vote is a loss or a price as an integer: sums of votes do not depend on the order of threads.
+// A loss or a price as an integer: sums do not depend on the order of threads.
 typedef unsigned long long Count;
 constexpr Count ALWAYS_PRIMARY = 1ull << 40;
+constexpr int LOW_BITS = 20;  // the rest of a slot's loss has as many: 4,096 slots add up in 32 bits each
 
 #ifdef IDS_64
 typedef long long Id;
@@ -34,41 +43,16 @@ typedef long long Id;
 typedef int Id;
 #endif
 
-#if defined(BFLOAT16)
-typedef unsigned short Weight;
+// Of a layer: Feature of reroute.py.
+enum Feature {
+    PROJECTION = 1,  // the policy, else the paper's
+    DOMAINS = 2,     // experts live in domains, and tokens may have a home
+    RANKS = 4,       // experts live on ranks, else one rank holds all
+    MERGES = 8       // no token names an expert twice, and slots may be empty; else no slot that the router filled is
+                     // empty, and tokens may repeat an expert
+};
 
-__device__ float to_float(Weight bits) { return __uint_as_float(static_cast<unsigned>(bits) << 16); }
-
-__device__ Weight to_weight(float value) {
-    if (value != value) return 0x7fc0;
-    unsigned bits = __float_as_uint(value);
-    return static_cast<Weight>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-#elif defined(FLOAT16)
-typedef unsigned short Weight;
-
-__device__ float to_float(Weight bits) {
-    unsigned sign = static_cast<unsigned>(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, fraction = bits & 0x3ff;
-    if (exponent == 0) return __uint_as_float(sign | __float_as_uint(fraction * 0x1p-24f));
-    return __uint_as_float(sign | (exponent == 31 ? 0x7f800000 : (exponent + 112) << 23) | fraction << 13);
-}
-
-__device__ Weight to_weight(float value) {
-    unsigned bits = __float_as_uint(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return static_cast<Weight>(sign | 0x7e00);
-    if (magnitude >= 0x47800000) return static_cast<Weight>(sign | 0x7c00);  // 65536 and more
-    if (magnitude < 0x38800000)  // subnormal: a multiple of 2^-24, rounded to even
-        return static_cast<Weight>(sign | static_cast<unsigned>(rintf(__uint_as_float(magnitude) * 0x1p24f)));
-    return static_cast<Weight>(sign | (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13);
-}
-#else
-typedef float Weight;
-
-__device__ float to_float(Weight value) { return value; }
-__device__ Weight to_weight(float value) { return value; }
-#endif
-
-// One per model, changed between steps; reroute.py writes it.
+// Changed between steps; reroute.py writes it.
 struct Settings {
     int on;
     int select_top_k;
@@ -79,16 +63,9 @@ struct Settings {
 
 enum Counter {  // COUNTERS of counters.py; of a pair, the second is AFTER
     STEPS, ROWS, REROUTED, CRITICAL, DROPPED, MERGED, ACTIVE, ACTIVE_AFTER, LARGEST_RANK, LARGEST_RANK_AFTER,
-    DOMAINS, DOMAINS_AFTER, REMOTE_DOMAINS, REMOTE_DOMAINS_AFTER, REMOTE_SLOTS, REMOTE_SLOTS_AFTER, NUM_COUNTERS
+    DOMAINS_VISITED, DOMAINS_AFTER, REMOTE_DOMAINS, REMOTE_DOMAINS_AFTER, REMOTE_SLOTS, REMOTE_SLOTS_AFTER, NUM_COUNTERS
 };
 enum When { BEFORE, AFTER };
-
-// What the valid tokens of a step chose.
-struct Votes {
-    Count losses[MAX_EXPERTS];  // of the slots that are not their token's heaviest; all zero without a price
-    unsigned char primary[MAX_EXPERTS], chosen[MAX_EXPERTS];
-    int rows;
-};
 
 // What two launches share.
 struct Workspace {
@@ -100,111 +77,163 @@ struct Workspace {
     unsigned finished_blocks;
 };
 
-struct Experts {
-    float size[MAX_EXPERTS];
-    unsigned short substitute[MAX_EXPERTS];
-    unsigned short place[MAX_EXPERTS];   // of the substitute among the neighbours
-    unsigned short cutoff[MAX_EXPERTS];  // neighbours that are similar enough
-    short domain[MAX_EXPERTS], rank[MAX_EXPERTS];
-    int totals[NUM_COUNTERS];    // of the block's slots
-    int active[2][MAX_EXPERTS];  // experts on each rank, before and after
-};
-
-// One step of one layer. A pointer marked ? may be null.
+// One step of one layer: StepArguments of reroute.py. A pointer marked ? may be null.
 struct Step {
-    Weight *weights_TK;
+    float *weights_TK;
     Id *ids_TK;
-    int T, K, E;
-    const Settings *settings;
     const unsigned char *valid_T;         // ? all rows are valid
-    const unsigned short *neighbors_EE;   // every row: all experts, the most similar first
+    const int *home_T;                    // ? -1: none
+    const Settings *settings;
+    const unsigned short *neighbors_EE;   // every row: all experts, the most similar first. Never changes; further rows
+                                          // make it a multiple of EXPERTS_A_WARP
     const unsigned short *cutoff_E;       // how many of them are similar enough
     const float *ranked_similarity_EE;    // in the order of the neighbors
-    const float *coefficient_EE;          // ? with it the policy is projection, else the paper's
-    const float *size_E;                  // ? goes with coefficient_EE
-    const short *domain_E;                // ?
-    const int *home_T;                    // ? -1: none
-    const short *rank_E;                  // ? one rank holds all
-    int num_ranks;                        // 0 without rank_E, at most MAX_EXPERTS
-    int merges;                           // no token names an expert twice, and slots may be empty; else no slot that
-                                          // the router filled is empty, and tokens may repeat an expert
+    const float *coefficient_EE, *size_E; // of PROJECTION
+    const short *domain_E;                // of DOMAINS
+    const short *rank_E;                  // of RANKS
     Count *counters;                      // one each, then one a rank: the experts that run there
     Workspace *workspace;
+    int T, K, E, num_ranks, features;
 };
 
-// All kernels take the members of Step, one by one: cuda.core passes no structs.
-#define PARAMETERS                                                                                                \
-    Weight *weights_TK, Id *ids_TK, int T, int K, int E, const Settings *settings, const unsigned char *valid_T,      \
-        const unsigned short *neighbors_EE, const unsigned short *cutoff_E, const float *ranked_similarity_EE,    \
-        const float *coefficient_EE, const float *size_E, const short *domain_E, const int *home_T,               \
-        const short *rank_E, int num_ranks, int merges, Count *counters, Workspace *workspace
-#define ARGUMENTS                                                                                                 \
-    weights_TK, ids_TK, T, K, E, settings, valid_T, neighbors_EE, cutoff_E, ranked_similarity_EE, coefficient_EE,   \
-        size_E, domain_E, home_T, rank_E, num_ranks, merges, counters, workspace
+__device__ bool has(const Step &step, Feature feature) { return step.features & feature; }
 
-__device__ int warp_index() { return threadIdx.x / 32; }
-__device__ int lane_index() { return threadIdx.x % 32; }
-__device__ int group_width(int K) { return K == 1 ? 1 : 1 << (32 - __clz(K - 1)); }
+// The step, with what this file was compiled for as constants.
+__device__ Step with_constants(Step step) {
+#ifdef EXPERTS
+    step.E = EXPERTS, step.K = TOP_K, step.features = FEATURES;
+#endif
+    return step;
+}
 
-// One lane's slot. Lanes without a token, an expert or a vote have expert -1.
+// What the threads of a block share.
+struct Block {
+    Settings settings;
+    int rows;                    // that are valid
+    unsigned char primary[MAX_EXPERTS], chosen[MAX_EXPERTS], runs[MAX_EXPERTS];
+    unsigned low_loss[MAX_EXPERTS], high_loss[MAX_EXPERTS];  // of the slots that are not their token's heaviest
+    unsigned short substitute[MAX_EXPERTS];
+    unsigned short place[MAX_EXPERTS];   // of the substitute among the neighbours
+    unsigned short cutoff[MAX_EXPERTS];
+    float size[MAX_EXPERTS];
+    short domain[MAX_EXPERTS], rank[MAX_EXPERTS];
+    int totals[NUM_COUNTERS];    // of the block's slots
+    int active[2][MAX_RANKS];    // experts on each rank, before and after
+    bool is_last;
+};
+
+// One thread's slot. Threads without a token, an expert or a vote have expert -1.
 struct Slot {
     int token, column;
     bool votes;  // the slot of a valid token
     int expert;
     float weight;
+    int home;
+    int rank;  // how many of the token's slots come before it: the heavier ones, and of equal ones those further left
 };
 
-__device__ Slot read_slot(const Step &step, int token, int column) {
-    Slot slot = {token, column, false, -1, 0.0f};
-    if (token < step.T && column < step.K) {
-        // Three loads at once: none waits for what another says.
-        bool valid = !step.valid_T || step.valid_T[token];
-        Id id = step.ids_TK[token * step.K + column];
-        float weight = to_float(step.weights_TK[token * step.K + column]);
-        slot.votes = valid;
-        slot.expert = valid && id >= 0 && id < step.E ? static_cast<int>(id) : -1;
-        slot.weight = valid ? weight : 0.0f;
+__device__ int warp_index() { return threadIdx.x / 32; }
+__device__ int lane_index() { return threadIdx.x % 32; }
+__device__ unsigned group_width(int K) { return K == 1 ? 1 : 1u << (32 - __clz(K - 1)); }
+
+// Since sm_90 a kernel may start while the one before it in the stream still runs, if both allow it.
+__device__ void let_next_kernel_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+__device__ void wait_for_last_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Whether one of the warp's threads has a slot.
+__device__ bool has_tokens(const Step &step) {
+    return (blockIdx.x * blockDim.x + threadIdx.x - lane_index()) / group_width(step.K) < step.T;
+}
+
+// The first 32 neighbours of EXPERTS_A_WARP experts, from `first` on.
+__device__ void load_neighbors(const Step &step, int first, int (&neighbors)[EXPERTS_A_WARP]) {
+    int lane = lane_index();
+#pragma unroll
+    for (int i = 0; i < EXPERTS_A_WARP; ++i) neighbors[i] = 0;
+    if (first >= step.E || lane >= step.E) return;
+#pragma unroll
+    for (int i = 0; i < EXPERTS_A_WARP; ++i) neighbors[i] = step.neighbors_EE[(first + i) * step.E + lane];
+}
+
+// Begins a step: returns this thread's slot, and fills what the block shares; a barrier later it may be read. All loads
+// are asked for before one of them is used, and before the last kernel's results are there those of its neighbours.
+__device__ Slot begin(const Step &step, Block &block, int (&neighbors)[EXPERTS_A_WARP]) {
+    unsigned width = group_width(step.K), thread = blockIdx.x * blockDim.x + threadIdx.x;
+    int e = threadIdx.x;
+    load_neighbors(step, warp_index() * EXPERTS_A_WARP, neighbors);
+    wait_for_last_kernel();
+
+    Slot slot = {static_cast<int>(thread / width), static_cast<int>(thread % width), false, -1, 0.0f, NOWHERE, 0};
+    Id id = -1;
+    float weight = 0.0f;
+    bool has_token = slot.token < step.T;
+    if (has_token) slot.votes = !step.valid_T || step.valid_T[slot.token];
+    if (has_token && has(step, DOMAINS) && step.home_T) slot.home = step.home_T[slot.token];
+    if (has_token && slot.column < step.K) {
+        id = step.ids_TK[slot.token * step.K + slot.column];
+        weight = step.weights_TK[slot.token * step.K + slot.column];
+    }
+    if (e < step.E) {
+        block.cutoff[e] = step.cutoff_E[e];
+        if (has(step, PROJECTION)) block.size[e] = step.size_E[e], block.low_loss[e] = block.high_loss[e] = 0;
+        if (has(step, DOMAINS)) block.domain[e] = step.domain_E[e];
+        if (has(step, RANKS)) block.rank[e] = step.rank_E[e];
+        block.primary[e] = block.chosen[e] = block.runs[e] = 0;
+        block.substitute[e] = NO_SUBSTITUTE;
+    }
+    if (e < NUM_COUNTERS) block.totals[e] = 0;
+    if (has(step, RANKS))
+        for (int rank = e; rank < step.num_ranks; rank += blockDim.x)
+            block.active[BEFORE][rank] = block.active[AFTER][rank] = 0;
+    if (e == 0) block.settings = *step.settings, block.rows = 0;
+
+    slot.votes &= slot.column < step.K;
+    if (slot.votes) {
+        slot.expert = id >= 0 && id < step.E ? static_cast<int>(id) : -1;
+        slot.weight = weight;
     }
     return slot;
 }
 
-// The warp's first slots, asked for before they are needed.
-__device__ Slot first_slot(const Step &step, int block) {
-    int width = group_width(step.K), warps = blockDim.x / 32, lane = lane_index();
-    return read_slot(step, (block * warps + warp_index()) * (32 / width) + lane / width, lane % width);
-}
-
-// How many of the token's slots come before this lane's: the heavier ones, and of equal ones those further left.
-__device__ int rank_in_group(Slot slot, int K, int width) {
+__device__ int rank_in_group(const Slot &slot, int K) {
     // Weights as integers in the same order; like torch, -0 equals 0, and NaN comes first.
     unsigned bits = __float_as_uint(slot.weight + 0.0f);
     unsigned mine = slot.weight != slot.weight ? ALL : bits & 0x80000000 ? ~bits : bits | 0x80000000;
     int rank = 0;
-#pragma unroll 4
+#pragma unroll 16
     for (int column = 0; column < K; ++column) {
-        unsigned other = __shfl_sync(ALL, mine, column, width);
+        unsigned other = __shfl_sync(ALL, mine, column, group_width(K));
         rank += (other > mine) | ((other == mine) & (column < slot.column));
     }
     return rank;
 }
 
 // Whether one of the group's lanes, or the home, has `domain` among the places that its token visits.
-__device__ bool is_visited(int domain, int visits, int home, int K, int width) {
+__device__ bool is_visited(int domain, int visits, int home, int K) {
     bool visited = domain == home;
-#pragma unroll 4
-    for (int column = 0; column < K; ++column) visited |= __shfl_sync(ALL, visits, column, width) == domain;
+#pragma unroll 16
+    for (int column = 0; column < K; ++column) visited |= __shfl_sync(ALL, visits, column, group_width(K)) == domain;
     return visited;
 }
 
 // Whether an earlier slot of the token names the same expert, -1 being none. If this slot is the first of several,
 // `weight` becomes the sum of all of them.
-__device__ bool is_merged(int expert, int column, int K, int width, float &weight) {
+__device__ bool is_merged(int expert, int column, int K, float &weight) {
     bool merged = false, repeated = false;
     float sum = 0.0f;
-#pragma unroll 4
+#pragma unroll 16
     for (int other = 0; other < K; ++other) {
-        float its_weight = __shfl_sync(ALL, weight, other, width);
-        bool same = __shfl_sync(ALL, expert, other, width) == expert && expert >= 0;
+        float its_weight = __shfl_sync(ALL, weight, other, group_width(K));
+        bool same = __shfl_sync(ALL, expert, other, group_width(K)) == expert && expert >= 0;
         sum += same ? its_weight : 0.0f;
         merged |= same && other < column;
         repeated |= same && other != column;
@@ -214,112 +243,129 @@ __device__ bool is_merged(int expert, int column, int K, int width, float &weigh
 }
 
 // Counts the domain that this lane's slot visits, unless it is nowhere: once a token, and as remote unless it is home.
-__device__ void count_visit(int visits, int home, int column, int K, int width, When when,
-                            int (&counts)[NUM_COUNTERS]) {
-    bool first = visits != NOWHERE, remote = visits != NOWHERE && visits != home;
-#pragma unroll 4
+__device__ void count_visit(int visits, const Slot &slot, int K, When when, int (&counts)[NUM_COUNTERS]) {
+    bool first = visits != NOWHERE, remote = visits != NOWHERE && visits != slot.home;
+#pragma unroll 16
     for (int other = 0; other < K; ++other)
-        first &= (__shfl_sync(ALL, visits, other, width) != visits) | (other >= column);
-    counts[DOMAINS + when] += first;
+        first &= (__shfl_sync(ALL, visits, other, group_width(K)) != visits) | (other >= slot.column);
+    counts[DOMAINS_VISITED + when] += first;
     counts[REMOTE_DOMAINS + when] += first && remote;
     counts[REMOTE_SLOTS + when] += remote;
 }
 
-// The loss with which an expert is primary: it has a price under policy projection alone.
-__device__ Count loss_that_suffices(const Step &step, const Settings &settings) {
-    return step.size_E ? settings.loss_that_suffices : ALWAYS_PRIMARY;
+// Whether an expert that is in no heaviest slot can become primary. It has a price under policy projection alone.
+__device__ bool is_for_sale(const Step &step, const Block &block) {
+    return has(step, PROJECTION) && block.settings.loss_that_suffices < ALWAYS_PRIMARY;
 }
 
-// 2^24 votes for a loss of 1; NaN has none.
-__device__ Count votes_of_loss(float loss) {
+// 2^24 for a loss of 1; 0 for NaN.
+__device__ Count loss_as_integer(float loss) {
     return static_cast<Count>(fminf(fmaxf(rintf(loss * 0x1p24f), 0.0f), static_cast<float>(ALWAYS_PRIMARY)));
 }
 
-__device__ void clear_votes(Votes &votes, int E) {
-    for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        votes.losses[e] = 0;
-        votes.primary[e] = votes.chosen[e] = 0;
-    }
-    if (threadIdx.x == 0) votes.rows = 0;
+__device__ Count loss_of(const Block &block, int expert) {
+    return (static_cast<Count>(block.high_loss[expert]) << LOW_BITS) + block.low_loss[expert];
 }
 
-// Marks what the tokens of `blocks` blocks chose and, if `priced`, adds up what they would lose. Returns whether this
-// thread marked a primary expert.
-__device__ bool vote(const Step &step, int select_top_k, bool priced, Slot slot, Votes &votes, int block, int blocks) {
-    int width = group_width(step.K), tokens = 32 / width, warps = blockDim.x / 32, lane = lane_index();
-    int start = (block * warps + warp_index()) * tokens;
-    int heaviest = select_top_k < step.K ? select_top_k : 0;  // S = K and more means off
-    bool marked = false;
+// Ranks the slot, marks what its token chose, and adds what it would lose. Returns whether it marked a primary expert.
+__device__ bool vote(const Step &step, Block &block, Slot &slot) {
+    if (!has_tokens(step)) return false;
+    slot.rank = rank_in_group(slot, step.K);
+    int heaviest = block.settings.select_top_k < step.K ? block.settings.select_top_k : 0;  // S = K and more means off
+    bool marks = slot.expert >= 0 && slot.rank < heaviest;
+    if (slot.expert >= 0) block.chosen[slot.expert] = 1;
+    if (marks) block.primary[slot.expert] = 1;
+    if (is_for_sale(step, block) && slot.expert >= 0 && !marks && heaviest > 0) {
+        Count loss = loss_as_integer((slot.weight * slot.weight) * block.size[slot.expert]);
+        atomicAdd(&block.low_loss[slot.expert], static_cast<unsigned>(loss) & ((1u << LOW_BITS) - 1));
+        atomicAdd(&block.high_loss[slot.expert], static_cast<unsigned>(loss >> LOW_BITS));
+    }
+    int rows = __popc(__ballot_sync(ALL, slot.votes && slot.column == 0));
+    if (lane_index() == 0 && rows) atomicAdd(&block.rows, rows);
+    return marks;
+}
+
+// Whether re-routing is on in this step.
+__device__ bool is_on(const Block &block, bool any_primary, int K) {
+    const Settings &now = block.settings;
+    return now.on && any_primary && 0 < now.select_top_k && now.select_top_k < K && now.least_rows <= block.rows &&
+           block.rows <= now.most_rows;
+}
+
+// By a warp: whether one of its lanes' neighbours, which are at `place`, is primary. The first is the expert's substitute.
+__device__ bool is_found(Block &block, int expert, int neighbor, int place, int within) {
+    unsigned found = __ballot_sync(ALL, place < within && block.primary[neighbor]);
+    if (found && lane_index() == __ffs(found) - 1) {
+        block.substitute[expert] = static_cast<unsigned short>(neighbor);
+        block.place[expert] = static_cast<unsigned short>(place);
+    }
+    return found;
+}
+
+// By a warp: looks for a substitute beyond the first 32 neighbours, 128 at a time.
+__device__ void search_on(const Step &step, Block &block, int expert, int within) {
 #pragma unroll 1
-    for (int first = start; first < step.T; first += blocks * warps * tokens) {
-        if (first != start) slot = read_slot(step, first + lane / width, lane % width);
-        int rank = rank_in_group(slot, step.K, width);
-        if (slot.expert >= 0) {
-            votes.chosen[slot.expert] = 1;
-            if (rank < heaviest)
-                votes.primary[slot.expert] = marked = true;
-            else if (priced && heaviest > 0)
-                atomicAdd(&votes.losses[slot.expert],
-                          votes_of_loss((slot.weight * slot.weight) * step.size_E[slot.expert]));
+    for (int first = 32; first < within; first += 128) {
+        int neighbors[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            int place = first + 32 * i + lane_index();
+            neighbors[i] = place < within ? step.neighbors_EE[expert * step.E + place] : 0;
         }
-        int rows = __popc(__ballot_sync(ALL, slot.votes && slot.column == 0));
-        if (lane == 0 && rows) atomicAdd(&votes.rows, rows);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (is_found(block, expert, neighbors[i], first + 32 * i + lane_index(), within)) return;
     }
-    return marked;
 }
 
-// Marks the experts without which the tokens would lose enough. Returns whether this thread marked one.
-__device__ bool mark_by_losses(Votes &votes, int E, Count enough) {
-    bool marked = false;
-    for (int e = threadIdx.x; e < E; e += blockDim.x)
-        if (votes.losses[e] >= enough) votes.primary[e] = marked = true;
-    return marked;
-}
-
-// By a warp: finds the substitute of one expert. `neighbor` is this lane's of the first 32.
-__device__ void find_substitute(const Step &step, const Votes &votes, Experts &experts, int expert, int neighbor) {
-    int lane = lane_index(), cutoff = votes.primary[expert] ? step.E : experts.cutoff[expert];
+// By all warps: finds the substitutes of the chosen experts. `neighbors` are those of this warp's first ones.
+__device__ void find_substitutes(const Step &step, Block &block, int (&neighbors)[EXPERTS_A_WARP]) {
+    int start = warp_index() * EXPERTS_A_WARP, lane = lane_index();
 #pragma unroll 1
-    for (int first = 0; first < cutoff; first += 32) {
-        int place = first + lane;
-        if (first) neighbor = place < step.E ? step.neighbors_EE[expert * step.E + place] : 0;
-        unsigned found = __ballot_sync(ALL, place < cutoff && votes.primary[neighbor]);
-        if (found) {
-            if (place == first + __ffs(found) - 1) {
-                experts.substitute[expert] = static_cast<unsigned short>(neighbor);
-                experts.place[expert] = static_cast<unsigned short>(place);
-            }
-            return;
+    for (int first = start; first < step.E; first += blockDim.x / 32 * EXPERTS_A_WARP) {
+        if (first != start) load_neighbors(step, first, neighbors);
+        int mine = first + lane, within = 0;  // how many neighbours may stand in for the lane's expert
+        if (lane < EXPERTS_A_WARP && mine < step.E && block.chosen[mine])
+            // A primary expert is its own substitute, which the paper's policy need not look up.
+            within = !block.primary[mine] ? block.cutoff[mine] : has(step, PROJECTION) ? step.E : 0;
+        unsigned open = __ballot_sync(ALL, within > 0);
+        if (!open) continue;
+#pragma unroll
+        for (int i = 0; i < EXPERTS_A_WARP; ++i)
+            if (is_found(block, first + i, neighbors[i], lane, __shfl_sync(ALL, within, i))) open &= ~(1u << i);
+#pragma unroll 1
+        for (; open; open &= open - 1) {
+            int i = __ffs(open) - 1;
+            search_on(step, block, first + i, __shfl_sync(ALL, within, i));
         }
     }
-    if (lane == 0) experts.substitute[expert] = NO_SUBSTITUTE;
 }
 
 // Finds out for the tokens of a warp what each settling slot becomes: an expert, or -1 (drop). The slots of a token are
 // settled in order of weight. Only two substitutes can be the cheapest: the most similar expert of all, and the most
 // similar one in a domain that the token visits anyway, since costs rise as similarity falls.
-__device__ int settle_by_price(const Step &step, const Settings &settings, const Votes &votes, const Experts &experts,
-                               Slot slot, bool settles, int rank, int home, int &visits) {
-    float price = settings.traffic_price;
+__device__ int settle_by_price(const Step &step, const Block &block, const Slot &slot, bool settles, int visits) {
+    float price = block.settings.traffic_price;
+    int substitute = settles ? block.substitute[slot.expert] : slot.expert;
+    float similarity = settles ? step.ranked_similarity_EE[slot.expert * step.E + block.place[slot.expert]] : 0.0f;
+    float loss = settles ? (slot.weight * slot.weight) * block.size[slot.expert] : 0.0f;
+    if (!has(step, DOMAINS) || !(price > 0)) return loss < loss * (1 - similarity) ? -1 : substitute;
+
     int width = group_width(step.K), lane = lane_index(), first_lane = lane / width * width;
     unsigned group = (width == 32 ? ALL : (1u << width) - 1) << first_lane;
-    int substitute = settles ? experts.substitute[slot.expert] : -1;
-    float similarity = settles ? step.ranked_similarity_EE[slot.expert * step.E + experts.place[slot.expert]] : 0.0f;
-    float loss = settles ? (slot.weight * slot.weight) * experts.size[slot.expert] : 0.0f;
-    if (!step.domain_E || !(price > 0)) return loss < loss * (1 - similarity) ? -1 : substitute;
-
     int outcome = substitute;
+    if (settles) visits = NOWHERE;
 #pragma unroll 1
-    for (int turn = settings.select_top_k; turn < step.K; ++turn) {
-        unsigned ready = __ballot_sync(ALL, settles && rank == turn);
+    for (int turn = block.settings.select_top_k; turn < step.K; ++turn) {
+        unsigned ready = __ballot_sync(ALL, settles && slot.rank == turn);
         if (!ready) continue;
         bool active = ready & group;  // else this token's slot of the turn stays as it is
         int from = active ? __ffs(ready & group) - 1 : lane;
         int expert = __shfl_sync(ALL, slot.expert, from);
         int choice = __shfl_sync(ALL, substitute, from);
         float choice_similarity = __shfl_sync(ALL, similarity, from), whole = __shfl_sync(ALL, loss, from);
-        int domain = active ? experts.domain[choice] : NOWHERE;
-        bool visited = is_visited(domain, visits, home, step.K, width);
+        int domain = active ? block.domain[choice] : NOWHERE;
+        bool visited = is_visited(domain, visits, slot.home, step.K);
         float least = whole * (1 - choice_similarity) + (visited ? 0.0f : price);
 
         bool searching = active && !visited;
@@ -328,289 +374,205 @@ __device__ int settle_by_price(const Step &step, const Settings &settings, const
             int place = first + lane - first_lane;
             searching &= first < step.E;
             int neighbor = searching && place < step.E ? step.neighbors_EE[expert * step.E + place] : -1;
-            bool near = is_visited(neighbor >= 0 ? experts.domain[neighbor] : NOWHERE - 1, visits, home, step.K, width);
-            unsigned found = __ballot_sync(ALL, neighbor >= 0 && near && votes.primary[neighbor]) & group;
+            bool near = is_visited(neighbor >= 0 ? block.domain[neighbor] : NOWHERE - 1, visits, slot.home, step.K);
+            unsigned found = __ballot_sync(ALL, neighbor >= 0 && near && block.primary[neighbor]) & group;
             int nearest = __shfl_sync(ALL, neighbor, found ? __ffs(found) - 1 : lane);
             if (searching && found) {
                 int its_place = first + __ffs(found) - 1 - first_lane;
                 float cost = whole * (1 - step.ranked_similarity_EE[expert * step.E + its_place]);
                 // Of equal costs the larger similarity wins, then the lower id: the choice so far came first.
-                if (cost < least) {
-                    least = cost;
-                    choice = nearest;
-                }
+                if (cost < least) least = cost, choice = nearest;
                 searching = false;
             }
         }
         if (whole < least) choice = -1;
         if (active && lane == from) {
             outcome = choice;
-            if (choice >= 0) visits = experts.domain[choice];
+            if (choice >= 0) visits = block.domain[choice];
         }
     }
     return outcome;
 }
 
-__device__ void load_experts(const Step &step, Experts &experts) {
-    for (int e = threadIdx.x; e < step.E; e += blockDim.x) {
-        experts.cutoff[e] = step.cutoff_E[e];
-        if (step.size_E) experts.size[e] = step.size_E[e];
-        if (step.domain_E) experts.domain[e] = step.domain_E[e];
-        if (step.rank_E) experts.rank[e] = step.rank_E[e];
+// Rewrites this thread's slot. Returns its expert, -1 for none.
+__device__ int settle(const Step &step, const Block &block, const Slot &slot, int visits, int (&counts)[NUM_COUNTERS]) {
+    bool is_heavy = has(step, PROJECTION) ? slot.rank < block.settings.select_top_k
+                                         : slot.expert >= 0 && block.primary[slot.expert];
+    bool settles = slot.expert >= 0 && !is_heavy;
+    bool critical = settles && block.substitute[slot.expert] == NO_SUBSTITUTE;
+    settles &= !critical;
+    int outcome = settles ? block.substitute[slot.expert] : slot.expert;
+    if (has(step, PROJECTION)) outcome = settle_by_price(step, block, slot, settles, visits);
+    counts[REROUTED] = outcome != slot.expert && outcome >= 0;
+    counts[DROPPED] = outcome != slot.expert && outcome < 0;
+    counts[CRITICAL] = critical;
+
+    float weight = slot.weight;
+    if (has(step, PROJECTION) && outcome != slot.expert)
+        weight = outcome < 0 ? 0.0f : weight * step.coefficient_EE[slot.expert * step.E + outcome];
+    int id = outcome;
+    if (has(step, MERGES)) {
+        counts[MERGED] = is_merged(outcome, slot.column, step.K, weight);
+        if (counts[MERGED]) id = -1, weight = 0.0f;
+    } else if (has(step, PROJECTION)) {  // a dropped slot repeats the heaviest expert, with weight 0
+        unsigned width = group_width(step.K);
+        unsigned heaviest = __ballot_sync(ALL, slot.rank == 0 && slot.column < step.K) >> lane_index() / width * width;
+        int repeated = __shfl_sync(ALL, slot.expert, __ffs(heaviest) - 1, width);
+        if (slot.expert >= 0 && outcome < 0) id = repeated;
     }
-    if (threadIdx.x < NUM_COUNTERS) experts.totals[threadIdx.x] = 0;
-    for (int rank = threadIdx.x; rank < max(step.num_ranks, 1); rank += blockDim.x)
-        experts.active[BEFORE][rank] = experts.active[AFTER][rank] = 0;
+    int at = slot.token * step.K + slot.column;
+    if (id != slot.expert) step.ids_TK[at] = id;
+    if (weight != slot.weight) step.weights_TK[at] = weight;
+    return outcome;
 }
 
-// The first neighbours of this warp's first experts, asked for before they are needed.
-__device__ void prefetch(const Step &step, int (&neighbors)[PREFETCHED]) {
-#pragma unroll
-    for (int i = 0; i < PREFETCHED; ++i) {
-        int expert = warp_index() + i * (blockDim.x / 32), lane = lane_index();
-        neighbors[i] = expert < step.E && lane < step.E ? step.neighbors_EE[expert * step.E + lane] : 0;
-    }
-}
-
-__device__ void find_substitutes(const Step &step, const Votes &votes, Experts &experts,
-                                 const int (&neighbors)[PREFETCHED]) {
-    int warps = blockDim.x / 32, lane = lane_index();
-#pragma unroll 1
-    for (int expert = warp_index(), turn = 0; expert < step.E; expert += warps, ++turn) {
-        if (!votes.chosen[expert]) continue;
-        if (!step.coefficient_EE && votes.primary[expert]) continue;  // it stays
-        int neighbor = 0;
-        if (turn >= PREFETCHED && lane < step.E) neighbor = step.neighbors_EE[expert * step.E + lane];
-#pragma unroll
-        for (int i = 0; i < PREFETCHED; ++i) neighbor = turn == i ? neighbors[i] : neighbor;  // stays in registers
-        find_substitute(step, votes, experts, expert, neighbor);
-    }
-}
-
-// Rewrites the slots of the block's tokens. `acts`: re-routing is on in this step; then `runs`, unless it is null, gets
-// the marks of their experts.
-__device__ void settle_slots(const Step &step, const Settings &settings, Slot slot, const Votes &votes,
-                             const Experts &experts, bool acts, unsigned char *runs, int block, int blocks,
-                             int (&counts)[NUM_COUNTERS]) {
-    int width = group_width(step.K), tokens = 32 / width, warps = blockDim.x / 32, lane = lane_index();
-    int start = (block * warps + warp_index()) * tokens;
-    bool priced = step.coefficient_EE;
-#pragma unroll 1
-    for (int first = start; first < step.T; first += blocks * warps * tokens) {
-        if (first != start) slot = read_slot(step, first + lane / width, lane % width);
-        // Lanes beyond the token's slots need its home too: they search for it.
-        int home = step.home_T && slot.token < step.T ? step.home_T[slot.token] : NOWHERE;
-        int visits = step.domain_E && slot.expert >= 0 ? experts.domain[slot.expert] : NOWHERE;
-        if (step.domain_E) count_visit(visits, home, slot.column, step.K, width, BEFORE, counts);
-        if (acts) {
-            int rank = priced ? rank_in_group(slot, step.K, width) : 0;
-            bool settles = slot.expert >= 0 && (priced ? rank >= settings.select_top_k : !votes.primary[slot.expert]);
-            bool critical = settles && experts.substitute[slot.expert] == NO_SUBSTITUTE;
-            settles &= !critical;
-            int outcome = settles ? experts.substitute[slot.expert] : slot.expert;
-            if (priced) {
-                int kept = settles ? NOWHERE : visits;
-                int cheapest = settle_by_price(step, settings, votes, experts, slot, settles, rank, home, kept);
-                if (settles) outcome = cheapest;
-            }
-            if (runs && outcome >= 0) runs[outcome] = 1;
-            counts[REROUTED] += outcome != slot.expert && outcome >= 0;
-            counts[DROPPED] += outcome != slot.expert && outcome < 0;
-            counts[CRITICAL] += critical;
-
-            float weight = slot.weight;
-            if (priced && outcome != slot.expert) {
-                float scaled = outcome < 0 ? 0.0f : weight * step.coefficient_EE[slot.expert * step.E + outcome];
-                weight = to_float(to_weight(scaled));
-            }
-            int fills = -1;  // a slot that no expert computes
-            if (step.merges && is_merged(outcome, slot.column, step.K, width, weight)) {
-                outcome = -1;
-                weight = 0.0f;
-                ++counts[MERGED];
-            }
-            if (priced && !step.merges) {
-                unsigned first = __ballot_sync(ALL, rank == 0 && slot.column < step.K) >> lane / width * width;
-                fills = __shfl_sync(ALL, slot.expert, __ffs(first) - 1, width);
-            }
-            int at = slot.token * step.K + slot.column;
-            if (outcome != slot.expert) step.ids_TK[at] = outcome < 0 ? fills : outcome;
-            if (weight != slot.weight) step.weights_TK[at] = to_weight(weight);
-            visits = step.domain_E && outcome >= 0 ? experts.domain[outcome] : NOWHERE;
-        }
-        if (step.domain_E) count_visit(visits, home, slot.column, step.K, width, AFTER, counts);
-    }
-}
-
-// Whether re-routing is on in this step.
-__device__ bool is_on(const Settings &settings, const Votes &votes, bool any_primary, int K) {
-    return settings.on && any_primary && 0 < settings.select_top_k && settings.select_top_k < K &&
-           settings.least_rows <= votes.rows && votes.rows <= settings.most_rows;
-}
-
-// Settles and counts the slots of the block's tokens; the totals are complete after a barrier. `votes` and `experts`
-// are the block's own, in shared memory; `slot` is its first.
-__device__ void settle(const Step &step, const Settings &settings, Slot slot, const Votes &votes, Experts &experts,
-                       const int (&neighbors)[PREFETCHED], bool acts, unsigned char *runs, int block, int blocks) {
+// Settles and counts the block's slots. What runs, and the totals, are complete after a barrier.
+__device__ void settle_all(const Step &step, Block &block, Slot slot, int (&neighbors)[EXPERTS_A_WARP], bool acts) {
     if (acts) {  // all threads, or none
-        find_substitutes(step, votes, experts, neighbors);
+        find_substitutes(step, block, neighbors);
         __syncthreads();
     }
-    int counts[NUM_COUNTERS] = {};
-    if (acts || step.domain_E) settle_slots(step, settings, slot, votes, experts, acts, runs, block, blocks, counts);
-    if (block == 0 && threadIdx.x == 0) experts.totals[STEPS] = 1, experts.totals[ROWS] = votes.rows;
+    if (blockIdx.x == 0 && threadIdx.x == 0) block.totals[STEPS] = 1, block.totals[ROWS] = block.rows;
+    if (!has_tokens(step)) return;
+    int counts[NUM_COUNTERS] = {}, outcome = slot.expert;
+    int visits = has(step, DOMAINS) && slot.expert >= 0 ? block.domain[slot.expert] : NOWHERE;
+    if (has(step, DOMAINS)) count_visit(visits, slot, step.K, BEFORE, counts);
+    if (acts) outcome = settle(step, block, slot, visits, counts);
+    if (outcome >= 0) block.runs[outcome] = 1;
+    if (has(step, DOMAINS)) {
+        bool stays = outcome >= 0 && !counts[MERGED];
+        count_visit(stays ? block.domain[outcome] : NOWHERE, slot, step.K, AFTER, counts);
+    }
 #pragma unroll
     for (int i = REROUTED; i < NUM_COUNTERS; ++i) {
         if (ACTIVE <= i && i <= LARGEST_RANK_AFTER) continue;  // count_experts
-        if (i == DROPPED && !step.coefficient_EE) continue;
-        if (i == MERGED && !step.merges) continue;
-        if (i >= DOMAINS && !step.domain_E) continue;
+        if (i == DROPPED && !has(step, PROJECTION)) continue;
+        if (i == MERGED && !has(step, MERGES)) continue;
+        if (i >= DOMAINS_VISITED && !has(step, DOMAINS)) continue;
         int sum = __reduce_add_sync(ALL, counts[i]);
-        if (lane_index() == 0 && sum) atomicAdd(&experts.totals[i], sum);
+        if (lane_index() == 0 && sum) atomicAdd(&block.totals[i], sum);
     }
 }
 
-// Counts the experts that valid tokens chose, and those that run in the end. Where all that is primary is in a heaviest
-// slot of this rank's, `runs` may be null: what was chosen then runs if it is primary or has no substitute, and nothing
-// else does.
-__device__ void count_experts(const Step &step, const Votes &votes, Experts &experts, bool acts,
-                              const unsigned char *runs) {
-#pragma unroll 1
-    for (int first = warp_index() * 32; first < step.E; first += blockDim.x) {
-        int e = first + lane_index();
-        bool chosen = e < step.E && votes.chosen[e], stays = chosen;
-        if (acts && runs)
-            stays = e < step.E && runs[e];
-        else if (acts && chosen)
-            stays = votes.primary[e] || experts.substitute[e] == NO_SUBSTITUTE;
-        if (step.rank_E) {
-            unsigned rank = e < step.E ? experts.rank[e] : 0;
-            bool known = rank < static_cast<unsigned>(step.num_ranks);  // else it would be written beyond the array
-            if (known && chosen) atomicAdd(&experts.active[BEFORE][rank], 1);
-            if (known && stays) atomicAdd(&experts.active[AFTER][rank], 1);
-        } else {
-            int before = __popc(__ballot_sync(ALL, chosen)), after = __popc(__ballot_sync(ALL, stays));
-            if (lane_index() == 0) atomicAdd(&experts.active[BEFORE][0], before);
-            if (lane_index() == 0) atomicAdd(&experts.active[AFTER][0], after);
-        }
-    }
-}
-
-// What a block counted goes to the layer's counters, after a barrier.
+// What a block counted goes to the layer's counters.
 __device__ void add(const Step &step, int counter, int count) {
     if (count) atomicAdd(&step.counters[counter], static_cast<Count>(count));
 }
 
-__device__ void add_experts(const Step &step, const Experts &experts) {
+__device__ void add_totals(const Step &step, const Block &block) {
+    if (threadIdx.x < NUM_COUNTERS) add(step, threadIdx.x, block.totals[threadIdx.x]);
+}
+
+// Counts the experts that valid tokens chose, and those that run in the end.
+__device__ void count_experts(const Step &step, Block &block) {
+    int e = threadIdx.x, lane = lane_index();
+    if (!has(step, RANKS) && e - lane >= step.E) return;  // the warp has no expert
+    bool counts[2] = {e < step.E && block.chosen[e], e < step.E && block.runs[e]};
+    if (!has(step, RANKS)) {  // one rank, which is the largest
+#pragma unroll
+        for (int when = BEFORE; when <= AFTER; ++when) {
+            int active = __popc(__ballot_sync(ALL, counts[when]));
+            if (lane == 0) add(step, ACTIVE + when, active), add(step, LARGEST_RANK + when, active);
+        }
+        return;
+    }
+    unsigned rank = e < step.E ? block.rank[e] : 0;
+    bool known = rank < static_cast<unsigned>(step.num_ranks);  // else it would be written beyond the array
+    if (known && counts[BEFORE]) atomicAdd(&block.active[BEFORE][rank], 1);
+    if (known && counts[AFTER]) atomicAdd(&block.active[AFTER][rank], 1);
+    __syncthreads();
     if (warp_index() != 0) return;
 #pragma unroll
     for (int when = BEFORE; when <= AFTER; ++when) {
         int sum = 0, most = 0;
 #pragma unroll 1
-        for (int rank = lane_index(); rank < max(step.num_ranks, 1); rank += 32) {
-            int active = experts.active[when][rank];
+        for (int rank = lane; rank < step.num_ranks; rank += 32) {
+            int active = block.active[when][rank];
             sum += active;
             most = max(most, active);
-            if (when == AFTER && step.rank_E) add(step, NUM_COUNTERS + rank, active);
+            if (when == AFTER) add(step, NUM_COUNTERS + rank, active);
         }
         sum = __reduce_add_sync(ALL, sum);
         most = __reduce_max_sync(ALL, most);
-        if (lane_index() == 0) add(step, ACTIVE + when, sum), add(step, LARGEST_RANK + when, most);
+        if (lane == 0) add(step, ACTIVE + when, sum), add(step, LARGEST_RANK + when, most);
     }
 }
 
-__device__ void add_slots(const Step &step, const Experts &experts) {
-    if (threadIdx.x < NUM_COUNTERS) add(step, threadIdx.x, experts.totals[threadIdx.x]);
-}
-
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute(PARAMETERS) {
-    __shared__ Votes votes;
-    __shared__ Experts experts;
-    __shared__ unsigned char runs[MAX_EXPERTS];
-    const Step step = {ARGUMENTS};
-    const Settings now = *settings;
-    const Slot slot = first_slot(step, 0);
-    int neighbors[PREFETCHED];
-    prefetch(step, neighbors);
-    load_experts(step, experts);
-    clear_votes(votes, E);
-    for (int e = threadIdx.x; e < E; e += blockDim.x) runs[e] = 0;
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute(const Step given) {
+    __shared__ Block block;
+    const Step step = with_constants(given);
+    int e = threadIdx.x, neighbors[EXPERTS_A_WARP];
+    Slot slot = begin(step, block, neighbors);
     __syncthreads();
-    const Count enough = loss_that_suffices(step, now);
-    const bool priced = enough < ALWAYS_PRIMARY;  // of all threads, or none
-    bool marked = vote(step, now.select_top_k, priced, slot, votes, 0, 1);
-    if (priced) {
+    bool marked = vote(step, block, slot);
+    if (is_for_sale(step, block)) {  // all threads, or none
         __syncthreads();
-        marked |= mark_by_losses(votes, E, enough);
+        if (e < step.E && loss_of(block, e) >= block.settings.loss_that_suffices) block.primary[e] = marked = true;
     }
     bool any_primary = __syncthreads_or(marked);
-    if (votes.rows == 0) return;  // all threads
-    bool acts = is_on(now, votes, any_primary, K);
-    settle(step, now, slot, votes, experts, neighbors, acts, priced ? runs : nullptr, 0, 1);
-    if (priced) __syncthreads();  // what runs is marked
-    count_experts(step, votes, experts, acts, priced ? runs : nullptr);
+    if (block.rows == 0) return;  // all threads
+    settle_all(step, block, slot, neighbors, is_on(block, any_primary, step.K));
     __syncthreads();
-    add_slots(step, experts);
-    add_experts(step, experts);
+    add_totals(step, block);
+    count_experts(step, block);
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_vote(PARAMETERS) {
-    __shared__ Votes votes;
-    const Step step = {ARGUMENTS};
-    const Slot slot = first_slot(step, blockIdx.x);
-    clear_votes(votes, E);
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute_vote(const Step given) {
+    __shared__ Block block;
+    const Step step = with_constants(given);
+    Workspace &workspace = *step.workspace;
+    int e = threadIdx.x, neighbors[EXPERTS_A_WARP];
+    let_next_kernel_start();
+    Slot slot = begin(step, block, neighbors);
     __syncthreads();
-    const bool priced = loss_that_suffices(step, *settings) < ALWAYS_PRIMARY;
-    vote(step, settings->select_top_k, priced, slot, votes, blockIdx.x, gridDim.x);
+    vote(step, block, slot);
     __syncthreads();
-    for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        Count said = votes.primary[e] ? ALWAYS_PRIMARY : votes.losses[e];
-        if (said) atomicAdd(&workspace->votes[e], said);
-        if (votes.chosen[e]) workspace->chosen[e] = 1;
+    if (e < step.E) {
+        Count said = block.primary[e] ? ALWAYS_PRIMARY : has(step, PROJECTION) ? loss_of(block, e) : 0;
+        if (said) atomicAdd(&workspace.votes[e], said);
+        if (block.chosen[e]) workspace.chosen[e] = 1;
     }
-    if (threadIdx.x == 0 && votes.rows) atomicAdd(&workspace->rows, votes.rows);
+    if (e == 0 && block.rows) atomicAdd(&workspace.rows, block.rows);
 }
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS) reroute_settle(PARAMETERS) {
-    __shared__ Votes votes;
-    __shared__ Experts experts;
-    __shared__ bool is_last;
-    const Step step = {ARGUMENTS};
-    const Settings now = *settings;
-    const Slot slot = first_slot(step, blockIdx.x);
-    int neighbors[PREFETCHED];
-    prefetch(step, neighbors);
-    load_experts(step, experts);
-    const Count enough = loss_that_suffices(step, now);
-    bool marked = false;
-    for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        marked |= votes.primary[e] = workspace->votes[e] >= enough;
-        votes.chosen[e] = workspace->chosen[e];
-    }
-    if (threadIdx.x == 0) votes.rows = workspace->rows;
-    bool any_primary = __syncthreads_or(marked);
-    bool acts = votes.rows > 0 && is_on(now, votes, any_primary, K);
-    if (votes.rows > 0) {  // all threads, or none
-        settle(step, now, slot, votes, experts, neighbors, acts, workspace->runs, blockIdx.x, gridDim.x);
-        __threadfence();  // who sees that the block has finished also sees its marks
+extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute_settle(const Step given) {
+    __shared__ Block block;
+    const Step step = with_constants(given);
+    Workspace &workspace = *step.workspace;
+    int e = threadIdx.x, neighbors[EXPERTS_A_WARP];
+    Slot slot = begin(step, block, neighbors);
+    Count votes = e < step.E ? workspace.votes[e] : 0;
+    bool chosen = e < step.E && workspace.chosen[e];
+    int rows = workspace.rows;
+    __syncthreads();
+    Count enough = is_for_sale(step, block) ? block.settings.loss_that_suffices : ALWAYS_PRIMARY;
+    bool primary = e < step.E && votes >= enough;
+    if (e < step.E) block.primary[e] = primary, block.chosen[e] = chosen;
+    if (e == 0) block.rows = rows;
+    bool any_primary = __syncthreads_or(primary);
+    if (block.rows > 0) {  // all threads, or none
+        if (has(step, PROJECTION)) slot.rank = rank_in_group(slot, step.K);
+        settle_all(step, block, slot, neighbors, is_on(block, any_primary, step.K));
         __syncthreads();
-        add_slots(step, experts);
+        add_totals(step, block);
+        if (e < step.E && block.runs[e]) workspace.runs[e] = 1;
     }
 
     // All blocks have read the votes and marked what runs once the last one gets here: it counts that, and leaves zeros
     // for the next step.
-    if (threadIdx.x == 0) {
-        is_last = atomicAdd(&workspace->finished_blocks, 1u) == gridDim.x - 1;
+    __syncthreads();
+    if (e == 0) {
+        __threadfence();  // who sees that the block has finished also sees its marks
+        block.is_last = atomicAdd(&workspace.finished_blocks, 1u) == gridDim.x - 1;
         __threadfence();  // and here it is seen before the others' marks are read
     }
     __syncthreads();
-    if (!is_last) return;
-    count_experts(step, votes, experts, acts, workspace->runs);
-    __syncthreads();
-    add_experts(step, experts);
-    for (int e = threadIdx.x; e < E; e += blockDim.x) {
-        workspace->votes[e] = 0;
-        workspace->chosen[e] = workspace->runs[e] = 0;
+    if (!block.is_last) return;
+    if (e < step.E) {
+        block.runs[e] = workspace.runs[e];
+        workspace.votes[e] = 0;
+        workspace.chosen[e] = workspace.runs[e] = 0;
     }
-    if (threadIdx.x == 0) workspace->rows = 0, workspace->finished_blocks = 0;
+    if (e == 0) workspace.rows = 0, workspace.finished_blocks = 0;
+    count_experts(step, block);
 }

@@ -6,24 +6,26 @@
     layer.reroute(Step(topk_weights_TK, topk_ids_TK, valid_T))  # in place
     dict(zip(COUNTERS, layer.counters.tolist()))
 
-A step allocates nothing and waits for nothing, so it can be captured in a CUDA graph, after a first step that compiled
-and loaded the kernel. What a replay may change lies in device memory: the settings, the tables of a layer, the mask
-of valid rows. `sere_dist.method` computes the same, to the bit. Shape suffixes: T tokens of the step, K experts per
-token, E experts of the layer.
+The kernel is compiled for each kind of layer: its numbers of experts and its features are constants in the code. A step
+allocates nothing and waits for nothing, so it can be captured in a CUDA graph, after a first step that compiled and
+loaded the kernel. What a replay may change lies in device memory: the settings, the tables of a layer, and the mask of
+valid rows. `sere_dist.method` computes the same, to the bit. Shape suffixes: T tokens of the step, K experts per token,
+E experts of the layer.
 """
 
 import ctypes
+import enum
 import functools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 try:
     from cuda.bindings import driver, nvrtc
-    from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
+    from cuda.core import Kernel, ObjectCode, Program, ProgramOptions
     from cuda.core.utils import FileStreamProgramCache
 except ImportError as error:  # older ones lack names, or don't find one another's
     raise ImportError(
@@ -38,25 +40,58 @@ from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 
 SOURCE = Path(__file__).with_name("reroute.cu")
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
-ONE_LAUNCH_ROWS = 1024  # more rows than this take two launches
 MAX_THREADS = 1024
-EXPERTS_A_WARP = 4  # at most, where the threads suffice: a warp finds their substitutes one after the other
-THREADS_OF_TWO, BLOCKS_OF_TWO = 512, 264  # two blocks for each multiprocessor of an H200
+ONE_LAUNCH_LANES = MAX_THREADS  # steps that need more, one for each slot, take two launches
+EXPERTS_A_WARP = 8  # whose substitutes a warp looks up at once
+THREADS_OF_TWO = 512  # of each block of two launches, at least
+OVERLAPS = True  # a kernel may start, and ask for its tables, while the one before it ends
 WORKSPACE_BYTES = 10 * MAX_EXPERTS + 8  # struct Workspace
 NO_LIMIT = 2**31 - 1
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ID_DTYPES = (torch.int32, torch.int64)
-# What these types are called in reroute.cu.
-MACROS = {
-    torch.float32: (),
-    torch.bfloat16: ("BFLOAT16",),
-    torch.float16: ("FLOAT16",),
-    torch.int32: (),
-    torch.int64: ("IDS_64",),
-}
-Argument = torch.Tensor | int | float | None
 ENTRIES = ("reroute", "reroute_vote", "reroute_settle")
+
+
+class Feature(enum.IntFlag):
+    """What a layer has, as in reroute.cu."""
+
+    NONE = 0
+    PROJECTION = 1
+    DOMAINS = 2
+    RANKS = 4
+    MERGES = 8
+
+
+class Build(NamedTuple):
+    """What is a constant of the compiled kernel."""
+
+    experts: int
+    top_k: int
+    features: Feature = Feature.NONE
+    id_dtype: torch.dtype = torch.int32
+    experts_a_warp: int = EXPERTS_A_WARP
+
+    @property
+    def macros(self) -> list[str | tuple[str, str]]:
+        numbers = {"EXPERTS": self.experts, "TOP_K": self.top_k, "FEATURES": int(self.features)}
+        numbers["EXPERTS_A_WARP"] = self.experts_a_warp
+        return [(name, str(number)) for name, number in numbers.items()] + ["IDS_64"] * (self.id_dtype == torch.int64)
+
+
+class StepArguments(ctypes.Structure):
+    """struct Step of reroute.cu: tensors as pointers, then numbers."""
+
+    TENSORS = (
+        *("weights_TK", "ids_TK", "valid_T", "home_T", "settings", "neighbors_EE", "cutoff_E", "ranked_similarity_EE"),
+        *("coefficient_EE", "size_E", "domain_E", "rank_E", "counters", "workspace"),
+    )
+    NUMBERS = ("T", "K", "E", "num_ranks", "features")
+    _fields_ = [(name, ctypes.c_void_p) for name in TENSORS] + [(name, ctypes.c_int) for name in NUMBERS]
+
+    def point_to(self, **tensors: torch.Tensor | None) -> None:
+        """Sets pointers; the caller keeps the tensors alive."""
+        for name, tensor in tensors.items():
+            setattr(self, name, None if tensor is None else tensor.data_ptr())
 
 
 class DeviceSettings:
@@ -119,9 +154,10 @@ class LayerKernel:
         if tables.coefficient_EE is not None and tables.size_E is not None:
             similarity_EE, coefficient_EE, size_E = projection_tables(tables)
             self.coefficient_EE, self.size_E = coefficient_EE.contiguous(), size_E.contiguous()
-        self.settings, self.merges = settings, merges
+        self.settings = settings
         neighbors_EE, ranked_similarity_EE = ranked_neighbors(similarity_EE)
-        self.neighbors_EE = neighbors_EE.to(torch.int16).contiguous()
+        more_rows = -num_experts % EXPERTS_A_WARP  # that the kernel reads, and does not use
+        self.neighbors_EE = torch.nn.functional.pad(neighbors_EE.to(torch.int16), (0, 0, 0, more_rows))
         self.ranked_similarity_EE = ranked_similarity_EE.contiguous()
         self.cutoff_E = torch.zeros(num_experts, dtype=torch.int16, device=device)
         self.domain_E = None if places.domain_E is None else places.domain_E.to(device, torch.int16).contiguous()
@@ -131,6 +167,26 @@ class LayerKernel:
         self.workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.losses_E = self.workspace.view(torch.int64)[:num_experts]  # the first member of struct Workspace
         self.set_threshold(threshold)
+        self.features = Feature.MERGES if merges else Feature.NONE
+        for feature, table in (
+            (Feature.PROJECTION, self.size_E),
+            (Feature.DOMAINS, self.domain_E),
+            (Feature.RANKS, self.rank_E),
+        ):
+            self.features |= feature if table is not None else Feature.NONE
+        self.arguments = StepArguments(E=num_experts, num_ranks=self.num_ranks, features=self.features)
+        self.arguments.point_to(
+            settings=settings.block,
+            neighbors_EE=self.neighbors_EE,
+            cutoff_E=self.cutoff_E,
+            ranked_similarity_EE=self.ranked_similarity_EE,
+            coefficient_EE=self.coefficient_EE,
+            size_E=self.size_E,
+            domain_E=self.domain_E,
+            rank_E=self.rank_E,
+            counters=self.counters,
+            workspace=self.workspace,
+        )
 
     def set_threshold(self, threshold: float) -> None:
         """Sets rho: only new cut-offs, in place. 0 or less: every neighbour is similar enough."""
@@ -140,13 +196,14 @@ class LayerKernel:
     def reroute(self, step: Step, all_reduce: Callable[[torch.Tensor], None] | None = None) -> None:
         """Re-routes one step in place and counts it.
 
-        One launch up to ONE_LAUNCH_ROWS rows, two above that and with `all_reduce`. Steps of one layer must follow one
+        One launch up to ONE_LAUNCH_LANES lanes (rows times K, rounded up to a power of two), two above that and with
+        `all_reduce`. Steps of one layer must follow one
         another (one stream, or events between); different layers need not.
 
         Args:
-            step: contiguous tensors on the device. Weights [T, K] are float32, bfloat16 or float16, and changed by
-                policy projection and by merging; ids [T, K] are int32 or int64, -1 is an empty slot. `valid_T` (bool,
-                None: all rows) and `home_T` (int32, -1: none) are at least T long.
+            step: contiguous tensors on the device. Weights [T, K] are float32, as all routers of vLLM return them,
+                and changed by policy projection and by merging; ids [T, K] are int32 or int64, -1 is an empty slot.
+                `valid_T` (bool, None: all rows) and `home_T` (int32, -1: none) are at least T long.
             all_reduce: where ranks share one primary set: gets this rank's losses, int64 [E], on torch's current
                 stream, and puts the sum over all ranks in their place. They are `projection.primary_losses`, but for a
                 primary expert some multiple of ALWAYS_PRIMARY. Called once in every call, whatever the settings, the
@@ -159,7 +216,7 @@ class LayerKernel:
         topk_weights_TK, topk_ids_TK, valid_T, home_T = step
         num_rows, top_k = topk_ids_TK.shape
         _check("topk_ids", topk_ids_TK, ID_DTYPES)
-        _check("topk_weights", topk_weights_TK, WEIGHT_DTYPES)
+        _check("topk_weights", topk_weights_TK, (torch.float32,))
         if topk_weights_TK.shape != topk_ids_TK.shape or top_k > MAX_TOP_K:
             shapes = f"weights {tuple(topk_weights_TK.shape)} and ids {tuple(topk_ids_TK.shape)}"
             raise ValueError(f"{shapes} must be alike, with at most {MAX_TOP_K} slots per token")
@@ -173,29 +230,26 @@ class LayerKernel:
                 all_reduce(self.losses_E)
                 self.losses_E.zero_()
             return
-        kernels = kernels_for(topk_ids_TK.device, topk_weights_TK.dtype, topk_ids_TK.dtype)
-        num_experts = len(self.cutoff_E)
-        arguments = [topk_weights_TK, topk_ids_TK, num_rows, top_k, num_experts, self.settings.block, valid_T]
-        arguments += [self.neighbors_EE, self.cutoff_E, self.ranked_similarity_EE, self.coefficient_EE, self.size_E]
-        arguments += [self.domain_E, home_T, self.rank_E, self.num_ranks, int(self.merges)]
-        arguments += [self.counters, self.workspace]
+        arguments, num_experts = self.arguments, len(self.cutoff_E)
+        arguments.point_to(weights_TK=topk_weights_TK, ids_TK=topk_ids_TK, valid_T=valid_T, home_T=home_T)
+        arguments.T, arguments.K = num_rows, top_k
+        build = Build(num_experts, top_k, self.features, topk_ids_TK.dtype, EXPERTS_A_WARP)
+        kernels = kernels_for(topk_ids_TK.device, build)
         lanes = num_rows << (top_k - 1).bit_length()  # as many for each token as the next power of two
-        if num_rows <= ONE_LAUNCH_ROWS:
+        if lanes <= ONE_LAUNCH_LANES and all_reduce is None:
             warps = max(-(-lanes // 32), -(-num_experts // EXPERTS_A_WARP))
-            shape = 1, min(MAX_THREADS, 32 * warps)
-        else:
-            shape = min(BLOCKS_OF_TWO, -(-lanes // THREADS_OF_TWO)), THREADS_OF_TWO
-        if num_rows <= ONE_LAUNCH_ROWS and all_reduce is None:
-            kernels.launch("reroute", *shape, arguments)
-        else:
-            try:
-                kernels.launch("reroute_vote", *shape, arguments)
-                if all_reduce is not None:
-                    all_reduce(self.losses_E)
-                kernels.launch("reroute_settle", *shape, arguments)
-            except BaseException:
-                self.workspace.zero_()  # the votes of a step that was not settled must not count in the next
-                raise
+            kernels.launch("reroute", 1, min(MAX_THREADS, 32 * warps), arguments)
+            return
+        threads = max(THREADS_OF_TWO, 32 * -(-num_experts // 32))
+        blocks = -(-lanes // threads)
+        try:
+            kernels.launch("reroute_vote", blocks, threads, arguments)
+            if all_reduce is not None:
+                all_reduce(self.losses_E)
+            kernels.launch("reroute_settle", blocks, threads, arguments)
+        except BaseException:
+            self.workspace.zero_()  # the votes of a step that was not settled must not count in the next
+            raise
 
 
 def _check_sizes(tables: LayerTables, places: ExpertPlaces) -> None:
@@ -224,18 +278,13 @@ def _check(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> No
         raise ValueError(f"{name} is {tensor.dtype}, strides {tensor.stride()}: the kernel takes contiguous {kinds}")
 
 
-def compile_options(arch: str, weight_dtype: torch.dtype, id_dtype: torch.dtype) -> ProgramOptions:
+def compile_options(arch: str, build: Build) -> ProgramOptions:
     """Returns NVRTC's options. All of them are part of the key in cuda.core's cache."""
-    macros = [*MACROS[weight_dtype], *MACROS[id_dtype]]
     # Line numbers are for sanitizers and profilers; the machine code is the same with them and without.
-    return ProgramOptions(
-        name=SOURCE.name, arch=arch, std="c++17", fma=False, lineinfo=True, define_macro=macros or None
-    )
+    return ProgramOptions(name=SOURCE.name, arch=arch, std="c++17", fma=False, lineinfo=True, define_macro=build.macros)
 
 
-def compile_kernels(
-    arch: str, weight_dtype: torch.dtype, id_dtype: torch.dtype, cache_folder: Path | None = None
-) -> ObjectCode:
+def compile_kernels(arch: str, build: Build, cache_folder: Path | None = None) -> ObjectCode:
     """Returns the cubin for an architecture ("sm_90"), from cuda.core's file cache if it is there.
 
     Replicas of a node that start together share the cache: entries are written whole. Where its folder can't be
@@ -246,7 +295,7 @@ def compile_kernels(
     """
 
     def compile_with(cache: FileStreamProgramCache | None) -> ObjectCode:
-        options = compile_options(arch, weight_dtype, id_dtype)
+        options = compile_options(arch, build)
         try:
             return Program(SOURCE.read_text(), "c++", options).compile("cubin", cache=cache)
         except OSError:
@@ -305,45 +354,52 @@ def load_kernels(module: ObjectCode, names: Sequence[str]) -> dict[str, Kernel]:
 
 
 class Kernels:
-    """The kernels of one device for one pair of dtypes."""
+    """The kernels of one device for one kind of layer."""
 
-    def __init__(self, device: torch.device, weight_dtype: torch.dtype, id_dtype: torch.dtype):
+    def __init__(self, device: torch.device, build: Build):
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             raise ValueError(f"the re-routing kernel needs compute capability 8.0, {device} has {major}.{minor}")
-        module = compile_kernels(f"sm_{major}{minor}", weight_dtype, id_dtype)
+        module = compile_kernels(f"sm_{major}{minor}", build)
         with torch.cuda.device(device):
             self.entries = load_kernels(module, ENTRIES)
-        self.device = device
+        self.device, self.overlaps = device, major >= 9
 
-    def launch(self, name: str, blocks: int, threads: int, arguments: Sequence[Argument]) -> None:
-        launch_kernel(self.entries[name], self.device, blocks, threads, arguments)
+    def launch(self, name: str, blocks: int, threads: int, arguments: StepArguments) -> None:
+        with torch.cuda.device(self.device):
+            # Asked for at each call: a stream remembered from before would capture an empty graph.
+            stream = torch.cuda.current_stream().cuda_stream
+            launch_kernel(self.entries[name], stream, blocks, threads, arguments, self.overlaps and OVERLAPS)
 
 
 def launch_kernel(
-    kernel: Kernel, device: torch.device, blocks: int, threads: int, arguments: Sequence[Argument]
+    kernel: Kernel, stream: int, blocks: int, threads: int, arguments: ctypes.Structure, overlaps: bool
 ) -> None:
-    """Launches a kernel on torch's current stream of the device. Tensors are passed as pointers, None as a null one."""
-    with torch.cuda.device(device):
-        # Asked for at each call: a stream remembered from before would capture an empty graph.
-        stream = _stream(torch.cuda.current_stream().cuda_stream)
-        launch(stream, LaunchConfig(grid=blocks, block=threads), kernel, *map(_kernel_argument, arguments))
+    """Launches a kernel that takes one struct by value, which cuda.core's launch can't pass.
+
+    Args:
+        stream: its handle.
+        arguments: copied by the driver before this returns.
+        overlaps: the kernel may start while the last one still runs; it waits where it needs its results.
+
+    Raises:
+        RuntimeError: the driver refused.
+    """
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.blockDimX = blocks, threads
+    config.gridDimY = config.gridDimZ = config.blockDimY = config.blockDimZ = 1
+    config.hStream = driver.CUstream(stream)
+    if overlaps:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    (error,) = driver.cuLaunchKernelEx(config, driver.CUfunction(int(kernel.handle)), ctypes.addressof(pointers), 0)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"the driver did not launch the re-routing kernel: {error.name}")
 
 
 @functools.cache
-def _stream(handle: int) -> Stream:
-    return Stream.from_handle(handle)
-
-
-def _kernel_argument(value: Argument) -> Any:
-    """cuda.core takes a Python int for a pointer, and a Python float for a double."""
-    if isinstance(value, torch.Tensor):
-        return value.data_ptr()
-    if value is None:
-        return 0
-    return ctypes.c_int(value) if isinstance(value, int) else ctypes.c_float(value)
-
-
-@functools.cache
-def kernels_for(device: torch.device, weight_dtype: torch.dtype, id_dtype: torch.dtype) -> Kernels:
-    return Kernels(device, weight_dtype, id_dtype)
+def kernels_for(device: torch.device, build: Build) -> Kernels:
+    return Kernels(device, build)

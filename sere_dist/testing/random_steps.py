@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sere_dist.kernels.reroute import ID_DTYPES, WEIGHT_DTYPES, DeviceSettings, LayerKernel
+from sere_dist.kernels.reroute import ID_DTYPES, DeviceSettings, LayerKernel
 from sere_dist.method.counters import COUNTERS, count_step
 from sere_dist.method.projection import (
     ALWAYS_PRIMARY,
@@ -57,7 +57,6 @@ class RandomStep:
     valid_share: float | None = 0.7
     ties: bool = True
     empty_share: float = 0.1
-    weight_dtype: torch.dtype = torch.float32
     id_dtype: torch.dtype = torch.int32
 
     def __post_init__(self):
@@ -68,7 +67,7 @@ class RandomStep:
             return (drawn * values).round() / values if self.ties else drawn
 
         rows, experts = self.rows, self.experts
-        self.weights_TK = uniform(rows, self.top_k).to(self.weight_dtype)
+        self.weights_TK = uniform(rows, self.top_k)
         ids_TK = torch.randint(experts, (rows, self.top_k), generator=random)
         empty_TK = torch.rand(rows, self.top_k, generator=random) < self.empty_share
         self.ids_TK = ids_TK.masked_fill(empty_TK, -1).to(self.id_dtype)
@@ -157,7 +156,7 @@ class RandomStep:
             assert torch.equal(losses_E, offered), "other ranks got other losses"
             losses_E += self.elsewhere_E
 
-        step = Step(self.weights_TK.float(), self.ids_TK, self.valid_T, self.home_T)
+        step = Step(self.weights_TK, self.ids_TK, self.valid_T, self.home_T)
         weights_TK, ids_TK = layer.reroute(step, None if self.elsewhere_E is None else all_reduce)
         return weights_TK, ids_TK, layer.counters
 
@@ -229,7 +228,6 @@ CHOICES: dict[str, Sequence[Any]] = {
     "valid_share": [None, None, 0.0, 0.3, 0.9, 0.9],
     "ties": [False, True],
     "empty_share": [0.0, 0.1, 0.9],
-    "weight_dtype": WEIGHT_DTYPES,
     "id_dtype": ID_DTYPES,
 }
 

@@ -230,7 +230,7 @@ def test_every_rank_of_a_tensor_parallel_group_reroutes_alike(artifact_path, pro
         return [list(a.outputs[0].token_ids) for a in answers], counted, [a.num_cached_tokens for a in answers]
 
     tokens, (first, second), of_cache = run()
-    library = host_kernels[torch.float32, torch.int32].library._name
+    library = host_kernels[torch.int32].library._name
     llm.collective_rpc(engine_spy.kernel, args=(library,))
     by_kernel = run()
     llm.collective_rpc(engine_spy.forget_a_layer)

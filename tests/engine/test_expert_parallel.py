@@ -123,7 +123,7 @@ def test_data_parallel_ranks_that_share_the_primary_set_answer_as_one(options, p
     """A rank with nothing to do joins all the same. And so does the backend of GPUs, with the kernel's build for this
     CPU. All-gather dispatch: every byte goes."""
     sere = {"primary_scope": "group"}
-    kernel = host_kernels[torch.float32, torch.int32].library._name
+    kernel = host_kernels[torch.int32].library._name
     turns = [OFF, ON, SHORTER, {"kernel": [kernel], **OFF}, ON, SHORTER]
     ranks = engines.run_data_parallel(options(sere=sere, enable_expert_parallel=True), prompts, NEW, turns)
     by_cpu, by_kernel = joined(ranks)[:3], joined(ranks)[3:]
@@ -143,7 +143,7 @@ def test_prices_lower_the_bytes_on_the_wire(options, prompts, priced, host_kerne
     Ranks that share the primary set also share what an expert is worth to them, by the backend of GPUs too.
     """
     sere = {"policy": "projection", "primary_scope": "group", "cpu_dispatch": "all_to_all"}
-    kernel = host_kernels[torch.float32, torch.int32].library._name
+    kernel = host_kernels[torch.int32].library._name
     turns = [OFF, *PRICES, *EXPERT_PRICES, {"kernel": [kernel], **EXPERT_PRICES[1]}]
     ranks = engines.run_data_parallel(options(sere=sere, enable_expert_parallel=True), prompts, NEW, turns)
     off, free, dear, few_experts, more_experts, by_kernel = together = joined(ranks)

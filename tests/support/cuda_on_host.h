@@ -23,7 +23,7 @@
 #define __global__
 #define __device__ static inline
 #define __shared__ static __attribute__((section("shared_memory")))
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 extern "C" char __start_shared_memory[], __stop_shared_memory[];
 

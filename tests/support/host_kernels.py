@@ -20,10 +20,12 @@ class HostKernels:
         self.seed = 0
 
     def launch(self, name, blocks, threads, arguments):
+        """Takes a struct, or a list of tensors and numbers."""
         self.launches.append(name)
         function = self.library[f"{name}_on_host"]
         function.restype = ctypes.c_char_p
-        passed = map(_host_argument, arguments)
+        is_struct = isinstance(arguments, ctypes.Structure)
+        passed = [ctypes.byref(arguments)] if is_struct else map(_host_argument, arguments)
         if error := function(ctypes.c_uint(blocks), ctypes.c_uint(threads), ctypes.c_uint(self.seed), *passed):
             raise RuntimeError(error.decode())
 
@@ -34,24 +36,28 @@ def _host_argument(value):
     return ctypes.c_void_p(None if value is None else value.data_ptr())
 
 
-class CompiledOnDemand(dict[tuple[torch.dtype, torch.dtype], HostKernels]):
-    """reroute.cu for each pair of types (of weights, of ids), compiled when it is first asked for."""
+class CompiledOnDemand(dict[torch.dtype, HostKernels]):
+    """reroute.cu for each type of ids, compiled when it is first asked for. One build serves all kinds of layers."""
 
     def __init__(self, folder: Path):
         super().__init__()
         self.folder = folder
 
-    def __missing__(self, types: tuple[torch.dtype, torch.dtype]) -> HostKernels:
+    def __missing__(self, id_dtype: torch.dtype) -> HostKernels:
         folder = self.folder / str(len(self))
         folder.mkdir()
-        self[types] = compile_on_host(folder, kernel.SOURCE.read_text(), *types)
-        return self[types]
+        self[id_dtype] = compile_on_host(folder, kernel.SOURCE.read_text(), id_dtype)
+        return self[id_dtype]
+
+    def kernels_for(self, _device: torch.device, build: kernel.Build) -> HostKernels:
+        return self[build.id_dtype]
 
 
-def compile_on_host(folder: Path, source: str, weight_dtype=torch.float32, id_dtype=torch.int32) -> HostKernels:
-    """Compiles `source` in place of reroute.cu."""
+def compile_on_host(folder: Path, source: str, id_dtype=torch.int32, build: kernel.Build | None = None) -> HostKernels:
+    """Compiles `source` in place of reroute.cu: for one kind of layer, else for all."""
     (folder / "reroute.cu").write_text(source)
-    macros = [*kernel.MACROS[weight_dtype], *kernel.MACROS[id_dtype]]
+    macros = build.macros if build else ["IDS_64"] * (id_dtype == torch.int64)
+    macros = [macro if isinstance(macro, str) else "=".join(macro) for macro in macros]
     return _compile(folder, "reroute_on_host.cpp", folder, macros)
 
 

@@ -4,9 +4,9 @@
 
 #include "reroute.cu"
 
-#define ON_HOST(kernel)                                                                                 \
-    extern "C" const char *kernel##_on_host(unsigned blocks, unsigned threads, unsigned seed, PARAMETERS) { \
-        return cuda_on_host::launch(blocks, threads, seed, [=] { kernel(ARGUMENTS); });                 \
+#define ON_HOST(kernel)                                                                                            \
+    extern "C" const char *kernel##_on_host(unsigned blocks, unsigned threads, unsigned seed, const Step *step) { \
+        return cuda_on_host::launch(blocks, threads, seed, [=] { kernel(*step); });                                \
     }
 
 ON_HOST(reroute)

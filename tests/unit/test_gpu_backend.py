@@ -18,7 +18,7 @@ from tests.support.routers import CONFIG, IDS, WEIGHTS, rerouted_router
 
 @pytest.fixture
 def on_host(host_kernels, monkeypatch):
-    monkeypatch.setattr(kernel, "kernels_for", lambda _device, weights, ids: host_kernels[weights, ids])
+    monkeypatch.setattr(kernel, "kernels_for", host_kernels.kernels_for)
 
 
 @pytest.mark.parametrize("merges", [False, True])

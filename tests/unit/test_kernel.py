@@ -1,10 +1,14 @@
 """The kernel of reroute.cu against the torch functions, run on the CPU (cuda_on_host.h), and compiled for real GPUs."""
 
+import dataclasses
 import itertools
+import os
 import re
 import runpy
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import hypothesis.strategies as st
@@ -13,12 +17,12 @@ import torch
 from cuda.core import Program, ProgramOptions
 from hypothesis import HealthCheck, given, settings
 
+from benchmarks.cubins import local_memory
 from sere_dist.kernels import reroute as kernel
 from sere_dist.method.counters import COUNTERS
 from sere_dist.method.projection import ALWAYS_PRIMARY
 from sere_dist.method.records import ExpertPlaces, LayerTables, Step
 from sere_dist.testing.random_steps import CHOICES, RandomStep, assert_equal, random_steps
-from tests.support.cubins import local_memory
 from tests.support.host_kernels import compile_on_host
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -26,7 +30,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 @pytest.fixture
 def on_host(host_kernels, monkeypatch):
-    monkeypatch.setattr(kernel, "kernels_for", lambda _device, weights, ids: host_kernels[weights, ids])
+    monkeypatch.setattr(kernel, "kernels_for", host_kernels.kernels_for)
     return host_kernels
 
 
@@ -46,33 +50,33 @@ def test_many_steps_equal_torch(on_host, count):
 @many
 @given(step=steps, seed=st.integers(0, 2**31))
 def test_one_launch_equals_torch(on_host, step, seed):
-    kernels = on_host[step.weight_dtype, step.id_dtype]
+    kernels = on_host[step.id_dtype]
     kernels.seed, kernels.launches = seed, []
     step.check("cpu")
-    launches = ["reroute"] if step.elsewhere_share is None else ["reroute_vote", "reroute_settle"]
+    fits = step.rows << (step.top_k - 1).bit_length() <= kernel.ONE_LAUNCH_LANES
+    launches = ["reroute"] if fits and step.elsewhere_share is None else ["reroute_vote", "reroute_settle"]
     assert kernels.launches == (launches if step.rows else [])
 
 
 @many
 @given(step=steps, seed=st.integers(0, 2**31))
 def test_two_launches_equal_torch(on_host, step, seed):
-    kernels = on_host[step.weight_dtype, step.id_dtype]
+    kernels = on_host[step.id_dtype]
     kernels.seed, kernels.launches = seed, []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel, "ONE_LAUNCH_ROWS", 0)
+        patch.setattr(kernel, "ONE_LAUNCH_LANES", 0)
         patch.setattr(kernel, "THREADS_OF_TWO", 64)
-        patch.setattr(kernel, "BLOCKS_OF_TWO", 3)
         step.check("cpu")
     assert kernels.launches == (["reroute_vote", "reroute_settle"] if step.rows else [])
 
 
 @pytest.mark.parametrize(
     ("rows", "launches"),
-    [(1, 1), (1024, 1), (1025, 2), pytest.param(16384, 2, marks=pytest.mark.slow)],
+    [(1, 1), (128, 1), (129, 2), (1025, 2), pytest.param(16384, 2, marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize("projection", [False, True])
 def test_largest_shapes(on_host, rows, launches, projection):
-    kernels = on_host[torch.bfloat16, torch.int32]
+    kernels = on_host[torch.int32]
     kernels.launches = []
     RandomStep(
         seed=rows,
@@ -85,38 +89,12 @@ def test_largest_shapes(on_host, rows, launches, projection):
         expert_price=0.5 if rows < 2000 else 20.0,
         traffic_price=0.02,
         domains=8,
-        ranks=1024 if rows == 1024 else 8,
+        ranks=1024 if rows == 128 else 8,
         elsewhere_share=0.1 if rows == 1025 else None,
         ties=False,
         valid_share=0.05 if rows > 2000 else 0.9,
-        weight_dtype=torch.bfloat16,
     ).check("cpu")
     assert len(kernels.launches) == launches
-
-
-@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float16])
-def test_weights_round_as_torch_rounds(on_host, weight_dtype):
-    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(weight_dtype)
-    weights = patterns[(patterns >= 0) & (patterns <= 10_000)]
-    step = RandomStep(
-        seed=0,
-        rows=len(weights) // 3,
-        top_k=4,
-        experts=8,
-        select_top_k=1,
-        projection=True,
-        ties=False,
-        empty_share=0,
-        valid_share=None,
-        weight_dtype=weight_dtype,
-    )
-    # The heaviest slot has one expert everywhere, so that all others settle and get a new weight.
-    order = torch.randperm(len(weights), generator=torch.Generator().manual_seed(1))
-    step.weights_TK[:, 0], step.ids_TK[:, 0] = 20_000, 1
-    step.weights_TK[:, 1:] = weights[order][: step.rows * 3].view(-1, 3)
-    step.coefficient_EE *= 10.0 ** torch.randint(-7, 3, step.coefficient_EE.shape)
-    step.check("cpu")
-    assert (step.by_torch()[0] != step.weights_TK).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("projection", [False, True])
@@ -215,6 +193,38 @@ def test_ranks_that_share_primary_experts_act_as_one(on_host, expert_price):
     assert torch.equal(torch.cat([ids for _, ids in halves]), ids_TK)
 
 
+EVERYTHING = kernel.Feature.PROJECTION | kernel.Feature.DOMAINS | kernel.Feature.RANKS
+BUILDS = [
+    kernel.Build(128, 8),
+    kernel.Build(128, 8, kernel.Feature.PROJECTION),
+    kernel.Build(256, 8, EVERYTHING, torch.int64),
+    kernel.Build(60, 4, EVERYTHING | kernel.Feature.MERGES),
+    kernel.Build(1024, 32, kernel.Feature.MERGES, torch.int64),
+]
+
+
+@pytest.mark.parametrize(
+    "build", [pytest.param(build, marks=[pytest.mark.slow] * (build != BUILDS[3])) for build in BUILDS], ids=str
+)
+def test_constants_change_nothing(tmp_path, monkeypatch, build):
+    """What NVRTC compiles has constants where the other tests' build has arguments."""
+    kernels = compile_on_host(tmp_path, kernel.SOURCE.read_text(), build=build)
+    monkeypatch.setattr(kernel, "kernels_for", lambda _device, wanted: {build: kernels}[wanted])
+    has = build.features.__contains__
+    for step in random_steps(50):
+        step = dataclasses.replace(
+            step,
+            experts=build.experts,
+            top_k=build.top_k,
+            id_dtype=build.id_dtype,
+            projection=has(kernel.Feature.PROJECTION),
+            domains=8 if has(kernel.Feature.DOMAINS) else None,
+            ranks=8 if has(kernel.Feature.RANKS) else 0,
+            merges=has(kernel.Feature.MERGES),
+        )
+        step.check("cpu")
+
+
 BARRIERS = list(re.finditer(r"__syncthreads(\(\)|_or)", kernel.SOURCE.read_text()))
 
 
@@ -240,7 +250,7 @@ def test_a_dropped_barrier_is_caught(tmp_path, monkeypatch, which):
         papers = RandomStep(seed=seed, projection=False, **common)
         priced = RandomStep(seed=seed, projection=True, expert_price=0.5, traffic_price=0.1, **common)
         for step, one_launch_rows in itertools.product((papers, priced), (1024, 0)):
-            monkeypatch.setattr(kernel, "ONE_LAUNCH_ROWS", one_launch_rows)
+            monkeypatch.setattr(kernel, "ONE_LAUNCH_LANES", one_launch_rows)
             try:
                 step.check("cpu")
             except (AssertionError, RuntimeError) as error:
@@ -251,11 +261,33 @@ def test_a_dropped_barrier_is_caught(tmp_path, monkeypatch, which):
 @pytest.mark.parametrize(
     "arch", [arch if arch == "sm_90" else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
 )
-@pytest.mark.parametrize(("weight_dtype", "id_dtype"), list(itertools.product(kernel.WEIGHT_DTYPES, kernel.ID_DTYPES)))
-def test_compiles_without_spills(tmp_path, arch, weight_dtype, id_dtype):
-    cubin = kernel.compile_kernels(arch, weight_dtype, id_dtype, tmp_path / "cache").code
+@pytest.mark.parametrize("build", BUILDS, ids=str)
+def test_compiles_without_spills(tmp_path, arch, build):
+    cubin = kernel.compile_kernels(arch, build, tmp_path / "cache").code
     frames = local_memory(cubin)
     assert frames.keys() >= set(kernel.ENTRIES) and not any(frames.values())
+
+
+LAUNCH = """
+from types import SimpleNamespace
+from sere_dist.kernels.reroute import StepArguments, launch_kernel
+arguments = StepArguments(weights_TK=0x1234, workspace=0xABCD, T=3, K=8, E=128, num_ranks=2, features=5)
+for overlaps in (False, True):
+    launch_kernel(SimpleNamespace(handle=0x77), 0x55, 4, 512, arguments, overlaps)
+print(bytes(arguments).hex())
+"""
+
+
+def test_a_launch_reaches_the_driver_whole(tmp_path):
+    """Through cuda.bindings, to a stand-in for the driver."""
+    source = Path(__file__).parents[1] / "support" / "driver_on_host.c"
+    subprocess.run(["gcc", "-shared", "-fPIC", str(source), "-o", str(tmp_path / "libcuda.so.1")], check=True)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", LAUNCH], env=environment, capture_output=True, text=True, check=True)
+    *launches, struct = run.stdout.splitlines()
+    passed = "4 1 1 512 1 1, stream 0x55, function 0x77, extra (nil),"
+    overlaps = int(kernel.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
+    assert launches == [f"{passed} {struct}", f"{passed} attribute {overlaps} = 1, {struct}"]
 
 
 def test_a_compile_error_says_what_to_do(tmp_path):
@@ -263,7 +295,7 @@ def test_a_compile_error_says_what_to_do(tmp_path):
         "can't be compiled for sm_13 .*invalid value for --gpu-architecture.*`sere-dist doctor` says what to install"
     )
     with pytest.raises(RuntimeError, match=f"(?s){refused}"):
-        kernel.compile_kernels("sm_13", torch.float32, torch.int32, tmp_path)
+        kernel.compile_kernels("sm_13", BUILDS[0], tmp_path)
 
 
 @pytest.mark.parametrize("fails_at", ["the cubin", "its attributes"])
@@ -290,7 +322,7 @@ def test_a_cuda_core_that_is_too_old_says_what_to_install(monkeypatch):
 
 
 def test_spills_would_be_seen():
-    source = kernel.SOURCE.read_text().replace("__launch_bounds__(MAX_THREADS)", "")
+    source = kernel.SOURCE.read_text().replace("__launch_bounds__(MAX_THREADS, 1)", "")
     options = ProgramOptions(arch="sm_90", std="c++17", max_register_count=24)
     assert local_memory(Program(source, "c++", options).compile("cubin").code)["reroute"] > 0
 
@@ -299,23 +331,23 @@ def test_cache_keeps_each_set_of_options(tmp_path):
     def entries():
         return {path: path.stat().st_mtime_ns for path in (tmp_path / "entries").rglob("*") if path.is_file()}
 
-    kernel.compile_kernels("sm_90", torch.float32, torch.int32, tmp_path)
+    kernel.compile_kernels("sm_90", BUILDS[0], tmp_path)
     first = entries()
-    kernel.compile_kernels("sm_90", torch.float32, torch.int32, tmp_path)
+    kernel.compile_kernels("sm_90", BUILDS[0], tmp_path)
     assert entries() == first and len(first) == 1
-    kernel.compile_kernels("sm_90", torch.bfloat16, torch.int32, tmp_path)
-    kernel.compile_kernels("sm_80", torch.float32, torch.int32, tmp_path)
+    kernel.compile_kernels("sm_90", BUILDS[1], tmp_path)
+    kernel.compile_kernels("sm_80", BUILDS[0], tmp_path)
     assert len(entries()) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.warns(UserWarning, match="XDG_CACHE_HOME"):
-        module = kernel.compile_kernels("sm_90", torch.float32, torch.int32, tmp_path / "file")
+        module = kernel.compile_kernels("sm_90", BUILDS[0], tmp_path / "file")
     assert module.code
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        kernel.compile_kernels("sm_90", torch.float32, torch.int32, tmp_path / "cache")
+        kernel.compile_kernels("sm_90", BUILDS[0], tmp_path / "cache")
 
 
 def test_what_does_not_fit_is_refused():

@@ -11,17 +11,17 @@ import torch
 
 from benchmarks import kernel, kernel_checks, kernel_times
 from benchmarks.common import ROOT
+from benchmarks.cubins import local_memory
 from sere_dist.kernels import reroute
 from sere_dist.testing.random_steps import RandomStep
 from tests.support.commands import invoke
-from tests.support.cubins import local_memory
 from tests.support.host_kernels import compile_baselines_on_host
 
 
 @pytest.fixture
 def on_host(host_kernels, monkeypatch):
-    monkeypatch.setattr(reroute, "kernels_for", lambda _device, weights, ids: host_kernels[weights, ids])
-    return host_kernels[torch.float32, torch.int32]
+    monkeypatch.setattr(reroute, "kernels_for", host_kernels.kernels_for)
+    return host_kernels[torch.int32]
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_launches_differ_and_come_to_the_same(calls, on_host):
         launches[name] = on_host.launches[:2]
         assert torch.equal(calls.tokens.ids, ids)
     assert launches.popitem() == ("two launches", ["reroute_vote", "reroute_settle"])
-    assert all(names == ["reroute", "reroute"] for names in launches.values()) and len(launches) == 3
+    assert all(names == ["reroute", "reroute"] for names in launches.values()) and len(launches) == 4
 
 
 def test_checks_take_the_launches_that_they_are_for(monkeypatch):
@@ -77,7 +77,7 @@ def test_checks_take_the_launches_that_they_are_for(monkeypatch):
 
     def check(_step, device):
         assert device == "cuda"
-        seen.append((reroute.ONE_LAUNCH_ROWS, reroute.THREADS_OF_TWO))
+        seen.append((reroute.ONE_LAUNCH_LANES, reroute.THREADS_OF_TWO))
 
     monkeypatch.setattr(RandomStep, "check", check)
     assert kernel_checks.check_few_steps() == {"random_steps": 12}
