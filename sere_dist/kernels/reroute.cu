@@ -426,8 +426,9 @@ __device__ int settle(const Step &step, const Block &block, const Slot &slot, in
     return outcome;
 }
 
-// Settles and counts the block's slots. What runs, and the totals, are complete after a barrier.
-__device__ void settle_all(const Step &step, Block &block, Slot slot, int (&neighbors)[EXPERTS_A_WARP], bool acts) {
+// Settles and counts the block's slots, and marks what runs. Marks and totals are complete after a barrier.
+__device__ void settle_all(const Step &step, Block &block, const Slot &slot, int (&neighbors)[EXPERTS_A_WARP], bool acts,
+                           unsigned char *runs) {
     if (acts) {  // all threads, or none
         find_substitutes(step, block, neighbors);
         __syncthreads();
@@ -438,7 +439,7 @@ __device__ void settle_all(const Step &step, Block &block, Slot slot, int (&neig
     int visits = has(step, DOMAINS) && slot.expert >= 0 ? block.domain[slot.expert] : NOWHERE;
     if (has(step, DOMAINS)) count_visit(visits, slot, step.K, BEFORE, counts);
     if (acts) outcome = settle(step, block, slot, visits, counts);
-    if (outcome >= 0) block.runs[outcome] = 1;
+    if (outcome >= 0) runs[outcome] = 1;
     if (has(step, DOMAINS)) {
         bool stays = outcome >= 0 && !counts[MERGED];
         count_visit(stays ? block.domain[outcome] : NOWHERE, slot, step.K, AFTER, counts);
@@ -511,7 +512,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute(const Step 
     }
     bool any_primary = __syncthreads_or(marked);
     if (block.rows == 0) return;  // all threads
-    settle_all(step, block, slot, neighbors, is_on(block, any_primary, step.K));
+    settle_all(step, block, slot, neighbors, is_on(block, any_primary, step.K), block.runs);
     __syncthreads();
     add_totals(step, block);
     count_experts(step, block);
@@ -552,15 +553,13 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute_settle(cons
     bool any_primary = __syncthreads_or(primary);
     if (block.rows > 0) {  // all threads, or none
         if (has(step, PROJECTION)) slot.rank = rank_in_group(slot, step.K);
-        settle_all(step, block, slot, neighbors, is_on(block, any_primary, step.K));
+        settle_all(step, block, slot, neighbors, is_on(block, any_primary, step.K), workspace.runs);
         __syncthreads();
         add_totals(step, block);
-        if (e < step.E && block.runs[e]) workspace.runs[e] = 1;
     }
 
     // All blocks have read the votes and marked what runs once the last one gets here: it counts that, and leaves zeros
     // for the next step.
-    __syncthreads();
     if (e == 0) {
         __threadfence();  // who sees that the block has finished also sees its marks
         block.is_last = atomicAdd(&workspace.finished_blocks, 1u) == gridDim.x - 1;

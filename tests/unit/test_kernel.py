@@ -246,7 +246,7 @@ def test_a_dropped_barrier_is_caught(tmp_path, monkeypatch, which):
     caught = []
     for seed in range(20):
         kernels.seed = seed
-        common = {"rows": 40, "top_k": 8, "experts": 60, "select_top_k": 1, "domains": 4}
+        common = {"rows": 40, "top_k": 8, "experts": 60, "select_top_k": 1, "domains": 4, "ranks": 4}
         papers = RandomStep(seed=seed, projection=False, **common)
         priced = RandomStep(seed=seed, projection=True, expert_price=0.5, traffic_price=0.1, **common)
         for step, one_launch_rows in itertools.product((papers, priced), (1024, 0)):
