@@ -1,4 +1,7 @@
-"""A Ray cluster of this machine's own, for the demo and the tests: it disturbs no other, and leaves nothing behind."""
+"""A Ray cluster of this machine's own, for the demo and the tests: it disturbs no other, and leaves nothing behind.
+
+What a program that was killed could not stop, the next one finds and stops.
+"""
 
 import contextlib
 import json
@@ -19,6 +22,8 @@ from sere_dist.environment import ADMIN_TOKEN, API_KEY
 
 START_SECONDS = 300
 STOP_SECONDS = 5  # then it is killed: nothing in it is worth more patience
+PREFIX = "sere-"  # of a cluster's folder; short: Ray puts sockets there
+OWNER = "owner.json"  # in the folder: who started the cluster, and how its processes are told from others
 
 
 class LocalCluster:
@@ -38,7 +43,8 @@ class LocalCluster:
         self.num_cpus, self.worker_types, self.idle_seconds = num_cpus, worker_types, idle_seconds
 
     def __enter__(self) -> Self:
-        self.folder = Path(tempfile.mkdtemp(prefix="sere-"))  # short: Ray puts sockets there
+        end_abandoned()
+        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.token = secrets.token_hex(16)
         gcs, dashboard, client, agent_http, agent_grpc, self.metrics_port = free_ports(6)
         self.address = f"127.0.0.1:{gcs}"
@@ -70,6 +76,8 @@ class LocalCluster:
         self.log = self.folder / "head.log"
         with self.log.open("w") as log:
             self.head = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
+        owner = {"pid": os.getpid(), "started": psutil.Process().create_time()}
+        (self.folder / OWNER).write_text(json.dumps(owner | {"token": self.token, "session": self.head.pid}))
         try:
             self._wait(dashboard)
         except BaseException:
@@ -119,35 +127,65 @@ class LocalCluster:
         deadline = time.monotonic() + STOP_SECONDS
         while self.processes() and time.monotonic() < deadline:
             time.sleep(0.2)
-        for _attempt in range(5):  # a raylet that is still up may start an agent again
-            left = self.processes()
-            for process in left:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs(left, timeout=STOP_SECONDS)
+        _kill(self.token, self.head.pid)
         self.head.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def processes(self) -> list[psutil.Process]:
-        """Returns every living process that was started in this cluster.
-
-        They are in the head's session, or have inherited its token: some start sessions of their own, others (those
-        that set a title, as Ray's do) write it over their environment.
-        """
-        found = []
-        for pid in set(psutil.pids()) - {os.getpid()}:
-            try:
-                inherited = self.token.encode() in Path(f"/proc/{pid}/environ").read_bytes()
-                process = psutil.Process(pid)
-                if (inherited or os.getsid(pid) == self.head.pid) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except (OSError, psutil.NoSuchProcess):  # gone meanwhile, or somebody else's
-                continue
-        return found
+        """Returns every living process that was started in this cluster."""
+        return _processes(self.token, self.head.pid)
 
     def run(self, command: list[str], **kwargs) -> subprocess.CompletedProcess:
         """Runs a command against the cluster, as `subprocess.run` does."""
         return subprocess.run(command, env=self.environment, **kwargs)
+
+
+def end_abandoned() -> int:
+    """Stops what is left of clusters whose programs were killed, and removes their folders. Returns how many."""
+    ended = 0
+    for file in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
+        try:
+            owner = json.loads(file.read_text())
+            if psutil.pid_exists(owner["pid"]) and psutil.Process(owner["pid"]).create_time() == owner["started"]:
+                continue  # it is up
+        except (OSError, ValueError, KeyError, psutil.NoSuchProcess):  # somebody else's, or just being written
+            continue
+        sessions = set()
+        for process in _processes(owner["token"]):
+            with contextlib.suppress(ProcessLookupError):
+                sessions.add(os.getsid(process.pid))
+        # By now the number of the head's session may be another's.
+        _kill(owner["token"], owner["session"] if owner["session"] in sessions else None)
+        shutil.rmtree(file.parent, ignore_errors=True)
+        ended += 1
+    return ended
+
+
+def _processes(token: str, session: int | None = None) -> list[psutil.Process]:
+    """Returns a cluster's living processes.
+
+    They are in the head's session, or have inherited its token: some start sessions of their own, others (those that
+    set a title, as Ray's do) write it over their environment.
+    """
+    found = []
+    for pid in set(psutil.pids()) - {os.getpid()}:
+        try:
+            inherited = token.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+            process = psutil.Process(pid)
+            if (inherited or os.getsid(pid) == session) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (OSError, psutil.NoSuchProcess):  # gone meanwhile, or somebody else's
+            continue
+    return found
+
+
+def _kill(token: str, session: int | None) -> None:
+    for _attempt in range(5):  # a raylet that is still up may start an agent again
+        left = _processes(token, session)
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=STOP_SECONDS)
 
 
 def port_is_free(port: int) -> bool:
