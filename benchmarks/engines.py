@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import torch
 from transformers import AutoConfig
 
 from sere_dist.artifact.folder import Artifact
@@ -32,7 +33,8 @@ def write_random_artifact(model: Path, folder: Path) -> Path:
     found = {}
     for layer, name in layers.items():
         similarity_EE = random_similarity(shape.num_experts, layer)
-        found[layer] = Layer(similarity_EE, LayerStatistics.of(layer, name, similarity_EE))
+        coefficient_EE, size_E = torch.ones_like(similarity_EE), torch.ones(shape.num_experts)
+        found[layer] = Layer(similarity_EE, LayerStatistics.of(layer, name, similarity_EE), coefficient_EE, size_E)
     Artifact(about, found).save(folder / "artifact")
     return folder / "artifact"
 

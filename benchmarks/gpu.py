@@ -54,9 +54,14 @@ def plan(results: Path) -> list[list[Step]]:
     measured = ["--experts", "128", "--rows", "1,16,64,128,256,512,1024"]
     profiler = ["ncu", "--clock-control", "none", "--section", "InstructionStats", "--section", "WarpStateStats"]
     profiler += ["--print-details", "all", "--kernel-name", "regex:reroute", "--launch-count", "4", *kernel("profile")]
-    decode = module("decode", "--preset", "qwen3-30b-a3b", "--compiled", "--batches", "1,16,64", "--keep", "2,4,8")
-    decode += ["--results", str(results / "decode-qwen3-30b-a3b.json")]
-    decode += ["--figure", str(results / "decode-qwen3-30b-a3b.png")]
+
+    def decode(name: str, *options: str) -> list[str]:
+        shape = ("--preset", "qwen3-30b-a3b", "--compiled", "--batches", "1,16,64", *options)
+        files = ("--results", str(results / f"{name}.json"), "--figure", str(results / f"{name}.png"))
+        return module("decode", *shape, *files)
+
+    papers = decode("decode-qwen3-30b-a3b", "--keep", "2,4,8")
+    priced = decode("decode-qwen3-30b-a3b-priced", "--keep", "", "--prices", "0.005,0.02")
     plugin = module("plugin", "--results", str(results / "plugin.json"))
     in_vllm = "Does vLLM answer the same, eager and with CUDA graphs, and the same as on a CPU?"
     return [
@@ -74,7 +79,8 @@ def plan(results: Path) -> list[list[Step]]:
         [Step("sweep", "How many experts a warp, and up to which rows one launch?", kernel("sweep", *measured), 180)],
         [Step("profile", "What do its warps wait for? See gpu-logs.", profiler, 120, "ncu")],
         [Step("plugin", in_vllm, plugin, 600, VLLM)],
-        [Step("decode", "How much faster does a model of Qwen3-30B-A3B's shape decode?", decode, 900, VLLM)],
+        [Step("decode", "How much faster does a model of Qwen3-30B-A3B's shape decode?", papers, 900, VLLM)],
+        [Step("decode_priced", "And where experts have a price?", priced, 900, VLLM)],
         [Step("time_all", "What does a call take, in every shape?", kernel("time"), 900)],
     ]
 

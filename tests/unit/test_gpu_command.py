@@ -19,7 +19,7 @@ from benchmarks.steps import VLLM, Step, missing
 from tests.support.commands import invoke
 
 NAMES = ["first", "random", "memcheck", "racecheck", "synccheck", "initcheck", "check", "many_blocks", "time", "sweep"]
-NAMES += ["profile", "plugin", "decode", "time_all"]
+NAMES += ["profile", "plugin", "decode", "decode_priced", "time_all"]
 
 
 def says(name: str, script: str, seconds: float = 60, needs: str = "") -> Step:
