@@ -28,6 +28,7 @@ from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
@@ -120,7 +121,7 @@ def measure(
     artifacts: dict[str, str] | None,
     prompts: Callable[[int, int], list[list[int]]],
 ) -> list[dict[str, Any]]:
-    """Returns a row for each batch and setting; all take turns in every round.
+    """Returns a row for each batch and setting. All take turns in every round, each time in another order.
 
     Args:
         artifacts: those that an eager engine changes between; None: engines keep their policies.
@@ -129,7 +130,8 @@ def measure(
     seconds: dict[tuple[int, Setting], list[float]] = {(b, s): [] for b in batches for s in settings}
     active: dict[tuple[int, Setting], list[tuple[float, float]]] = {each: [] for each in seconds}
     rerouting_ms: dict[tuple[int, Setting], list[float]] = {each: [] for each in seconds}
-    turns = [(b, s, turn) for turn in range(rounds + 1) for b in batches for s in settings]
+    order = Random(0)
+    turns = [(b, s, t) for t in range(rounds + 1) for b in batches for s in order.sample(settings, len(settings))]
     for batch, setting, turn in track(turns, "decode", console=progress()):
         llm, is_rerouted = engine_of(setting), setting.kind in REROUTED
         if artifacts is not None:
