@@ -165,6 +165,25 @@ def accuracy() -> str:
     return markdown(["score", "off", "on", "difference", "other answers"], rows)
 
 
+def tradeoff() -> str:
+    names = {"paper": "SERE", "OEA": "OEA", "top-k": "smaller top-k", "price": "**`expert_price`**"}
+    rows = []
+    for row in load(RESULTS / "tradeoff.json")["at_equal_kl"]:
+        times = [
+            f"{spread['median']:{form}} ({spread['min']:{form}} to {spread['max']:{form}})"
+            for spread, form in (
+                (row["ms_per_token"], ".0f"),
+                (row["times_faster_than_stock"], ".2f"),
+                (row["times_faster_than_paper"], ".2f"),
+            )
+        ]
+        if row["policy"] == "paper":
+            times[2] = "1"
+        rows.append([str(row["batch"]), f"{row['kl']:.3f}", names[row["policy"]], *times])
+    head = ["batch", "KL divergence", "policy", "ms per output token", "times faster than stock", "than SERE, S = 2"]
+    return markdown(head, rows)
+
+
 def kernel_instructions() -> str:
     counts = load(ROOT / "benchmarks/results/kernel_instructions.json")["counts"]
     rows = []
@@ -179,7 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
-        *(decode, calibration, accuracy, kernel_instructions),
+        *(tradeoff, decode, calibration, accuracy, kernel_instructions),
     )
 }
 
