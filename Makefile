@@ -38,7 +38,7 @@ types: .venv/.ready
 
 # tests/unit needs neither a Ray cluster nor an engine; tests/engine starts vLLM's engine, tests/serving the Ray Serve
 # application, tests/cluster Ray jobs. What takes long is marked so (tests/conftest.py). Two processes share the tests.
-# Those that need Ray stay in one, with one cluster; every other file is one process's, too.
+# Those that share a Ray cluster stay in one; every other file is one process's, too.
 PYTEST := $(BIN)/python -m pytest -n 2
 
 unit: .venv/.ready

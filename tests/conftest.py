@@ -34,15 +34,19 @@ settings.register_profile("thorough", max_examples=1000, deadline=None)
 settings.load_profile("quick")
 
 
+STARTS_ITS_OWN = ("test_autoscaling.py", "test_local_cluster.py", "test_serving_survival.py")
+
+
 class ByFileAndCluster(LoadScopeScheduling):
-    """Of several processes, each takes whole files, and one all that need Ray: there is one cluster in a run.
+    """Of several processes, each takes whole files, and one all that share a Ray cluster: a run has one for them.
 
     pytest-xdist 3.8 has a mark for this, `xdist_group`, which does nothing beside pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return "cluster" if file.startswith(("tests/serving/", "tests/cluster/")) else file
+        is_shared = file.startswith(("tests/serving/", "tests/cluster/")) and not file.endswith(STARTS_ITS_OWN)
+        return "cluster" if is_shared else file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
