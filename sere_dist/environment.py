@@ -7,6 +7,7 @@ from pathlib import Path
 from packaging.version import Version
 
 ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"
+NO_OVERLAP = "SERE_NO_OVERLAP"
 API_KEY = "SERE_API_KEY"
 ADMIN_TOKEN = "SERE_ADMIN_TOKEN"
 FILE = "_FILE"  # The variable of this suffix names a file that holds the secret.
@@ -14,6 +15,8 @@ FILE = "_FILE"  # The variable of this suffix names a file that holds the secret
 # Every variable of sere_dist and its meaning. The reference documentation is generated from this table.
 VARIABLES = {
     ALLOW_UNTESTED_VLLM: "Set it to 1 to start on a vLLM release that sere_dist was not tested with.",
+    NO_OVERLAP: "Set it to 1 to start each re-routing kernel after the kernel before it has ended. Without it, "
+    "GPUs of compute capability 9.0 or higher overlap the two (programmatic dependent launch).",
     API_KEY: "API keys of a serving application. If there are any, every request must carry one of them. "
     "Separate several keys by white space.",
     API_KEY + FILE: f"File that holds the API keys, instead of {API_KEY}.",

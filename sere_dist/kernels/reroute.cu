@@ -9,14 +9,14 @@
 //   2. substitute  for each chosen expert: the first of its neighbours, in order of falling similarity, that is primary
 //   3. settle      every token rewrites its slots, and counts
 //
-// Where a block has a thread for every slot, it does it all (`reroute`). Other steps take two launches over many blocks
+// Where a block has a thread for every lane, it does it all (`reroute`). Other steps take two launches over many blocks
 // (`reroute_vote`, `reroute_settle`), which hand over the votes in a workspace that is all zero before and after. Between
 // the two, other ranks' votes may be added; `chosen` stays this rank's own. No block has fewer threads than experts.
 //
 // Whatever a CUDA graph must not freeze is read from memory here: the settings, the tables, the rows' masks. What a layer
-// never changes is a constant: reroute.py has NVRTC compile this file for its EXPERTS, TOP_K and FEATURES. The tests have
-// g++ compile it without them, against tests/support/cuda_on_host.h. No fused multiply-add: results equal torch's to the
-// bit.
+// never changes is a constant: reroute.py has NVRTC compile this file for its EXPERTS, TOP_K and FEATURES. Without them one
+// build serves all layers; so most tests have g++ compile it, against tests/support/cuda_on_host.h. No fused multiply-add:
+// results equal torch's to the bit.
 
 #ifndef EXPERTS_A_WARP
 #define EXPERTS_A_WARP 8  // whose substitutes a warp looks up at once
@@ -35,7 +35,7 @@ constexpr int NOWHERE = -1;
 // A loss or a price as an integer: sums do not depend on the order of threads.
 typedef unsigned long long Count;
 constexpr Count ALWAYS_PRIMARY = 1ull << 40;
-constexpr int LOW_BITS = 20;  // the rest of a slot's loss has as many: 4,096 slots add up in 32 bits each
+constexpr int LOW_BITS = 20;  // low bits and the rest of a slot's loss are at most 2^20: a block's slots fit in 32 bits
 
 #ifdef IDS_64
 typedef long long Id;
@@ -85,7 +85,7 @@ struct Step {
     const int *home_T;                    // ? -1: none
     const Settings *settings;
     const unsigned short *neighbors_EE;   // every row: all experts, the most similar first. Never changes; further rows
-                                          // make it a multiple of EXPERTS_A_WARP
+                                          // make it a multiple of 32
     const unsigned short *cutoff_E;       // how many of them are similar enough
     const float *ranked_similarity_EE;    // in the order of the neighbors
     const float *coefficient_EE, *size_E; // of PROJECTION
@@ -129,7 +129,7 @@ struct Slot {
     int expert;
     float weight;
     int home;
-    int rank;  // how many of the token's slots come before it: the heavier ones, and of equal ones those further left
+    int place;  // how many of the token's slots come before it: the heavier ones, and of equal ones those further left
 };
 
 __device__ int warp_index() { return threadIdx.x / 32; }
@@ -165,7 +165,7 @@ __device__ void load_neighbors(const Step &step, int first, int (&neighbors)[EXP
 }
 
 // Begins a step: returns this thread's slot, and fills what the block shares; a barrier later it may be read. All loads
-// are asked for before one of them is used, and before the last kernel's results are there those of its neighbours.
+// are asked for before one of them is used: the neighbours before the wait for the last kernel, the others after it.
 __device__ Slot begin(const Step &step, Block &block, int (&neighbors)[EXPERTS_A_WARP]) {
     unsigned width = group_width(step.K), thread = blockIdx.x * blockDim.x + threadIdx.x;
     int e = threadIdx.x;
@@ -204,17 +204,17 @@ __device__ Slot begin(const Step &step, Block &block, int (&neighbors)[EXPERTS_A
     return slot;
 }
 
-__device__ int rank_in_group(const Slot &slot, int K) {
+__device__ int place_in_token(const Slot &slot, int K) {
     // Weights as integers in the same order; like torch, -0 equals 0, and NaN comes first.
     unsigned bits = __float_as_uint(slot.weight + 0.0f);
     unsigned mine = slot.weight != slot.weight ? ALL : bits & 0x80000000 ? ~bits : bits | 0x80000000;
-    int rank = 0;
+    int place = 0;
 #pragma unroll 16
     for (int column = 0; column < K; ++column) {
         unsigned other = __shfl_sync(ALL, mine, column, group_width(K));
-        rank += (other > mine) | ((other == mine) & (column < slot.column));
+        place += (other > mine) | ((other == mine) & (column < slot.column));
     }
-    return rank;
+    return place;
 }
 
 // Whether one of the group's lanes, or the home, has `domain` among the places that its token visits.
@@ -267,15 +267,15 @@ __device__ Count loss_of(const Block &block, int expert) {
     return (static_cast<Count>(block.high_loss[expert]) << LOW_BITS) + block.low_loss[expert];
 }
 
-// Ranks the slot, marks what its token chose, and adds what it would lose. Returns whether it marked a primary expert.
+// Places the slot among its token's, marks what its token chose, and adds what it would lose. Returns whether it marked a primary expert.
 __device__ bool vote(const Step &step, Block &block, Slot &slot) {
     if (!has_tokens(step)) return false;
-    slot.rank = rank_in_group(slot, step.K);
-    int heaviest = block.settings.select_top_k < step.K ? block.settings.select_top_k : 0;  // S = K and more means off
-    bool marks = slot.expert >= 0 && slot.rank < heaviest;
+    slot.place = place_in_token(slot, step.K);
+    int kept = block.settings.select_top_k < step.K ? block.settings.select_top_k : 0;  // S = K and more means off
+    bool marks = slot.expert >= 0 && slot.place < kept;
     if (slot.expert >= 0) block.chosen[slot.expert] = 1;
     if (marks) block.primary[slot.expert] = 1;
-    if (is_for_sale(step, block) && slot.expert >= 0 && !marks && heaviest > 0) {
+    if (is_for_sale(step, block) && slot.expert >= 0 && !marks && kept > 0) {
         Count loss = loss_as_integer((slot.weight * slot.weight) * block.size[slot.expert]);
         atomicAdd(&block.low_loss[slot.expert], static_cast<unsigned>(loss) & ((1u << LOW_BITS) - 1));
         atomicAdd(&block.high_loss[slot.expert], static_cast<unsigned>(loss >> LOW_BITS));
@@ -357,7 +357,7 @@ __device__ int settle_by_price(const Step &step, const Block &block, const Slot 
     if (settles) visits = NOWHERE;
 #pragma unroll 1
     for (int turn = block.settings.select_top_k; turn < step.K; ++turn) {
-        unsigned ready = __ballot_sync(ALL, settles && slot.rank == turn);
+        unsigned ready = __ballot_sync(ALL, settles && slot.place == turn);
         if (!ready) continue;
         bool active = ready & group;  // else this token's slot of the turn stays as it is
         int from = active ? __ffs(ready & group) - 1 : lane;
@@ -396,7 +396,7 @@ __device__ int settle_by_price(const Step &step, const Block &block, const Slot 
 
 // Rewrites this thread's slot. Returns its expert, -1 for none.
 __device__ int settle(const Step &step, const Block &block, const Slot &slot, int visits, int (&counts)[NUM_COUNTERS]) {
-    bool is_heavy = has(step, PROJECTION) ? slot.rank < block.settings.select_top_k
+    bool is_heavy = has(step, PROJECTION) ? slot.place < block.settings.select_top_k
                                          : slot.expert >= 0 && block.primary[slot.expert];
     bool settles = slot.expert >= 0 && !is_heavy;
     bool critical = settles && block.substitute[slot.expert] == NO_SUBSTITUTE;
@@ -416,7 +416,7 @@ __device__ int settle(const Step &step, const Block &block, const Slot &slot, in
         if (counts[MERGED]) id = -1, weight = 0.0f;
     } else if (has(step, PROJECTION)) {  // a dropped slot repeats the heaviest expert, with weight 0
         unsigned width = group_width(step.K);
-        unsigned heaviest = __ballot_sync(ALL, slot.rank == 0 && slot.column < step.K) >> lane_index() / width * width;
+        unsigned heaviest = __ballot_sync(ALL, slot.place == 0 && slot.column < step.K) >> lane_index() / width * width;
         int repeated = __shfl_sync(ALL, slot.expert, __ffs(heaviest) - 1, width);
         if (slot.expert >= 0 && outcome < 0) id = repeated;
     }
@@ -487,11 +487,11 @@ __device__ void count_experts(const Step &step, Block &block) {
     for (int when = BEFORE; when <= AFTER; ++when) {
         int sum = 0, most = 0;
 #pragma unroll 1
-        for (int rank = lane; rank < step.num_ranks; rank += 32) {
-            int active = block.active[when][rank];
+        for (int each = lane; each < step.num_ranks; each += 32) {
+            int active = block.active[when][each];
             sum += active;
             most = max(most, active);
-            if (when == AFTER) add(step, NUM_COUNTERS + rank, active);
+            if (when == AFTER) add(step, NUM_COUNTERS + each, active);
         }
         sum = __reduce_add_sync(ALL, sum);
         most = __reduce_max_sync(ALL, most);
@@ -552,7 +552,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute_settle(cons
     if (e == 0) block.rows = rows;
     bool any_primary = __syncthreads_or(primary);
     if (block.rows > 0) {  // all threads, or none
-        if (has(step, PROJECTION)) slot.rank = rank_in_group(slot, step.K);
+        if (has(step, PROJECTION)) slot.place = place_in_token(slot, step.K);
         settle_all(step, block, slot, neighbors, is_on(block, any_primary, step.K), workspace.runs);
         __syncthreads();
         add_totals(step, block);

@@ -16,6 +16,7 @@ E experts of the layer.
 import ctypes
 import enum
 import functools
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ except ImportError as error:  # older ones lack names, or don't find one another
         "pip install -U 'cuda-core>=1' 'cuda-python>=12.9.1,<14'"
     ) from error
 
+from sere_dist.environment import NO_OVERLAP
 from sere_dist.kernels.neighbors import ranked_neighbors
 from sere_dist.method.counters import COUNTERS
 from sere_dist.method.projection import projection_tables, to_fixed_point
@@ -42,10 +44,11 @@ SOURCE = Path(__file__).with_name("reroute.cu")
 MAX_EXPERTS, MAX_TOP_K = 1024, 32
 MAX_THREADS = 1024
 ONE_LAUNCH_LANES = MAX_THREADS  # steps that need more, one for each slot, take two launches
-EXPERTS_A_WARP = 8  # whose substitutes a warp looks up at once
+EXPERTS_A_WARP = 8  # whose substitutes a warp looks up at once; a divisor of 32
 THREADS_OF_TWO = 512  # of each block of two launches, at least
-OVERLAPS = True  # a kernel may start, and ask for its tables, while the one before it ends
+OVERLAPS = True  # a kernel may start, and ask for its neighbours, while the one before it ends
 WORKSPACE_BYTES = 10 * MAX_EXPERTS + 8  # struct Workspace
+PROGRAMMATIC_LAUNCH_DRIVER = 12030  # the CUDA of a driver that captures such launches in graphs
 NO_LIMIT = 2**31 - 1
 
 ID_DTYPES = (torch.int32, torch.int64)
@@ -156,8 +159,8 @@ class LayerKernel:
             self.coefficient_EE, self.size_E = coefficient_EE.contiguous(), size_E.contiguous()
         self.settings = settings
         neighbors_EE, ranked_similarity_EE = ranked_neighbors(similarity_EE)
-        more_rows = -num_experts % EXPERTS_A_WARP  # that the kernel reads, and does not use
-        self.neighbors_EE = torch.nn.functional.pad(neighbors_EE.to(torch.int16), (0, 0, 0, more_rows))
+        more_rows = -num_experts % 32  # that the kernel reads, and does not use
+        self.neighbors_EE = torch.nn.functional.pad(neighbors_EE.to(torch.int16), (0, 0, 0, more_rows)).contiguous()
         self.ranked_similarity_EE = ranked_similarity_EE.contiguous()
         self.cutoff_E = torch.zeros(num_experts, dtype=torch.int16, device=device)
         self.domain_E = None if places.domain_E is None else places.domain_E.to(device, torch.int16).contiguous()
@@ -197,8 +200,8 @@ class LayerKernel:
         """Re-routes one step in place and counts it.
 
         One launch up to ONE_LAUNCH_LANES lanes (rows times K, rounded up to a power of two), two above that and with
-        `all_reduce`. Steps of one layer must follow one
-        another (one stream, or events between); different layers need not.
+        `all_reduce`. Steps of one layer must follow one another (one stream, or events between); different layers need
+        not. The first step of a kind of layers compiles, which a capture does not allow.
 
         Args:
             step: contiguous tensors on the device. Weights [T, K] are float32, as all routers of vLLM return them,
@@ -206,7 +209,7 @@ class LayerKernel:
                 `valid_T` (bool, None: all rows) and `home_T` (int32, -1: none) are at least T long.
             all_reduce: where ranks share one primary set: gets this rank's losses, int64 [E], on torch's current
                 stream, and puts the sum over all ranks in their place. They are `projection.primary_losses`, but for a
-                primary expert some multiple of ALWAYS_PRIMARY. Called once in every call, whatever the settings, the
+                primary expert they are ALWAYS_PRIMARY or more. Called once in every call, whatever the settings, the
                 rows and the masks: the other ranks wait. Whether this rank then acts, its own settings and rows
                 decide.
 
@@ -217,9 +220,9 @@ class LayerKernel:
         num_rows, top_k = topk_ids_TK.shape
         _check("topk_ids", topk_ids_TK, ID_DTYPES)
         _check("topk_weights", topk_weights_TK, (torch.float32,))
-        if topk_weights_TK.shape != topk_ids_TK.shape or top_k > MAX_TOP_K:
+        if topk_weights_TK.shape != topk_ids_TK.shape or not 0 < top_k <= MAX_TOP_K:
             shapes = f"weights {tuple(topk_weights_TK.shape)} and ids {tuple(topk_ids_TK.shape)}"
-            raise ValueError(f"{shapes} must be alike, with at most {MAX_TOP_K} slots per token")
+            raise ValueError(f"{shapes} must be alike, with 1 to {MAX_TOP_K} slots per token")
         for name, mask, dtype in (("valid", valid_T, torch.bool), ("home", home_T, torch.int32)):
             if mask is not None:
                 _check(name, mask, (dtype,))
@@ -363,13 +366,15 @@ class Kernels:
         module = compile_kernels(f"sm_{major}{minor}", build)
         with torch.cuda.device(device):
             self.entries = load_kernels(module, ENTRIES)
-        self.device, self.overlaps = device, major >= 9
+        _error, newest = driver.cuDriverGetVersion()
+        self.device, self.overlaps = device, major >= 9 and newest >= PROGRAMMATIC_LAUNCH_DRIVER
 
     def launch(self, name: str, blocks: int, threads: int, arguments: StepArguments) -> None:
         with torch.cuda.device(self.device):
             # Asked for at each call: a stream remembered from before would capture an empty graph.
             stream = torch.cuda.current_stream().cuda_stream
-            launch_kernel(self.entries[name], stream, blocks, threads, arguments, self.overlaps and OVERLAPS)
+            overlaps = self.overlaps and OVERLAPS and not os.environ.get(NO_OVERLAP)
+            launch_kernel(self.entries[name], stream, blocks, threads, arguments, overlaps)
 
 
 def launch_kernel(

@@ -125,6 +125,12 @@ def test_policy_and_threshold_change_in_place(on_host, projection):
     assert (active[4] > active[0]) == projection, "the paper's policy has no price"
 
 
+def test_tables_in_any_order_of_memory(on_host):
+    step = RandomStep(seed=9, rows=16, top_k=4, experts=64, select_top_k=1, projection=False, ties=False)
+    step.similarity_EE = step.similarity_EE.T.contiguous().T
+    step.check("cpu")
+
+
 def test_experts_move_between_ranks(on_host):
     step = RandomStep(
         seed=6, rows=16, top_k=4, experts=60, select_top_k=1, projection=False, domains=4, ranks=4, valid_share=None
