@@ -55,3 +55,12 @@ def test_survival():
     found = load(ROOT / "tests/soak/results/survival.json")["survival"]
     sent, answered = sum(found["sent"].values()), sum(found["answered"].values())
     assert f"Of {sent:,} requests in {found['seconds']:.0f} s, {answered:,} were answered" in PROSE
+
+
+def test_time_at_equal_quality():
+    found = load(RESULTS / "tradeoff.json")
+    (ours,) = (row for row in found["at_equal_kl"] if (row["batch"], row["policy"]) == (16, "price"))
+    medians = (ours[f"times_faster_than_{other}"]["median"] for other in ("paper", "stock"))
+    assert "the medians are {:.2f} and {:.2f}".format(*medians) in PROSE
+    assert f"take {found['share_of_experts']['median']:.0%} of a stock step at batch 16" in PROSE
+    assert f"only {found['share_of_reading']['16']:.0%} of the step follows" in PROSE
