@@ -25,7 +25,7 @@ def write_random_artifact(model: Path, folder: Path) -> Path:
         base_model=str(model),
         **vars(shape),
         layer_names=layers,
-        method="random",
+        method="projection",  # it has tables for both policies
         dataset=None,
         num_tokens=0,
         versions={},
