@@ -22,6 +22,7 @@ def test_one_engine_follows_all_policies(artifact_path, projection_path, monkeyp
     greedy = SamplingParams(temperature=0, max_tokens=8, detokenize=False)
     tokens, active = {}, {}
     with engine(MODEL, False, 8, load_format="auto", additional_config={"sere": sere}) as llm:
+        step_seconds(llm, prompts[:1], 1)  # an engine that is to re-route stops if its first decode step is not
         settings = [Setting("paper", 2), Setting("price", 0.04), Setting("OEA", 2), Setting("top-k", 2)]
         for setting in [STOCK, *settings, Setting("paper", 8, is_off=True), STOCK]:
             llm.collective_rpc(follow, args=(setting.kind, setting.number, artifacts))
