@@ -179,11 +179,19 @@ def measure_shape(
     experts, top_k = MoeShape.from_config(config).num_experts, MoeShape.from_config(config).num_experts_per_token
     is_one_engine = not compiled and not torch.cuda.is_available()
     sere = {"artifact": str(artifact), "select_top_k": top_k, "min_rows": 0}
-    configurations: dict[str, dict[str, Any]] = {}  # of engines, by the settings that they serve
+
+    def engine_name(setting: Setting) -> str:
+        """Settings of one policy share an engine; so do all, where one engine can follow every policy."""
+        return "all" if is_one_engine else REROUTED.get(setting.kind, str(setting))
+
+    configurations: dict[str, dict[str, Any]] = {}
     for setting in settings:
-        name = "all" if is_one_engine else REROUTED.get(setting.kind, str(setting))
-        configurations[name] = {"additional_config": {"sere": sere | {"policy": REROUTED.get(setting.kind, "sere")}}}
-        if not is_one_engine and setting.kind not in REROUTED:
+        name = engine_name(setting)
+        if name == "all":
+            configurations[name] = {"additional_config": {"sere": sere}}
+        elif setting.kind in REROUTED:
+            configurations[name] = {"additional_config": {"sere": sere | {"policy": name}}}
+        else:
             configurations[name] = {"hf_overrides": {"num_experts_per_tok": int(setting.number) or top_k}}
     options: dict[str, Any] = {}
     if torch.cuda.is_available():
@@ -198,7 +206,7 @@ def measure_shape(
             batches,
             steps,
             rounds,
-            lambda setting: engines["all" if is_one_engine else REROUTED.get(setting.kind, str(setting))],
+            lambda setting: engines[engine_name(setting)],
             dict.fromkeys(REROUTED.values(), str(artifact)) if is_one_engine else None,
             lambda batch, turn: random_prompts(batch, config.vocab_size, seed=turn * 1000 + batch),
         )

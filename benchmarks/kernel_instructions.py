@@ -45,7 +45,7 @@ def successors(code: list[Instruction], at: int) -> list[int]:
     operands = instruction.get("operands", "").split(",")
     is_conditional = "predicate" in instruction or len(operands) > 1  # a uniform condition is an operand
     if name == "EXIT":
-        return [at + 1] if is_conditional and "predicate" in instruction else []
+        return [at + 1] if "predicate" in instruction else []
     if name == "BRA" or name == "BRA.U":
         target = int(operands[-1], 16) // INSTRUCTION_BYTES
         return [target, at + 1] if is_conditional else [target]
@@ -62,11 +62,12 @@ def ways(code: list[Instruction]) -> tuple[int, int]:
             continue  # only lanes that have come apart get here
         is_barrier = code[at]["opcode"].startswith("BAR")
         passed = {barriers + is_barrier: length + 1 for barriers, length in shortest[at].items()}
-        following = [to for to in successors(code, at) if to > at]  # a way back would run a loop again
         if code[at]["opcode"] == "EXIT":
             barriers = max(passed)
             ends.append((barriers, passed[barriers], longest[at] + 1))
-        for to in following:
+        for to in successors(code, at):
+            if to <= at:
+                continue  # a way back would run a loop again
             longest[to] = max(longest.get(to, 0), longest[at] + 1)
             known = shortest.setdefault(to, {})
             for barriers, length in passed.items():

@@ -5,6 +5,7 @@ policy; elsewhere an engine follows the one that it was started with, and change
 """
 
 import time
+import types
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -49,7 +50,6 @@ def follow(worker: Any, kind: Kind, number: float, artifacts: dict[str, str]) ->
         artifacts: the artifact of each policy of the plugin.
     """
     from sere_dist.artifact.folder import Artifact
-    from sere_dist.vllm_plugin.backend import replace_choice
     from sere_dist.vllm_plugin.cpu_backend import CpuBackend
 
     own, setting = worker.worker, Setting(kind, number)
@@ -74,16 +74,11 @@ def follow(worker: Any, kind: Kind, number: float, artifacts: dict[str, str]) ->
     elif setting.kind != "stock":
         for layer, runner in own.sere_runners.items():
             choose = partial(_timed, own.rerouting_seconds, partial(_rival, own.sere_rows, setting, layer))
-            if setting.kind == "top-k":
-                replace_choice(runner.router, lambda _router, weights, ids, choose=choose: choose(weights, ids, None))
-            else:
-                _replace_with_logits(runner.router, choose)
+            _replace_choice(runner.router, choose)
 
 
-def _replace_with_logits(router: Any, choose: Any) -> None:
-    """Like `replace_choice`, for a policy that asks for the score of every expert."""
-    import types
-
+def _replace_choice(router: Any, choose: Any) -> None:
+    """Like the plugin's `replace_choice`, for policies that ask for the score of every expert too."""
     compute_routing = type(router)._compute_routing
 
     def replaced(self, hidden_states, router_logits, indices_type, *, input_ids=None):
@@ -94,7 +89,7 @@ def _replace_with_logits(router: Any, choose: Any) -> None:
 
 
 def _rival(
-    rows: Any, setting: Setting, layer: int, weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor | None
+    rows: Any, setting: Setting, layer: int, weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What a policy of the field makes of a router's choice, in steps of decode rows alone."""
     from sere_dist.evaluation.rivals import oea_rerouter, top_k_rerouter
@@ -103,7 +98,7 @@ def _rival(
 
     if rows.count[1] != len(ids):
         return weights, ids
-    scores = None if logits is None else logits.float().softmax(-1)[None]
+    scores = logits.float().softmax(-1)[None] if setting.kind == "OEA" else None
     rerouter = {"top-k": top_k_rerouter, "OEA": oea_rerouter}[setting.kind](int(setting.number), renormalise=True)
     new_weights, new_ids = rerouter(layer, weights[None], ids[None], scores)
     return new_weights[0].to(weights.dtype), fill_dropped(Step(weights, ids), new_ids[0])

@@ -6,6 +6,7 @@ python -m studies.tables   # writes them into the page, between their markers
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ def outcome(row: dict[str, Any]) -> list[str]:
     return [f"{row['active_experts']:.1f}", plus_minus(row, "kl"), f"{row['perplexity']:.2f}", kept]
 
 
+@cache
 def field_rows() -> dict[tuple[int, str, float | None], dict[str, Any]]:
     return {(row["batch"], row["policy"], row["knob"]): row for row in load(RESULTS / "quality.json")["field"]}
 

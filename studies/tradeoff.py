@@ -20,6 +20,7 @@ import shutil
 import statistics
 import sys
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,11 +37,13 @@ from benchmarks.decode import STOCK, engine, measure, step_seconds
 from benchmarks.policies import Setting
 from examples.tiny_moe.data import HELDOUT, MODEL
 from sere_dist.console import tables
-from sere_dist.evaluation.figures import BLACK, GREY, KL_DIVERGENCE, PURPLE, RED
+from sere_dist.evaluation.figures import KL_DIVERGENCE, set_trade_off_axes
 from sere_dist.evaluation.protocol import PROMPT, held_out_texts
 from sere_dist.provenance import keep, machine, rounded, versions
 from studies.artifacts import ARTIFACTS, calibrated
 from studies.common import RESULTS, ROOT
+from studies.quality import LOOKS, PAPER, PRICED
+from studies.tables import field_rows
 
 WIDTH = 2048  # columns of an expert, of which the example model's 32 are not zero
 BATCHES = (1, 4, 16, 64)
@@ -53,18 +56,7 @@ SETTINGS = [
     *(Setting("OEA", s) for s in KEEPS[:4]),
     *(Setting("top-k", s) for s in KEEPS[1:]),
 ]
-IN_QUALITY = {  # what `studies.quality` calls them
-    "paper": "paper, frobenius",
-    "price": "expert price, S = 1",
-    "OEA": "OEA",
-    "top-k": "top-k, renormalised",
-}
-LOOKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "top-k": ("smaller top-k", {"color": GREY, "marker": "s"}),
-    "paper": ("SERE, the paper's policy", {"color": RED, "marker": "o"}),
-    "OEA": ("OEA", {"color": PURPLE, "marker": "^"}),
-    "price": ("projection with expert_price (ours)", {"color": BLACK, "marker": "*", "markersize": 8}),
-}
+IN_QUALITY = {"top-k": "top-k, renormalised", "paper": PAPER, "OEA": "OEA", "price": PRICED}  # their names there
 EQUAL = Setting("paper", 2)  # policies are compared at its KL divergence
 
 
@@ -90,12 +82,7 @@ def prompts_of(texts: list[list[int]], batch: int, turn: int) -> list[list[int]]
 
 def quality_of(setting: Setting, batch: int) -> dict[str, float]:
     """Returns KL divergence, its standard error and active experts as `studies.quality` measured them."""
-    rows = json.loads((RESULTS / "quality.json").read_text())["field"]
-    (row,) = (
-        row
-        for row in rows
-        if (row["batch"], row["policy"], row["knob"]) == (batch, IN_QUALITY[setting.kind], setting.number)
-    )
+    row = field_rows()[batch, IN_QUALITY[setting.kind], setting.number]
     return {name: row[name] for name in ("kl", "kl_error", "active_experts")}
 
 
@@ -115,7 +102,7 @@ def compare(rows: list[dict[str, Any]], batch: int) -> list[dict[str, Any]]:
     stock, papers = (of[batch, str(setting)]["ms_by_round"] for setting in (Setting(STOCK), EQUAL))
     kl = of[batch, str(EQUAL)]["kl"]
     found = []
-    for kind in LOOKS:
+    for kind in IN_QUALITY:
         settings = [of[batch, str(setting)] for setting in SETTINGS if setting.kind == kind]
         points = [[(row["kl"], row["ms_by_round"][turn]) for row in settings] for turn in range(len(stock))]
         times = [time for time in (at_kl(of_turn, kl) for of_turn in points) if time is not None]
@@ -152,7 +139,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, batch in zip(figure.subplots(1, len(BATCHES)), BATCHES, strict=True):
         rows = [row for row in result["rows"] if row["batch"] == batch]
-        for kind, (label, style) in LOOKS.items():
+        for kind, policy in IN_QUALITY.items():
+            label, style = LOOKS[policy]
             names = [str(setting) for setting in SETTINGS if setting.kind == kind]
             shown = [row for row in rows if row["setting"] in names]
             axes.errorbar(
@@ -163,11 +151,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 **{"linewidth": 1.2, "markersize": 4, **style},
             )
         (stock,) = (row["ms_per_token"]["median"] for row in rows if row["setting"] == STOCK)
-        axes.axvline(stock, color=GREY, linestyle="--", linewidth=0.9)
-        axes.set(title=f"batch {batch}", xlabel="ms per output token", xlim=(0, None), yscale="log")
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        set_trade_off_axes(axes, stock)
+        axes.set(title=f"batch {batch}", xlabel="ms per output token", xlim=(0, None))
     figure.axes[0].set_ylabel(KL_DIVERGENCE)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
@@ -203,7 +188,7 @@ def main(
             rounds,
             lambda _setting: llm,
             artifacts,
-            lambda batch, turn: prompts_of(texts, batch, turn),
+            partial(prompts_of, texts),
         )
     shutil.rmtree(wide)
     of_kind = {str(setting): setting for setting in SETTINGS}

@@ -38,7 +38,12 @@ def draw_trade_off(axes: Axes, curves: Sequence[Curve], baseline: Outcome) -> No
             **look,
             label=label,
         )
-    axes.axvline(baseline.active_experts, color=GREY, linestyle="--", linewidth=0.9)
+    set_trade_off_axes(axes, baseline.active_experts)
+
+
+def set_trade_off_axes(axes: Axes, baseline: float) -> None:
+    """Draws the baseline as a dashed line, and gives KL divergences a logarithmic scale."""
+    axes.axvline(baseline, color=GREY, linestyle="--", linewidth=0.9)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3, linewidth=0.5)

@@ -16,7 +16,6 @@ E experts of the layer.
 import ctypes
 import enum
 import functools
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ except ImportError as error:  # older ones lack names, or don't find one another
         "pip install -U 'cuda-core>=1' 'cuda-python>=12.9.1,<14'"
     ) from error
 
-from sere_dist.environment import NO_OVERLAP
+from sere_dist.environment import NO_OVERLAP, environment_flag
 from sere_dist.kernels.neighbors import ranked_neighbors
 from sere_dist.method.counters import COUNTERS
 from sere_dist.method.projection import projection_tables, to_fixed_point
@@ -367,14 +366,14 @@ class Kernels:
         with torch.cuda.device(device):
             self.entries = load_kernels(module, ENTRIES)
         _error, newest = driver.cuDriverGetVersion()
-        self.device, self.overlaps = device, major >= 9 and newest >= PROGRAMMATIC_LAUNCH_DRIVER
+        is_allowed = newest >= PROGRAMMATIC_LAUNCH_DRIVER and not environment_flag(NO_OVERLAP)
+        self.device, self.overlaps = device, major >= 9 and is_allowed
 
     def launch(self, name: str, blocks: int, threads: int, arguments: StepArguments) -> None:
         with torch.cuda.device(self.device):
             # Asked for at each call: a stream remembered from before would capture an empty graph.
             stream = torch.cuda.current_stream().cuda_stream
-            overlaps = self.overlaps and OVERLAPS and not os.environ.get(NO_OVERLAP)
-            launch_kernel(self.entries[name], stream, blocks, threads, arguments, overlaps)
+            launch_kernel(self.entries[name], stream, blocks, threads, arguments, self.overlaps and OVERLAPS)
 
 
 def launch_kernel(

@@ -18,6 +18,7 @@ from cuda.core import Program, ProgramOptions
 from hypothesis import HealthCheck, given, settings
 
 from benchmarks.cubins import local_memory
+from benchmarks.kernel_times import EVERYTHING
 from sere_dist.kernels import reroute as kernel
 from sere_dist.method.counters import COUNTERS
 from sere_dist.method.projection import ALWAYS_PRIMARY
@@ -199,7 +200,6 @@ def test_ranks_that_share_primary_experts_act_as_one(on_host, expert_price):
     assert torch.equal(torch.cat([ids for _, ids in halves]), ids_TK)
 
 
-EVERYTHING = kernel.Feature.PROJECTION | kernel.Feature.DOMAINS | kernel.Feature.RANKS
 BUILDS = [
     kernel.Build(128, 8),
     kernel.Build(128, 8, kernel.Feature.PROJECTION),

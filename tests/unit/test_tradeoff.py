@@ -44,5 +44,5 @@ def test_every_setting_has_a_quality():
     for batch in tradeoff.BATCHES:
         for setting in tradeoff.SETTINGS[1:]:
             assert tradeoff.quality_of(setting, batch)["kl"] > 0
-    with pytest.raises(ValueError):
+    with pytest.raises(KeyError):
         tradeoff.quality_of(Setting("paper", 5), 16)
