@@ -6,8 +6,8 @@
     compute-sanitizer --tool racecheck --error-exitcode 9 --kernel-name kns=reroute \\
         python -m benchmarks.kernel --part sanitize                   # memcheck, synccheck, initcheck
 
-Needs torch, cuda.core, packaging, typer, rich, psutil and an NVIDIA GPU of compute capability 8.0 or more; no vLLM. `python -m
-benchmarks.gpu` runs each part under a time limit of its own. The parts:
+Needs torch, cuda.core, packaging, typer, rich, psutil and an NVIDIA GPU of compute capability 8.0 or more; no vLLM.
+`python -m benchmarks.gpu` runs each part under a time limit of its own. The parts:
 
 - first: versions, registers and local memory of the kernels, one step against torch
 - check: random steps of all kinds against the torch functions, replays of one captured graph while the settings change,
