@@ -4,9 +4,11 @@
     python -m examples.demo --keep-serving  # calibrate, serve, stay up until Ctrl-C
 
 Starts a Ray cluster of its own, submits the calibration of the example model with `ray job submit`, serves the model
-with `serve run`, talks to it with the official `openai` client, and stops everything that it started.
+with `serve run`, talks to it with the official `openai` client, and stops everything that it started. What it serves is
+the example model widened: the same outputs, from experts that take time to read, as a large model's do.
 """
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,10 +25,12 @@ from openai.types.chat import ChatCompletionUserMessageParam
 from rich.console import Console
 
 from examples.tiny_moe.data import MODEL
+from examples.tiny_moe.widen import widen
 from sere_dist.testing.local_cluster import LocalCluster, port_is_free
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACT = ROOT / "build" / "tiny-moe-sere"
+WIDE, WIDTH = ROOT / "build" / "tiny-moe-wide", 1536  # 870 MB; the example model's experts have 32 columns
 APP = ROOT / "serve_apps" / "tiny_moe.yaml"
 MODEL_ID = "tiny-moe"
 
@@ -127,7 +131,7 @@ def main(
         cluster.__enter__()
     try:
         calibrate(cluster)
-        with served(cluster, port) as url:
+        with served(cluster, port, model=str(widen(MODEL, WIDE, WIDTH))) as url:
             if keep_serving:
                 console.print(f"try:  curl {url}/completions -H 'Content-Type: application/json' \\")
                 console.print(
@@ -139,11 +143,16 @@ def main(
             console.rule("measure: re-routing off and on")
             if cluster.run([sys.executable, "-m", "examples.measure", url], cwd=ROOT).returncode:
                 raise SystemExit("error: the measurement failed; its output is above")
+            console.print(
+                "The example model's experts were widened with zero columns: the same answers, from experts that take "
+                "time to read, as a large model's do."
+            )
     except KeyboardInterrupt:
         console.print("stopped")
     finally:
         with console.status("stopping what was started"):
             cluster.__exit__()
+            shutil.rmtree(WIDE, ignore_errors=True)
     console.print(f"left behind: {len(cluster.processes())} processes; the artifact is {ARTIFACT.relative_to(ROOT)}")
 
 

@@ -25,17 +25,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from matplotlib.figure import Figure
 from rich.table import Table
-from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from benchmarks.common import ranged, spread
 from benchmarks.decode import STOCK, engine, measure, step_seconds
 from benchmarks.policies import Setting
 from examples.tiny_moe.data import HELDOUT, MODEL
+from examples.tiny_moe.widen import widen
 from sere_dist.console import tables
 from sere_dist.evaluation.figures import KL_DIVERGENCE, set_trade_off_axes
 from sere_dist.evaluation.protocol import PROMPT, held_out_texts
@@ -58,21 +57,6 @@ SETTINGS = [
 ]
 IN_QUALITY = {"top-k": "top-k, renormalised", "paper": PAPER, "OEA": "OEA", "price": PRICED}  # their names there
 EQUAL = Setting("paper", 2)  # policies are compared at its KL divergence
-
-
-def widen(model: Path, folder: Path, width: int) -> Path:
-    """Writes a checkpoint with the same outputs, whose experts have `width` columns: those beyond the model's are 0."""
-    shutil.copytree(model, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*"))
-    wide = {}
-    for name, weight in load_file(model / "model.safetensors").items():
-        more = width - weight.shape[-1] if "down_proj" in name else width - weight.shape[0]
-        if ".experts." in name:
-            weight = torch.nn.functional.pad(weight, (0, more) if "down_proj" in name else (0, 0, 0, more))
-        wide[name] = weight.contiguous()
-    save_file(wide, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": width}))
-    return folder
 
 
 def prompts_of(texts: list[list[int]], batch: int, turn: int) -> list[list[int]]:

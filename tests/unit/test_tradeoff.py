@@ -5,12 +5,13 @@ import torch
 
 from benchmarks.policies import Setting
 from examples.tiny_moe.data import MODEL
+from examples.tiny_moe.widen import widen
 from sere_dist.moe import load_model
 from studies import tradeoff
 
 
 def test_widening_changes_no_output(model, tmp_path):
-    wide = load_model(str(tradeoff.widen(MODEL, tmp_path / "wide", 64)), "cpu")
+    wide = load_model(str(widen(MODEL, tmp_path / "wide", 64)), "cpu")
     assert wide.config.moe_intermediate_size == 2 * model.config.moe_intermediate_size
     ids = torch.randint(4096, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
