@@ -77,6 +77,11 @@ class ReroutingConfig(BaseModel):
         description="How tokens reach their experts, with data-parallel attention on CPUs: `all_gather` sends them to "
         "every rank, `all_to_all` only to the ranks of their experts.",
     )
+    exact_cache: bool = Field(
+        default=False,
+        description="Whether vLLM's prefix cache keeps prompts alone, so that no value of a re-routed row outlives its "
+        "request. The next turn of a conversation then computes the earlier answers again, without re-routing.",
+    )
     placement: Path | None = Field(
         default=None,
         description="File of `sere-dist place`, which says which rank holds which expert under expert parallelism.",
@@ -86,6 +91,8 @@ class ReroutingConfig(BaseModel):
     def _fits_together(self) -> "ReroutingConfig":
         if self.max_rows is not None and self.max_rows < self.min_rows:
             raise ValueError(f"max_rows ({self.max_rows}) must not be less than min_rows ({self.min_rows})")
+        if self.exact_cache and self.rows == "all":
+            raise ValueError("exact_cache keeps prompts, which rows: all re-routes too: set rows: decode, or remove it")
         if self.policy == "recommended":
             if given := [name for name in RECOMMENDED[1:] if getattr(self, name)]:
                 raise ValueError(

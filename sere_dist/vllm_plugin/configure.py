@@ -16,6 +16,7 @@ from sere_dist.environment import ALLOW_UNTESTED_VLLM, environment_flag, is_test
 from sere_dist.moe import MoeShape
 from sere_dist.vllm_plugin import TESTED_VLLM, WORKERS
 from sere_dist.vllm_plugin.engine_settings import engine_settings, settings_of
+from sere_dist.vllm_plugin.scheduler import scheduler_of
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
@@ -47,6 +48,10 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     if settings.placement is not None:
         check_placement(settings.placement, shape, set(artifact.layers), vllm_config)
+    if settings.exact_cache:
+        if vllm_config.kv_transfer_config is not None:
+            raise ValueError("exact_cache does not reach what a KV connector stores: remove kv_transfer_config, or it")
+        vllm_config.scheduler_config.scheduler_cls = scheduler_of(vllm_config.scheduler_config)
     if settings.select_top_k == 1 < shape.num_experts_per_token:
         logger.warning(
             "sere_dist: select_top_k 1 leaves a token one expert of its own; quality falls steeply there. Compare "
