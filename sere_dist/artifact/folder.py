@@ -10,6 +10,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -66,35 +67,41 @@ class Artifact:
         """What re-routing reads, by decoder layer index."""
         return {index: layer.tables for index, layer in self.layers.items()}
 
-    def settings_by_layer(self, settings: ReroutingConfig) -> dict[int, ReroutingConfig]:
-        """Returns what each layer does: the settings themselves, or with policy `recommended` what that says.
+    def policy(self, settings: ReroutingConfig) -> str:
+        """Returns the policy that all layers follow, "sere" or "projection".
 
         Raises:
             ArtifactError: policy `recommended`, and the artifact has none; or policy `projection`, and the artifact is
                 not of that method.
-            ValueError: other settings don't go with what is recommended.
         """
-        layers = dict.fromkeys(self.layers, settings)
-        if settings.policy == "recommended":
+        policy = settings.policy
+        if policy == "recommended":
             if self.recommended is None:
                 raise ArtifactError(
                     f"policy: recommended needs an artifact that was tuned, {settings.artifact} was not: run python -m "
                     "calibration_jobs.tune, or set another policy"
                 )
-            common = {name: value for name, value in settings.model_dump().items() if name not in RECOMMENDED}
-            common["policy"] = self.recommended.policy
-            of_layers = self.recommended.layers.items()
-            layers = {layer: ReroutingConfig(**common, **setting.model_dump()) for layer, setting in of_layers}
-        if any(each.policy == "projection" for each in layers.values()) and not self.is_projection:
+            policy = self.recommended.policy
+        if policy == "projection" and not self.is_projection:
             raise ArtifactError(
                 f"policy: projection needs an artifact of method projection, {settings.artifact} has "
                 f"{self.config.method}: calibrate with --method projection, or set policy: sere"
             )
-        return layers
+        return policy
 
-    def policy(self, settings: ReroutingConfig) -> str:
-        """Returns the policy that the layers follow, "sere" or "projection"; they all follow one."""
-        return next(iter(self.settings_by_layer(settings).values())).policy
+    def settings_by_layer(self, settings: ReroutingConfig) -> dict[int, ReroutingConfig]:
+        """Returns what each layer does: the settings themselves, or with policy `recommended` what that says.
+
+        Raises:
+            ArtifactError: see `policy`.
+            ValueError: other settings don't go with what is recommended.
+        """
+        policy = self.policy(settings)
+        if settings.policy != "recommended" or self.recommended is None:
+            return dict.fromkeys(self.layers, settings)
+        common: dict[str, Any] = settings.model_dump(exclude=set(RECOMMENDED)) | {"policy": policy}
+        of_layers = self.recommended.layers
+        return {layer: ReroutingConfig(**common, **of_layers[layer].model_dump()) for layer in self.layers}
 
     def check_serves(self, shape: MoeShape, model: str, revision: str | None = None) -> None:
         """Checks that the artifact is for the model being served.
@@ -124,6 +131,10 @@ class Artifact:
                 model,
                 revision,
             )
+
+    def of_stage(self, layers: Container[int]) -> "Artifact":
+        """Returns the artifact with the tables of some decoder layers alone, those of one stage of a pipeline."""
+        return replace(self, layers={index: layer for index, layer in self.layers.items() if index in layers})
 
     def in_order(self, order: dict[int, torch.Tensor]) -> "Artifact":
         """Returns the tables for a model whose expert p of a layer is this artifact's expert `order[layer][p]`."""

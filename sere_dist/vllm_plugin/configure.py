@@ -82,7 +82,7 @@ def check_placement(path: Path, shape: MoeShape, layers: set[int], vllm_config: 
 
 def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
     """Returns, for each feature of vLLM that re-routing can't follow yet, whether it is on and what to set."""
-    parallel = vllm_config.parallel_config
+    parallel, speculation = vllm_config.parallel_config, vllm_config.speculative_config
     is_data_parallel = parallel.data_parallel_size > 1
     compiles = vllm_config.compilation_config.mode != CompilationMode.NONE
     return [
@@ -98,8 +98,14 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             is_data_parallel and current_platform.is_cpu() and compiles,
             "compiled data-parallel attention on CPUs: set enforce_eager=True",
         ),
-        (parallel.pipeline_parallel_size > 1, "pipeline parallelism: set pipeline_parallel_size=1"),
-        (vllm_config.speculative_config is not None, "speculative decoding: remove speculative_config"),
+        (
+            getattr(speculation, "enable_adaptive_verification", False),  # not there in vLLM 0.30
+            "rows that vLLM deals out on the GPU: set enable_adaptive_verification to false in speculative_config",
+        ),
+        (
+            speculation is not None and speculation.method == "extract_hidden_states",
+            "hidden states as a product, which would be those of re-routed experts: remove speculative_config",
+        ),
         (
             parallel.prefill_context_parallel_size > 1,
             "prefill context parallelism: set prefill_context_parallel_size=1",

@@ -50,7 +50,9 @@ class Rows:
                 of = runner.input_batch
                 batch = (of.req_ids, of.num_prompt_tokens, of.num_computed_tokens_cpu, args[0])
                 live = runner.requests
-            self.start_step(*(each[: len(scheduler_output.num_scheduled_tokens)] for each in batch), live)
+            requests, *numbers = (each[: len(scheduler_output.num_scheduled_tokens)] for each in batch)
+            drafted = scheduler_output.scheduled_spec_decode_tokens
+            self.start_step(requests, *numbers, np.array([len(drafted.get(name, ())) for name in requests]), live)
             return prepared
 
         def dummy(*args, **kwargs):
@@ -71,11 +73,17 @@ class Rows:
         prompt_tokens: np.ndarray,
         computed_tokens: np.ndarray,
         scheduled_tokens: np.ndarray,
+        drafted_tokens: np.ndarray,
         live: Mapping[str, Any],
     ) -> None:
         """Takes over a batch: for each request, in the order of its rows, prompt tokens, tokens computed before this
-        step, and tokens of this step. A row decodes if its request's whole prompt was computed before."""
-        valid = np.ones(len(requests), dtype=bool) if self.which == "all" else computed_tokens >= prompt_tokens
+        step, tokens of this step, and how many of these are drafts to verify.
+
+        A row decodes if its request's whole prompt was computed before, and the step holds one token of the request
+        besides its drafts. A preempted request has more, until its own output is computed again.
+        """
+        decodes = (computed_tokens >= prompt_tokens) & (scheduled_tokens - drafted_tokens <= 1)
+        valid = np.ones(len(requests), dtype=bool) if self.which == "all" else decodes
         if self.opted_out:
             self.opted_out.intersection_update(live)
             valid = valid & [request not in self.opted_out for request in requests]

@@ -27,6 +27,7 @@ from sere_dist.vllm_plugin.engine_settings import settings_of
 from sere_dist.vllm_plugin.expert_kernels import merges_repeats
 from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.rows import Rows
+from sere_dist.vllm_plugin.speculation import Speculation
 from sere_dist.vllm_plugin.weights import checkpoint_weights
 
 if TYPE_CHECKING:  # vLLM's CPU worker is one, too
@@ -38,7 +39,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its 
 
 
 def rerouted_layers(model: torch.nn.Module, artifact: Artifact, is_placed: bool = False) -> dict[int, MoERunner]:
-    """Returns what runs every MoE layer of a loaded model, by decoder layer index.
+    """Returns what runs every MoE layer of a loaded model, or of one stage of its pipeline, by decoder layer index.
 
     Raises:
         ValueError: a layer can't be re-routed, or the artifact's layers are not the model's.
@@ -92,11 +93,14 @@ class Rerouting(Worker):
         assert self.device is not None  # vLLM's worker has set it
         if placement is not None:
             artifact = artifact.in_order(placement.orders())
+        artifact = artifact.of_stage(range(*served.get_layers_start_end_indices(self.parallel_config)))
         model = self.model_runner.get_model()
         self.sere_runners = runners = rerouted_layers(model, artifact, is_placed=placement is not None)
         padding = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self.sere_rows = Rows(self.scheduler_config.max_num_batched_tokens + padding, self.device)
         self.sere_rows.follow(self.model_runner)
+        speculative = self.vllm_config.speculative_config
+        self.sere_speculation = None if speculative is None else Speculation(speculative.num_speculative_tokens)
         self.sere_expert_map = None
         if self.parallel_config.enable_expert_parallel and get_ep_group().world_size > 1:
             num_experts = artifact.config.num_experts
@@ -131,6 +135,8 @@ class Rerouting(Worker):
     def _reset_counters(self) -> None:
         for counters in self.sere_layers.values():
             counters.zero_()
+        if self.sere_speculation is not None:
+            self.sere_speculation.clear()
 
     def reload_weights(self, *args, **kwargs) -> None:
         """Loads weights again, with the experts where the placement has them."""
@@ -142,6 +148,8 @@ class Rerouting(Worker):
     def execute_model(self, scheduler_output, *args, **kwargs):
         """Runs a step, and stops the engine if vLLM did not go through what re-routing hooked."""
         self.sere_rows.is_of_this_step = False
+        if self.sere_speculation is not None:
+            self.sere_speculation.start_step(scheduler_output)
         if self.sere_expert_map is not None and self.sere_expert_map.is_moving:
             self.sere_expert_map.refresh()
         output = super().execute_model(scheduler_output, *args, **kwargs)
@@ -160,6 +168,10 @@ class Rerouting(Worker):
             self.sere_seen_rerouting = True
         return output
 
+    def sample_tokens(self, grammar_output):
+        output = super().sample_tokens(grammar_output)
+        return output if self.sere_speculation is None else self.sere_speculation.watch(output)
+
     def _apply_settings(self, settings: ReroutingConfig) -> None:
         of_layers = self.sere_artifact.settings_by_layer(settings)
         scales = {layer: runner.routed_scaling_factor for layer, runner in self.sere_runners.items()}
@@ -171,13 +183,15 @@ class Rerouting(Worker):
         """Returns the counters of every layer of this worker, and sets them to 0 if asked to.
 
         With experts on several ranks a layer has `active_experts_by_rank` too: after re-routing, summed over steps. And
-        with data-parallel attention `bytes_by_dispatch`, of re-routed rows; see `counters.dispatch_bytes`.
+        with data-parallel attention `bytes_by_dispatch`, of re-routed rows; see `counters.dispatch_bytes`. With
+        speculative decoding the worker has `drafted_tokens` and `accepted_tokens`, by their place in a draft; of a
+        tensor-parallel group, the first worker alone may know them.
         """
         expert_map, model = self.sere_expert_map, self.vllm_config.model_config
         assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved its name
         layers: dict[int, dict[str, Any]] = {}
         # One copy from the device for all layers: steps wait for it.
-        all_counters = torch.stack(list(self.sere_layers.values())).tolist()
+        all_counters = torch.stack(list(self.sere_layers.values())).tolist() if self.sere_layers else []
         for layer, counters in zip(self.sere_layers, all_counters, strict=True):
             totals, by_rank = counters[: len(COUNTERS)], counters[len(COUNTERS) :]
             layers[layer] = dict(zip(COUNTERS, totals, strict=True))
@@ -193,10 +207,14 @@ class Rerouting(Worker):
                     )
                     for when in ("before", "after")
                 }
+        counted: dict[str, Any] = {"layers": layers}
+        if self.sere_speculation is not None:
+            counted["drafted_tokens"] = self.sere_speculation.drafted.tolist()
+            counted["accepted_tokens"] = self.sere_speculation.accepted.tolist()
         if reset:
             self._reset_counters()
         ranks_before = self.parallel_config.data_parallel_rank * self.parallel_config.world_size
-        return {"rank": ranks_before + self.rank, "layers": layers}
+        return {"rank": ranks_before + self.rank} | counted
 
     def sere_settings(self, **changes: Any) -> dict[str, Any]:
         """Changes the settings from the next step on, if any are given, and returns those in force.

@@ -43,10 +43,12 @@ class Runner:
     def _dummy_run(self, _tokens: int) -> str:
         return "dummy"
 
-    def step(self, tokens: list[int], **of_new_requests):
+    def step(self, tokens: list[int], drafts: dict[str, list[int]] | None = None, **of_new_requests):
         new = [SimpleNamespace(req_id=name, sampling_params=given) for name, given in of_new_requests.items()]
         scheduled = SimpleNamespace(
-            scheduled_new_reqs=new, num_scheduled_tokens=dict(zip(REQUESTS, tokens, strict=True))
+            scheduled_new_reqs=new,
+            num_scheduled_tokens=dict(zip(REQUESTS, tokens, strict=True)),
+            scheduled_spec_decode_tokens=drafts or {},
         )
         prepare = self.prepare_inputs if hasattr(self, "req_states") else self._prepare_inputs
         return prepare(scheduled, np.array(tokens))
@@ -78,9 +80,16 @@ def test_only_rows_of_computed_prompts_decode(runner):
 
 def test_rows_that_verify_speculated_tokens_decode(runner):
     rows = follow(runner)
-    runner.step([3, 4, 6, 1])
+    runner.step([3, 4, 6, 1], drafts={"a": [7, 8]})
     assert rows.count.tolist() == [14, 3]
     assert valid(rows) == [0, 1, 2]
+
+
+def test_rows_that_a_preempted_request_computes_again_do_not_decode(runner):
+    """`a` had written 3 tokens, which are computed again behind its prompt; only the last is a new one."""
+    rows = follow(runner)
+    runner.step([3, 4, 6, 1])
+    assert rows.count.tolist() == [14, 0]
 
 
 def test_all_rows(runner):

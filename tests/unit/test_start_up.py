@@ -2,6 +2,7 @@
 
 import logging
 import pickle
+from types import SimpleNamespace
 
 import pytest
 from vllm.config import VllmConfig
@@ -11,6 +12,7 @@ from examples.tiny_moe.data import MODEL
 from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ALLOW_UNTESTED_VLLM
 from sere_dist.vllm_plugin import configure as plugin
+from sere_dist.vllm_plugin import scheduler
 from sere_dist.vllm_plugin.engine_settings import settings_of
 from tests.support.artifacts import small_artifact
 
@@ -68,7 +70,6 @@ def test_an_artifact_of_another_model_stops_the_start(tmp_path):
             {"data_parallel_size": 2, "tensor_parallel_size": 2, "enable_expert_parallel": True},
             "tensor_parallel_size=1",
         ),
-        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size=1"),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=False"),
     ],
 )
@@ -175,3 +176,34 @@ def test_an_untested_vllm_is_refused(artifact_path, monkeypatch):
     monkeypatch.setenv(ALLOW_UNTESTED_VLLM, "yes")
     with pytest.raises(ValueError, match="must be 0 or 1, not 'yes'"):
         arguments.create_engine_config()
+
+
+def test_a_cache_of_prompts_alone(artifact_path):
+    sere = {"artifact": str(artifact_path), "select_top_k": 2}
+    plain = configure(sere).scheduler_config
+    assert plain.scheduler_cls is None
+    exact = {**sere, "exact_cache": True}
+    assert configure(exact).scheduler_config.get_scheduler_cls() is scheduler.PromptCacheScheduler
+    plain.async_scheduling = True
+    assert scheduler.scheduler_of(plain).endswith(".AsyncPromptCacheScheduler")
+    with pytest.raises(ValueError, match="exact_cache works with vLLM's own scheduler"):
+        configure(exact, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler")
+    with pytest.raises(ValueError, match="set rows: decode"):
+        configure({**exact, "rows": "all"})
+
+
+@pytest.mark.parametrize(
+    ("speculation", "cure"),
+    [
+        ({"method": "ngram"}, None),
+        ({"method": "mtp"}, None),
+        ({"method": "dspark", "enable_adaptive_verification": True}, "set enable_adaptive_verification to false"),
+        ({"method": "extract_hidden_states"}, "remove speculative_config"),
+    ],
+)
+def test_which_speculative_decoding_is_refused(artifact_path, speculation, cure):
+    """vLLM checks most methods against a draft model, so what it would have made of them is put there afterwards."""
+    config = configure({"artifact": str(artifact_path), "select_top_k": 2})
+    config.speculative_config = SimpleNamespace(**speculation)
+    advice = [advice for is_on, advice in plugin.unsupported_features(config) if is_on]
+    assert [cure in each for each in advice] == ([] if cure is None else [True])

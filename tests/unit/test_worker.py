@@ -41,7 +41,7 @@ class Worker(Rerouting, Vllms):
     def __init__(self, prepares: bool, reroutes: bool):
         def step():
             if prepares:
-                self.sere_rows.start_step(["a"], np.array([3]), np.array([3]), np.array([1]), {})
+                self.sere_rows.start_step(["a"], np.array([3]), np.array([3]), np.array([1]), np.array([0]), {})
             if reroutes:
                 self.sere_layers[7][COUNTERS.index("steps")] += 1
 
@@ -52,6 +52,7 @@ class Worker(Rerouting, Vllms):
         super().__init__(step)
         self.on_capture, self.sere_placement = capture, None
         self.sere_rows, self.sere_expert_map, self.sere_seen_rerouting = Rows(4), None, False
+        self.sere_speculation = None
         self.sere_layers = {7: torch.zeros(len(COUNTERS), dtype=torch.int64)}
 
 
