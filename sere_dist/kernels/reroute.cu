@@ -48,8 +48,9 @@ enum Feature {
     PROJECTION = 1,  // the policy, else the paper's
     DOMAINS = 2,     // experts live in domains, and tokens may have a home
     RANKS = 4,       // experts live on ranks, else one rank holds all
-    MERGES = 8       // no token names an expert twice, and slots may be empty; else no slot that the router filled is
+    MERGES = 8,      // no token names an expert twice, and slots may be empty; else no slot that the router filled is
                      // empty, and tokens may repeat an expert
+    CHANCES = 16     // of PROJECTION: tokens whose output may not be used, drafts, count by the chance that it is
 };
 
 // Changed between steps; reroute.py writes it.
@@ -83,6 +84,7 @@ struct Step {
     Id *ids_TK;
     const unsigned char *valid_T;         // ? all rows are valid
     const int *home_T;                    // ? -1: none
+    const float *chance_T;                // of CHANCES
     const Settings *settings;
     const unsigned short *neighbors_EE;   // every row: all experts, the most similar first. Never changes; further rows
                                           // make it a multiple of 32
@@ -127,7 +129,7 @@ struct Slot {
     int token, column;
     bool votes;  // the slot of a valid token
     int expert;
-    float weight;
+    float weight, chance;
     int home;
     int place;  // how many of the token's slots come before it: the heavier ones, and of equal ones those further left
 };
@@ -172,11 +174,12 @@ __device__ Slot begin(const Step &step, Block &block, int (&neighbors)[EXPERTS_A
     load_neighbors(step, warp_index() * EXPERTS_A_WARP, neighbors);
     wait_for_last_kernel();
 
-    Slot slot = {static_cast<int>(thread / width), static_cast<int>(thread % width), false, -1, 0.0f, NOWHERE, 0};
+    Slot slot = {static_cast<int>(thread / width), static_cast<int>(thread % width), false, -1, 0.0f, 1.0f, NOWHERE, 0};
     Id id = -1;
     float weight = 0.0f;
     bool has_token = slot.token < step.T;
     if (has_token) slot.votes = !step.valid_T || step.valid_T[slot.token];
+    if (has_token && has(step, CHANCES)) slot.chance = step.chance_T[slot.token];
     if (has_token && has(step, DOMAINS) && step.home_T) slot.home = step.home_T[slot.token];
     if (has_token && slot.column < step.K) {
         id = step.ids_TK[slot.token * step.K + slot.column];
@@ -276,7 +279,8 @@ __device__ bool vote(const Step &step, Block &block, Slot &slot) {
     if (slot.expert >= 0) block.chosen[slot.expert] = 1;
     if (marks) block.primary[slot.expert] = 1;
     if (is_for_sale(step, block) && slot.expert >= 0 && !marks && kept > 0) {
-        Count loss = loss_as_integer((slot.weight * slot.weight) * block.size[slot.expert]);
+        float error = (slot.weight * slot.weight) * block.size[slot.expert];
+        Count loss = loss_as_integer(has(step, CHANCES) ? error * slot.chance : error);
         atomicAdd(&block.low_loss[slot.expert], static_cast<unsigned>(loss) & ((1u << LOW_BITS) - 1));
         atomicAdd(&block.high_loss[slot.expert], static_cast<unsigned>(loss >> LOW_BITS));
     }

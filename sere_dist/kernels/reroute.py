@@ -62,6 +62,7 @@ class Feature(enum.IntFlag):
     DOMAINS = 2
     RANKS = 4
     MERGES = 8
+    CHANCES = 16
 
 
 class Build(NamedTuple):
@@ -84,8 +85,8 @@ class StepArguments(ctypes.Structure):
     """struct Step of reroute.cu: tensors as pointers, then numbers."""
 
     TENSORS = (
-        *("weights_TK", "ids_TK", "valid_T", "home_T", "settings", "neighbors_EE", "cutoff_E", "ranked_similarity_EE"),
-        *("coefficient_EE", "size_E", "domain_E", "rank_E", "counters", "workspace"),
+        *("weights_TK", "ids_TK", "valid_T", "home_T", "chance_T", "settings", "neighbors_EE", "cutoff_E"),
+        *("ranked_similarity_EE", "coefficient_EE", "size_E", "domain_E", "rank_E", "counters", "workspace"),
     )
     NUMBERS = ("T", "K", "E", "num_ranks", "features")
     _fields_ = [(name, ctypes.c_void_p) for name in TENSORS] + [(name, ctypes.c_int) for name in NUMBERS]
@@ -205,7 +206,8 @@ class LayerKernel:
         Args:
             step: contiguous tensors on the device. Weights [T, K] are float32, as all routers of vLLM return them,
                 and changed by policy projection and by merging; ids [T, K] are int32 or int64, -1 is an empty slot.
-                `valid_T` (bool, None: all rows) and `home_T` (int32, -1: none) are at least T long.
+                `valid_T` (bool, None: all rows), `home_T` (int32, -1: none) and `chance_T` (float32) are at least T
+                long.
             all_reduce: where ranks share one primary set: gets this rank's losses, int64 [E], on torch's current
                 stream, and puts the sum over all ranks in their place. They are `projection.primary_losses`, but for a
                 primary expert they are ALWAYS_PRIMARY or more. Called once in every call, whatever the settings, the
@@ -215,14 +217,15 @@ class LayerKernel:
         Raises:
             ValueError: a tensor of the step is of another type or size.
         """
-        topk_weights_TK, topk_ids_TK, valid_T, home_T = step
+        topk_weights_TK, topk_ids_TK, valid_T, home_T, chance_T = step
         num_rows, top_k = topk_ids_TK.shape
         _check("topk_ids", topk_ids_TK, ID_DTYPES)
         _check("topk_weights", topk_weights_TK, (torch.float32,))
         if topk_weights_TK.shape != topk_ids_TK.shape or not 0 < top_k <= MAX_TOP_K:
             shapes = f"weights {tuple(topk_weights_TK.shape)} and ids {tuple(topk_ids_TK.shape)}"
             raise ValueError(f"{shapes} must be alike, with 1 to {MAX_TOP_K} slots per token")
-        for name, mask, dtype in (("valid", valid_T, torch.bool), ("home", home_T, torch.int32)):
+        masks = (("valid", valid_T, torch.bool), ("home", home_T, torch.int32), ("chance", chance_T, torch.float32))
+        for name, mask, dtype in masks:
             if mask is not None:
                 _check(name, mask, (dtype,))
                 if len(mask) < num_rows:
@@ -233,9 +236,13 @@ class LayerKernel:
                 self.losses_E.zero_()
             return
         arguments, num_experts = self.arguments, len(self.cutoff_E)
-        arguments.point_to(weights_TK=topk_weights_TK, ids_TK=topk_ids_TK, valid_T=valid_T, home_T=home_T)
-        arguments.T, arguments.K = num_rows, top_k
-        build = Build(num_experts, top_k, self.features, topk_ids_TK.dtype, EXPERTS_A_WARP)
+        arguments.point_to(weights_TK=topk_weights_TK, ids_TK=topk_ids_TK)
+        arguments.point_to(valid_T=valid_T, home_T=home_T, chance_T=chance_T)
+        features = self.features
+        if chance_T is not None and Feature.PROJECTION in features:
+            features |= Feature.CHANCES
+        arguments.T, arguments.K, arguments.features = num_rows, top_k, features
+        build = Build(num_experts, top_k, features, topk_ids_TK.dtype, EXPERTS_A_WARP)
         kernels = kernels_for(topk_ids_TK.device, build)
         lanes = num_rows << (top_k - 1).bit_length()  # as many for each token as the next power of two
         if lanes <= ONE_LAUNCH_LANES and all_reduce is None:

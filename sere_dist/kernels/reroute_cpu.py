@@ -24,7 +24,7 @@ from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 
 NOWHERE = -1  # a slot or a token without a domain
 NO_SUBSTITUTE, NOT_LOOKED_UP = -1, -2
-NO_HOME = np.empty(0, dtype=np.int32)
+NO_HOME, NO_CHANCE = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32)
 ONE, ZERO = np.float32(1), np.float32(0)
 FIXED = np.float32(FIXED_POINT_ONE)
 MOST = np.float32(ALWAYS_PRIMARY)
@@ -50,12 +50,13 @@ MOST = np.float32(ALWAYS_PRIMARY)
 
 class Slots(NamedTuple):
     """A step's own copies of weights and ids, which are rewritten, and its masks. `home_T` is empty where no token has
-    a home."""
+    a home, `chance_T` where no token is a draft."""
 
     weights_TK: np.ndarray
     ids_TK: np.ndarray
     valid_T: np.ndarray
     home_T: np.ndarray
+    chance_T: np.ndarray
 
 
 class Tables(NamedTuple):
@@ -100,7 +101,7 @@ def rank_slots(weights_K, ranks_K):
 @compiled
 def vote(slots, size_E, numbers, losses_E, chosen_E):
     """Adds each expert's loss to `losses_E`, and marks the experts that valid tokens chose. Returns the valid rows."""
-    weights_TK, ids_TK, valid_T, _home_T = slots
+    weights_TK, ids_TK, valid_T, _home_T, chance_T = slots
     num_slots, num_experts, rows = ids_TK.shape[1], len(losses_E), 0
     select_top_k = np.int64(numbers[SELECT_TOP_K])
     counts_losses = len(size_E) > 0 and numbers[LOSS_THAT_SUFFICES] < ALWAYS_PRIMARY
@@ -123,7 +124,10 @@ def vote(slots, size_E, numbers, losses_E, chosen_E):
                 heaviest_E[expert] = True
             elif counts_losses:
                 weight = weights_TK[token, slot]
-                error = np.rint(((weight * weight) * size_E[expert]) * FIXED)
+                error = (weight * weight) * size_E[expert]
+                if len(chance_T):
+                    error = error * chance_T[token]
+                error = np.rint(error * FIXED)
                 if error > ZERO:  # not NaN
                     losses_E[expert] += np.int64(min(error, MOST))
     for expert in range(num_experts):
@@ -213,7 +217,7 @@ def merge(weights_K, ids_K):
 @compiled
 def settle(slots, tables, primary_E, numbers, acts, runs_E, counters):
     """Rewrites the valid tokens' slots in place, marks the experts that run, and counts slots and visits."""
-    weights_TK, ids_TK, valid_T, home_T = slots
+    weights_TK, ids_TK, valid_T, home_T, _chance_T = slots
     num_slots, num_experts = ids_TK.shape[1], len(primary_E)
     select_top_k, merges = np.int64(numbers[SELECT_TOP_K]), numbers[MERGES] > 0
     threshold, price = np.float32(numbers[THRESHOLD]), np.float32(numbers[TRAFFIC_PRICE])
@@ -385,7 +389,8 @@ class CpuLayer:
         weights, ids = step.weights_TK.clone(), step.ids_TK.clone()
         valid_T = np.ones(len(ids), dtype=bool) if step.valid_T is None else step.valid_T.numpy()
         home_T = NO_HOME if step.home_T is None else step.home_T.numpy()
-        slots = Slots(weights.numpy(), ids.numpy(), valid_T, home_T)
+        chance_T = NO_CHANCE if step.chance_T is None else step.chance_T.numpy()
+        slots = Slots(weights.numpy(), ids.numpy(), valid_T, home_T, chance_T)
         if all_reduce is None:
             reroute_alone(slots, self._tables, self._numbers, self._counters)
             return weights, ids

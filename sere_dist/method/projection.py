@@ -12,7 +12,9 @@ the weight 0. A token's S heaviest slots and critical ones stay as they are, as 
 
 `expert_price` decides what is primary beyond the S heaviest: an expert runs if the step would lose as much without it,
 
-    loss(e) = sum over the slots that name e of w² n_e >= expert_price.
+    loss(e) = sum over the slots that name e of w² n_e q >= expert_price.
+
+q is the chance that the token's output is used: 1, but for drafted tokens of speculative decoding.
 
 Losses are added up in fixed point, so that the sum does not depend on the order and ranks can share one primary set.
 
@@ -134,10 +136,12 @@ def primary_losses(step: Step, tables: LayerTables, settings: Settings) -> torch
 def losses_without_each_expert(step: Step, size_E: torch.Tensor) -> torch.Tensor:
     """Returns int64 [E], fixed point: the squared error that the valid tokens' slots would make without each expert.
 
-    A slot's error is (w w) n in float32, rounded to a whole number (half to even; NaN counts as 0).
+    A slot's error is ((w w) n) q in float32, rounded to a whole number (half to even; NaN counts as 0).
     """
     num_experts, weights_TK = len(size_E), step.weights_TK.float()
     errors_TK = (weights_TK * weights_TK) * size_E.float()[step.ids_TK.clamp(min=0).long()]
+    if step.chance_T is not None:
+        errors_TK = errors_TK * step.chance_T[:, None]
     fixed_TK = (errors_TK * FIXED_POINT_ONE).round().nan_to_num(0).clamp(0, ALWAYS_PRIMARY).long()
     named_TK = torch.where(filled_slots(step.ids_TK, step.valid_T), step.ids_TK, num_experts).long()
     losses = torch.zeros(num_experts + 1, dtype=torch.int64, device=step.ids_TK.device)  # one place more for "none"

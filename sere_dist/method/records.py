@@ -19,6 +19,7 @@ class Step(NamedTuple):
     ids_TK: torch.Tensor  # logical expert ids, int32 or int64; -1 is an empty slot
     valid_T: torch.Tensor | None = None  # bool; other rows (prefill, padding) neither change nor count. None: all
     home_T: torch.Tensor | None = None  # int, the domain where a token's attention ran. None: no token has one
+    chance_T: torch.Tensor | None = None  # float32, that a token's output is used. None: it always is
 
 
 class LayerTables(NamedTuple):

@@ -50,6 +50,7 @@ class RandomStep:
     ranks: int = 0
     elsewhere_share: float | None = None
     has_home: bool = False
+    has_chance: bool = False
     merges: bool = False
     enabled: bool = True
     min_rows: int = 0
@@ -73,7 +74,7 @@ class RandomStep:
         self.ids_TK = ids_TK.masked_fill(empty_TK, -1).to(self.id_dtype)
         self.similarity_EE = uniform(experts, experts, values=8)
         self.coefficient_EE, self.size_E = 2 * uniform(experts, experts), 2 * uniform(experts)
-        self.valid_T = self.domain_E = self.home_T = self.rank_E = self.elsewhere_E = None
+        self.valid_T = self.domain_E = self.home_T = self.chance_T = self.rank_E = self.elsewhere_E = None
         longer = rows + 5  # as a runner's buffers are
         if self.valid_share is not None:
             self.valid_T = torch.rand(longer, generator=random) < self.valid_share
@@ -81,6 +82,8 @@ class RandomStep:
             self.domain_E = torch.randint(self.domains, (experts,), generator=random)
         if self.domains and self.has_home:
             self.home_T = torch.randint(-1, self.domains, (longer,), generator=random, dtype=torch.int32)
+        if self.has_chance:
+            self.chance_T = uniform(longer)
         if self.ranks:
             self.rank_E = torch.randint(self.ranks, (experts,), generator=random)
         if self.elsewhere_share is not None:
@@ -91,9 +94,12 @@ class RandomStep:
     @property
     def step(self) -> Step:
         """The step as the functions of `method` take it: masks cut to its rows."""
-        valid_T = None if self.valid_T is None else self.valid_T[: self.rows]
-        home_T = None if self.home_T is None else self.home_T[: self.rows]
-        return Step(self.weights_TK, self.ids_TK, valid_T, home_T)
+        return Step(self.weights_TK, self.ids_TK, *(None if mask is None else mask[: self.rows] for mask in self.masks))
+
+    @property
+    def masks(self) -> tuple[torch.Tensor | None, ...]:
+        """Those of the step as a runner has them: longer than its rows."""
+        return self.valid_T, self.home_T, self.chance_T
 
     @property
     def tables(self) -> LayerTables:
@@ -156,7 +162,7 @@ class RandomStep:
             assert torch.equal(losses_E, offered), "other ranks got other losses"
             losses_E += self.elsewhere_E
 
-        step = Step(self.weights_TK, self.ids_TK, self.valid_T, self.home_T)
+        step = Step(self.weights_TK, self.ids_TK, *self.masks)
         weights_TK, ids_TK = layer.reroute(step, None if self.elsewhere_E is None else all_reduce)
         return weights_TK, ids_TK, layer.counters
 
@@ -173,7 +179,7 @@ class RandomStep:
         """Returns the same by the kernel, on the CPU again."""
         layer = self.layer(device)
         weights_TK, ids_TK = self.weights_TK.clone().to(device), self.ids_TK.clone().to(device)
-        masks = [None if mask is None else mask.to(device) for mask in (self.valid_T, self.home_T)]
+        masks = [None if mask is None else mask.to(device) for mask in self.masks]
         offered = []
 
         def all_reduce(losses_E: torch.Tensor) -> None:
@@ -221,6 +227,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "ranks": [0, 0, 1, 3, 8, 70],
     "elsewhere_share": [None] * 4 + [0.0, 0.1, 0.5],
     "has_home": [False, True],
+    "has_chance": [False, True],
     "merges": [False, True],
     "enabled": [True] * 9 + [False],
     "min_rows": [0] * 6 + [5, 20],

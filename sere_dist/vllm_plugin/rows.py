@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from sere_dist.config import ReroutingConfig
+from sere_dist.vllm_plugin.speculation import Speculation
 
 OPT_OUT = "sere"  # The key of a request's own `extra_args` (`vllm_xargs` over HTTP).
 
@@ -17,12 +18,15 @@ class Rows:
     Attributes:
         valid: bool [most tokens of a step] on the model's device: rows that re-routing may change and that vote. Rows
             behind those of the step are padding, and False.
+        chance: float32 [most tokens of a step], that a row's output is used. None: no step verifies drafts.
         count: int64 [2] on the CPU: rows of the step, and valid ones; 0 in profiling and dummy runs.
         is_of_this_step: set with every step's batch.
     """
 
-    def __init__(self, max_tokens: int, device: torch.device | str = "cpu"):
+    def __init__(self, max_tokens: int, device: torch.device | str = "cpu", speculation: Speculation | None = None):
         self.valid = torch.zeros(max_tokens, dtype=torch.bool, device=device)
+        self.speculation = speculation
+        self.chance = None if speculation is None else torch.ones(max_tokens, device=device)
         self.count = torch.zeros(2, dtype=torch.int64)
         self.is_of_this_step = False
         self.which: str = "decode"
@@ -50,6 +54,8 @@ class Rows:
                 of = runner.input_batch
                 batch = (of.req_ids, of.num_prompt_tokens, of.num_computed_tokens_cpu, args[0])
                 live = runner.requests
+            if self.speculation is not None:
+                self.speculation.start_step(scheduler_output)
             requests, *numbers = (each[: len(scheduler_output.num_scheduled_tokens)] for each in batch)
             drafted = scheduler_output.scheduled_spec_decode_tokens
             self.start_step(requests, *numbers, np.array([len(drafted.get(name, ())) for name in requests]), live)
@@ -90,15 +96,33 @@ class Rows:
         rows = np.repeat(valid, scheduled_tokens)
         if len(rows) > len(self.valid):
             raise RuntimeError(f"a step has {len(rows)} rows, re-routing expected {len(self.valid)} at most")
-        mask = torch.from_numpy(rows)
-        if self.valid.is_cuda:
-            # Pinned memory is handed back to torch's allocator, which keeps it until this copy is done.
-            self.valid[: len(rows)].copy_(mask.pin_memory(), non_blocking=True)
-        else:
-            self.valid[: len(rows)] = mask
+        _copy(rows, self.valid)
         self.valid[len(rows) :] = False
+        if self.speculation is not None and self.chance is not None:
+            places = places_in_drafts(scheduled_tokens, drafted_tokens)
+            _copy(self.speculation.chances[places], self.chance)
         self.count[0], self.count[1] = len(rows), int(rows.sum())
         self.is_of_this_step = True
+
+
+def places_in_drafts(scheduled_tokens: np.ndarray, drafted_tokens: np.ndarray) -> np.ndarray:
+    """Returns the place of each row in its request's draft, from 1 on; 0 for tokens that are no drafts.
+
+    Drafts are the last of a request's rows. Both arguments have an entry for each request.
+    """
+    ends = np.cumsum(scheduled_tokens)
+    behind = np.repeat(ends, scheduled_tokens) - np.arange(ends[-1] if len(ends) else 0)  # rows until the request's end
+    return np.maximum(np.repeat(drafted_tokens, scheduled_tokens) + 1 - behind, 0)
+
+
+def _copy(values: np.ndarray, buffer: torch.Tensor) -> None:
+    """Puts values to the beginning of a buffer on the model's device."""
+    tensor = torch.from_numpy(values)
+    if buffer.is_cuda:
+        # Pinned memory is handed back to torch's allocator, which keeps it until this copy is done.
+        buffer[: len(tensor)].copy_(tensor.pin_memory(), non_blocking=True)
+    else:
+        buffer[: len(tensor)] = tensor
 
 
 def opts_out(extra_args: Mapping[str, Any] | None) -> bool:

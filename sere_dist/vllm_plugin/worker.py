@@ -97,10 +97,12 @@ class Rerouting(Worker):
         model = self.model_runner.get_model()
         self.sere_runners = runners = rerouted_layers(model, artifact, is_placed=placement is not None)
         padding = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        self.sere_rows = Rows(self.scheduler_config.max_num_batched_tokens + padding, self.device)
+        speculative, scheduler = self.vllm_config.speculative_config, self.scheduler_config
+        self.sere_speculation = None
+        if speculative is not None:
+            self.sere_speculation = Speculation(speculative.num_speculative_tokens, bool(scheduler.async_scheduling))
+        self.sere_rows = Rows(scheduler.max_num_batched_tokens + padding, self.device, self.sere_speculation)
         self.sere_rows.follow(self.model_runner)
-        speculative = self.vllm_config.speculative_config
-        self.sere_speculation = None if speculative is None else Speculation(speculative.num_speculative_tokens)
         self.sere_expert_map = None
         if self.parallel_config.enable_expert_parallel and get_ep_group().world_size > 1:
             num_experts = artifact.config.num_experts
@@ -148,8 +150,6 @@ class Rerouting(Worker):
     def execute_model(self, scheduler_output, *args, **kwargs):
         """Runs a step, and stops the engine if vLLM did not go through what re-routing hooked."""
         self.sere_rows.is_of_this_step = False
-        if self.sere_speculation is not None:
-            self.sere_speculation.start_step(scheduler_output)
         if self.sere_expert_map is not None and self.sere_expert_map.is_moving:
             self.sere_expert_map.refresh()
         output = super().execute_model(scheduler_output, *args, **kwargs)
@@ -168,10 +168,6 @@ class Rerouting(Worker):
             self.sere_seen_rerouting = True
         return output
 
-    def sample_tokens(self, grammar_output):
-        output = super().sample_tokens(grammar_output)
-        return output if self.sere_speculation is None else self.sere_speculation.watch(output)
-
     def _apply_settings(self, settings: ReroutingConfig) -> None:
         of_layers = self.sere_artifact.settings_by_layer(settings)
         scales = {layer: runner.routed_scaling_factor for layer, runner in self.sere_runners.items()}
@@ -184,8 +180,7 @@ class Rerouting(Worker):
 
         With experts on several ranks a layer has `active_experts_by_rank` too: after re-routing, summed over steps. And
         with data-parallel attention `bytes_by_dispatch`, of re-routed rows; see `counters.dispatch_bytes`. With
-        speculative decoding the worker has `drafted_tokens` and `accepted_tokens`, by their place in a draft; of a
-        tensor-parallel group, the first worker alone may know them.
+        speculative decoding the worker has `drafted_tokens` and `accepted_tokens`, by their place in a draft.
         """
         expert_map, model = self.sere_expert_map, self.vllm_config.model_config
         assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved its name

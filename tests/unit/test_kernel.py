@@ -204,7 +204,8 @@ BUILDS = [
     kernel.Build(128, 8),
     kernel.Build(128, 8, kernel.Feature.PROJECTION),
     kernel.Build(256, 8, EVERYTHING, torch.int64),
-    kernel.Build(60, 4, EVERYTHING | kernel.Feature.MERGES),
+    kernel.Build(60, 4, EVERYTHING | kernel.Feature.MERGES | kernel.Feature.CHANCES),
+    kernel.Build(128, 8, kernel.Feature.PROJECTION | kernel.Feature.CHANCES),
     kernel.Build(1024, 32, kernel.Feature.MERGES, torch.int64),
 ]
 
@@ -227,6 +228,7 @@ def test_constants_change_nothing(tmp_path, monkeypatch, build):
             domains=8 if has(kernel.Feature.DOMAINS) else None,
             ranks=8 if has(kernel.Feature.RANKS) else 0,
             merges=has(kernel.Feature.MERGES),
+            has_chance=has(kernel.Feature.CHANCES),
         )
         step.check("cpu")
 

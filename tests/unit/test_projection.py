@@ -22,7 +22,7 @@ def in_fixed_point(value):
     return min(round(float(np.float32(value)) * 2**24), 2**40)
 
 
-def oracle(drawn, tables, prices, domain, home):
+def oracle(drawn, tables, prices, domain, home, chance):
     """The definition of policy projection, slot by slot, in float32."""
     weights, ids, similarity = drawn.step.weights_TK.float().numpy(), drawn.step.ids_TK.tolist(), tables[0].numpy()
     coefficient, size, (expert_price, price) = tables[1].numpy(), tables[2].numpy(), prices
@@ -37,7 +37,7 @@ def oracle(drawn, tables, prices, domain, home):
         for t, row in enumerate(ids):
             for k, expert in enumerate(row):
                 if valid[t] and expert >= 0:
-                    losses[expert] += in_fixed_point(weights[t][k] * weights[t][k] * size[expert])
+                    losses[expert] += in_fixed_point(weights[t][k] * weights[t][k] * size[expert] * chance[t])
         primary |= {expert for expert, loss in losses.items() if loss >= max(1, in_fixed_point(expert_price))}
     rho, price = np.float32(drawn.threshold), np.float32(price)
 
@@ -87,11 +87,13 @@ def test_equals_the_definition(drawn, seed, traffic_price, expert_price, domains
     domain = torch.randint(domains, (num_experts,), generator=generator) if domains else None
     home = torch.randint(-1, domains, (num_tokens,), generator=generator) if domains and has_home else None
     numbers = Settings(drawn.select_top_k, drawn.threshold, expert_price, traffic_price)
-    before, step = drawn.copy(), drawn.step._replace(home_T=home)
+    chance = torch.rand(num_tokens, generator=generator) if seed % 3 == 0 else None
+    before, step = drawn.copy(), drawn.step._replace(home_T=home, chance_T=chance)
     weights, ids = reroute_projection(step, tables, numbers, ExpertPlaces(domain_E=domain))
 
     lists = [None if tensor is None else tensor.tolist() for tensor in (domain, home)]
-    expected_weights, expected_ids = oracle(drawn, tables, (expert_price, traffic_price), *lists)
+    chances = np.ones(num_tokens, dtype=np.float32) if chance is None else chance.numpy()
+    expected_weights, expected_ids = oracle(drawn, tables, (expert_price, traffic_price), *lists, chances)
     assert ids.tolist() == expected_ids
     expected = torch.from_numpy(expected_weights)
     changed = expected != step.weights_TK.float()
@@ -126,7 +128,7 @@ def test_ranks_that_share_primary_experts_act_as_one(drawn, rows_of_first, exper
         ids = replace_experts(step.ids_TK, substitute_E, step.valid_T)
         return ids, *reroute_projection(step, tables, priced, primary_E=shared(priced))
 
-    weights, ids, valid, _home = drawn.step
+    weights, ids, valid, *_ = drawn.step
     alone = reroute(
         weights, ids, tables.similarity_EE, select_top_k=drawn.select_top_k, threshold=drawn.threshold, valid_T=valid
     )
@@ -142,6 +144,9 @@ def test_losses_by_hand():
     step = Step(weights, ids, torch.tensor([True, True, False]))
     losses = [1 / 4, 9 / 16, 2 / 16 + 2 / 4, 4 / 16]
     assert losses_without_each_expert(step, size).tolist() == [round(loss * FIXED_POINT_ONE) for loss in losses]
+    drafted = step._replace(chance_T=torch.tensor([1.0, 0.5, 1.0]))  # the second token is used half of the time
+    losses = [1 / 4, 9 / 32, 2 / 16 + 1 / 4, 4 / 16]
+    assert losses_without_each_expert(drafted, size).tolist() == [round(loss * FIXED_POINT_ONE) for loss in losses]
 
     def primary(price, select_top_k=1, size=size, step=step):
         tables = LayerTables(torch.eye(4), torch.eye(4), size)

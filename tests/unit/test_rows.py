@@ -7,7 +7,8 @@ import pytest
 from vllm import SamplingParams
 
 from sere_dist.config import ReroutingConfig
-from sere_dist.vllm_plugin.rows import Rows, opts_out
+from sere_dist.vllm_plugin.rows import Rows, opts_out, places_in_drafts
+from sere_dist.vllm_plugin.speculation import Speculation
 
 # Four requests: decoding, within its prompt, at its beginning, and one prompt token before decoding.
 REQUESTS, PROMPT, COMPUTED = ["a", "b", "c", "d"], [30, 24, 6, 10], [30, 20, 0, 9]
@@ -49,6 +50,8 @@ class Runner:
             scheduled_new_reqs=new,
             num_scheduled_tokens=dict(zip(REQUESTS, tokens, strict=True)),
             scheduled_spec_decode_tokens=drafts or {},
+            scheduled_cached_reqs=SimpleNamespace(req_ids=REQUESTS, num_computed_tokens=COMPUTED, resumed_req_ids=()),
+            finished_req_ids=(),
         )
         prepare = self.prepare_inputs if hasattr(self, "req_states") else self._prepare_inputs
         return prepare(scheduled, np.array(tokens))
@@ -59,8 +62,8 @@ def runner(request) -> Runner:
     return Runner(request.param)
 
 
-def follow(runner: Runner, **settings) -> Rows:
-    rows = Rows(32)
+def follow(runner: Runner, speculation: Speculation | None = None, **settings) -> Rows:
+    rows = Rows(32, speculation=speculation)
     rows.set_settings(ReroutingConfig(artifact="a", select_top_k=2, **settings))
     rows.valid.fill_(True)  # as if left over from a larger step
     rows.follow(runner)
@@ -83,6 +86,21 @@ def test_rows_that_verify_speculated_tokens_decode(runner):
     runner.step([3, 4, 6, 1], drafts={"a": [7, 8]})
     assert rows.count.tolist() == [14, 3]
     assert valid(rows) == [0, 1, 2]
+
+
+def test_a_row_has_the_chance_of_its_place_in_the_draft(runner):
+    speculation = Speculation(2, is_async=False)
+    speculation.chances[:] = 1, 0.5, 0.25
+    rows = follow(runner, speculation)
+    runner.step([3, 4, 6, 2], drafts={"a": [7, 8], "d": [9]})
+    assert rows.chance is not None
+    assert rows.chance[:15].tolist() == [1, 0.5, 0.25, *[1] * 10, 1, 0.5]
+    assert follow(runner).chance is None
+
+
+def test_places_in_drafts():
+    assert places_in_drafts(np.array([4, 1, 3, 2]), np.array([3, 0, 0, 1])).tolist() == [0, 1, 2, 3, 0, 0, 0, 0, 0, 1]
+    assert places_in_drafts(np.array([], dtype=int), np.array([], dtype=int)).tolist() == []
 
 
 def test_rows_that_a_preempted_request_computes_again_do_not_decode(runner):
