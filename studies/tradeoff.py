@@ -14,14 +14,12 @@ and `docs/tradeoff.png`.
 """
 
 import json
-import math
 import os
 import shutil
 import statistics
 import sys
 import time
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,7 +38,7 @@ from sere_dist.evaluation.figures import KL_DIVERGENCE, set_trade_off_axes
 from sere_dist.evaluation.protocol import PROMPT, held_out_texts
 from sere_dist.provenance import keep, machine, rounded, versions
 from studies.artifacts import ARTIFACTS, calibrated
-from studies.common import RESULTS, ROOT
+from studies.common import RESULTS, ROOT, at_kl
 from studies.quality import LOOKS, PAPER, PRICED
 from studies.tables import field_rows
 
@@ -68,16 +66,6 @@ def quality_of(setting: Setting, batch: int) -> dict[str, float]:
     """Returns KL divergence, its standard error and active experts as `studies.quality` measured them."""
     row = field_rows()[batch, IN_QUALITY[setting.kind], setting.number]
     return {name: row[name] for name in ("kl", "kl_error", "active_experts")}
-
-
-def at_kl(points: list[tuple[float, float]], kl: float) -> float | None:
-    """Returns the milliseconds at a KL divergence, between the two settings around it; None: there are none."""
-    points = sorted(points)
-    for (low, slow), (high, fast) in pairwise(points):
-        if low <= kl <= high:
-            share = (math.log(kl) - math.log(low)) / (math.log(high) - math.log(low))
-            return slow + share * (fast - slow)
-    return None
 
 
 def compare(rows: list[dict[str, Any]], batch: int) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from examples.tiny_moe.data import MODEL
 from examples.tiny_moe.widen import widen
 from sere_dist.moe import load_model
 from studies import tradeoff
+from studies.common import at_kl
 
 
 def test_widening_changes_no_output(model, tmp_path):
@@ -20,9 +21,9 @@ def test_widening_changes_no_output(model, tmp_path):
 
 def test_between_two_settings():
     points = [(0.1, 10.0), (0.001, 30.0), (0.01, 20.0)]
-    assert tradeoff.at_kl(points, 0.01) == 20
-    assert tradeoff.at_kl(points, 10**-1.5) == pytest.approx(15)
-    assert tradeoff.at_kl(points, 0.2) is None
+    assert at_kl(points, 0.01) == 20
+    assert at_kl(points, 10**-1.5) == pytest.approx(15)
+    assert at_kl(points, 0.2) is None
 
 
 def test_policies_at_the_papers_kl():
