@@ -1,6 +1,6 @@
 """Study of speculative decoding: how much the rows that verify drafts should say about which experts run.
 
-    python -m studies.speculation          # 15 minutes on 2 cores; calibrates into build/studies if nothing is there
+    python -m studies.speculation          # 26 minutes on 2 busy cores; calibrates into build/studies if nothing is there
     python -m studies.speculation --draw   # only the picture, from the JSON
 
 A step verifies k drafted tokens of each request beside its last token, and the output of most drafted rows is thrown
@@ -253,7 +253,7 @@ def measure(k: int, batch: int) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     panels = [(k, batch) for k in LENGTHS for batch in BATCHES]
     for axes, (k, batch) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         of_panel = [row for row in rows if (row["k"], row["batch"]) == (k, batch)]
@@ -271,7 +271,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(title=f"batch {batch}, {k} drafted token{'s' * (k > 1)}")
     figure.axes[0].set_ylabel(KL_DIVERGENCE)
     figure.supxlabel(ACTIVE_EXPERTS, fontsize="medium")
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
 
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from studies.common import RESULTS, ROOT
+from studies.common import RESULTS, ROOT, at_kl
 
 PAGES = ROOT / "docs/results.md", ROOT / "docs/log.md", ROOT / "docs/design.md"
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -186,6 +186,23 @@ def tradeoff() -> str:
     return markdown(head, rows)
 
 
+def speculation() -> str:
+    """Active experts at the KL divergence of `expert_price: 0.02` with all rows alike."""
+    shown, cells = load(RESULTS / "speculation.json")["rows"], []
+    names = ("paper", "price, rows equal", "price, by chance", "and no claims")
+    for k, batch in dict.fromkeys((row["k"], row["batch"]) for row in shown):
+        of = {(row["rule"], row["number"]): row for row in shown if (row["k"], row["batch"]) == (k, batch)}
+        kl = of["price, rows equal", 0.02]["kl"]
+        found = [
+            at_kl([(row["kl"], row["active_experts"]) for (rule, _), row in of.items() if rule == name], kl)
+            for name in names
+        ]
+        active = ["" if number is None else f"{number:.1f}" for number in (of["stock", 0]["active_experts"], *found)]
+        cells.append([str(batch), str(k), f"{kl:.4f}", *active])
+    head = ["batch", "drafted tokens", "KL divergence", "baseline", "SERE", "`expert_price`, rows alike"]
+    return markdown([*head, "**by chance**", "and drafts keep no expert"], cells)
+
+
 def kernel_instructions() -> str:
     counts = load(ROOT / "benchmarks/results/kernel_instructions.json")["counts"]
     rows = []
@@ -200,7 +217,7 @@ TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
-        *(tradeoff, decode, calibration, accuracy, kernel_instructions),
+        *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions),
     )
 }
 
