@@ -1,6 +1,6 @@
 """Study of speculative decoding: how much the rows that verify drafts should say about which experts run.
 
-    python -m studies.speculation          # 26 minutes on 2 busy cores; calibrates into build/studies if nothing is there
+    python -m studies.speculation          # 26 minutes on 2 busy cores; calibrates into build/studies if need be
     python -m studies.speculation --draw   # only the picture, from the JSON
 
 A step verifies k drafted tokens of each request beside its last token, and the output of most drafted rows is thrown
