@@ -28,7 +28,7 @@ def oracle(weights, ids, similarity, select_top_k, threshold, valid):
 @given(drawn_steps())
 def test_equals_the_definition(drawn):
     before, (step, similarity, select_top_k, threshold) = drawn.copy(), drawn
-    weights, ids, valid, _home = step
+    weights, ids, valid, *_ = step
     new = reroute(weights, ids, similarity, select_top_k=select_top_k, threshold=threshold, valid_T=valid)
     rho = float(torch.tensor(threshold, dtype=torch.float32))
     lists = (each.tolist() for each in (weights, ids, similarity))
