@@ -5,7 +5,7 @@ from typing import Any
 
 import vllm
 from vllm import envs
-from vllm.config import CompilationMode, ParallelConfig, VllmConfig
+from vllm.config import CompilationMode, ParallelConfig, SchedulerConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -16,7 +16,6 @@ from sere_dist.environment import ALLOW_UNTESTED_VLLM, environment_flag, is_test
 from sere_dist.moe import MoeShape
 from sere_dist.vllm_plugin import TESTED_VLLM, WORKERS
 from sere_dist.vllm_plugin.engine_settings import engine_settings, settings_of
-from sere_dist.vllm_plugin.scheduler import scheduler_of
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
@@ -78,6 +77,18 @@ def check_placement(path: Path, shape: MoeShape, layers: set[int], vllm_config: 
     ):
         if wrong:
             raise ValueError(f"a placement permutes the model's experts; {advice}, or remove 'placement'")
+
+
+def scheduler_of(config: SchedulerConfig) -> str:
+    """Returns the name of the scheduler class whose prefix cache holds prompts alone. Only the engine imports it.
+
+    Raises:
+        ValueError: the engine has another scheduler than vLLM's.
+    """
+    if config.scheduler_cls is not None:
+        raise ValueError(f"exact_cache works with vLLM's own scheduler, not {config.scheduler_cls}: remove one of them")
+    name = "AsyncPromptCacheScheduler" if config.async_scheduling else "PromptCacheScheduler"
+    return f"sere_dist.vllm_plugin.scheduler.{name}"
 
 
 def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from vllm.config import SchedulerConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -29,15 +28,3 @@ class PromptCacheScheduler(PromptCache, Scheduler):
 
 class AsyncPromptCacheScheduler(PromptCache, AsyncScheduler):
     pass
-
-
-def scheduler_of(config: SchedulerConfig) -> str:
-    """Returns the name of the scheduler class to use instead of vLLM's own.
-
-    Raises:
-        ValueError: the engine has another scheduler than vLLM's.
-    """
-    if config.scheduler_cls is not None:
-        raise ValueError(f"exact_cache works with vLLM's own scheduler, not {config.scheduler_cls}: remove one of them")
-    found = AsyncPromptCacheScheduler if config.async_scheduling else PromptCacheScheduler
-    return f"{__name__}.{found.__name__}"

@@ -185,7 +185,7 @@ def test_a_cache_of_prompts_alone(artifact_path):
     exact = {**sere, "exact_cache": True}
     assert configure(exact).scheduler_config.get_scheduler_cls() is scheduler.PromptCacheScheduler
     plain.async_scheduling = True
-    assert scheduler.scheduler_of(plain).endswith(".AsyncPromptCacheScheduler")
+    assert plugin.scheduler_of(plain).endswith(".AsyncPromptCacheScheduler")
     with pytest.raises(ValueError, match="exact_cache works with vLLM's own scheduler"):
         configure(exact, scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler")
     with pytest.raises(ValueError, match="set rows: decode"):
