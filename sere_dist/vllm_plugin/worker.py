@@ -98,10 +98,10 @@ class Rerouting(Worker):
         self.sere_runners = runners = rerouted_layers(model, artifact, is_placed=placement is not None)
         padding = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
         speculative, scheduler = self.vllm_config.speculative_config, self.scheduler_config
-        self.sere_speculation = None
+        speculation = None
         if speculative is not None:
-            self.sere_speculation = Speculation(speculative.num_speculative_tokens, bool(scheduler.async_scheduling))
-        self.sere_rows = Rows(scheduler.max_num_batched_tokens + padding, self.device, self.sere_speculation)
+            speculation = Speculation(speculative.num_speculative_tokens, bool(scheduler.async_scheduling))
+        self.sere_rows = Rows(scheduler.max_num_batched_tokens + padding, self.device, speculation)
         self.sere_rows.follow(self.model_runner)
         self.sere_expert_map = None
         if self.parallel_config.enable_expert_parallel and get_ep_group().world_size > 1:
@@ -137,8 +137,8 @@ class Rerouting(Worker):
     def _reset_counters(self) -> None:
         for counters in self.sere_layers.values():
             counters.zero_()
-        if self.sere_speculation is not None:
-            self.sere_speculation.clear()
+        if self.sere_rows.speculation is not None:
+            self.sere_rows.speculation.clear()
 
     def reload_weights(self, *args, **kwargs) -> None:
         """Loads weights again, with the experts where the placement has them."""
@@ -203,9 +203,9 @@ class Rerouting(Worker):
                     for when in ("before", "after")
                 }
         counted: dict[str, Any] = {"layers": layers}
-        if self.sere_speculation is not None:
-            counted["drafted_tokens"] = self.sere_speculation.drafted.tolist()
-            counted["accepted_tokens"] = self.sere_speculation.accepted.tolist()
+        if (speculation := self.sere_rows.speculation) is not None:
+            counted["drafted_tokens"] = speculation.drafted.tolist()
+            counted["accepted_tokens"] = speculation.accepted.tolist()
         if reset:
             self._reset_counters()
         ranks_before = self.parallel_config.data_parallel_rank * self.parallel_config.world_size

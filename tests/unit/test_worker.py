@@ -52,7 +52,6 @@ class Worker(Rerouting, Vllms):
         super().__init__(step)
         self.on_capture, self.sere_placement = capture, None
         self.sere_rows, self.sere_expert_map, self.sere_seen_rerouting = Rows(4), None, False
-        self.sere_speculation = None
         self.sere_layers = {7: torch.zeros(len(COUNTERS), dtype=torch.int64)}
 
 
