@@ -34,7 +34,7 @@ from examples.tiny_moe.data import DRAFT, HELDOUT, MODEL
 from sere_dist.artifact.folder import Artifact
 from sere_dist.console import progress, tables
 from sere_dist.evaluation.errors import with_error
-from sere_dist.evaluation.figures import ACTIVE_EXPERTS, KL_DIVERGENCE, set_trade_off_axes
+from sere_dist.evaluation.figures import ACTIVE_EXPERTS, KL_DIVERGENCE, draw_kl, set_trade_off_axes
 from sere_dist.evaluation.lockstep import active_by_step
 from sere_dist.evaluation.protocol import PROMPT, Half, held_out_texts
 from sere_dist.method.projection import reroute_projection
@@ -259,13 +259,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         of_panel = [row for row in rows if (row["k"], row["batch"]) == (k, batch)]
         for name, (label, style) in LOOKS.items():
             shown = [row for row in of_panel if row["rule"] == name]
-            axes.errorbar(
-                [row["active_experts"] for row in shown],
-                [row["kl"] for row in shown],
-                yerr=[row["kl_error"] for row in shown],
-                label=label,
-                **{"linewidth": 1.2, "markersize": 4, **style},
-            )
+            draw_kl(axes, [(row["active_experts"], row["kl"], row["kl_error"]) for row in shown], label, style)
         (baseline,) = (row["active_experts"] for row in of_panel if row["rule"] == STOCK)
         set_trade_off_axes(axes, baseline)
         axes.set(title=f"batch {batch}, {k} drafted token{'s' * (k > 1)}")

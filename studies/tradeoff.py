@@ -34,7 +34,7 @@ from benchmarks.policies import Setting
 from examples.tiny_moe.data import HELDOUT, MODEL
 from examples.tiny_moe.widen import widen
 from sere_dist.console import tables
-from sere_dist.evaluation.figures import KL_DIVERGENCE, set_trade_off_axes
+from sere_dist.evaluation.figures import KL_DIVERGENCE, draw_kl, set_trade_off_axes
 from sere_dist.evaluation.protocol import PROMPT, held_out_texts
 from sere_dist.provenance import keep, machine, rounded, versions
 from studies.artifacts import ARTIFACTS, calibrated
@@ -115,13 +115,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
             label, style = LOOKS[policy]
             names = [str(setting) for setting in SETTINGS if setting.kind == kind]
             shown = [row for row in rows if row["setting"] in names]
-            axes.errorbar(
-                [row["ms_per_token"]["median"] for row in shown],
-                [row["kl"] for row in shown],
-                yerr=[row["kl_error"] for row in shown],
-                label=label,
-                **{"linewidth": 1.2, "markersize": 4, **style},
-            )
+            draw_kl(axes, [(row["ms_per_token"]["median"], row["kl"], row["kl_error"]) for row in shown], label, style)
         (stock,) = (row["ms_per_token"]["median"] for row in rows if row["setting"] == STOCK)
         set_trade_off_axes(axes, stock)
         axes.set(title=f"batch {batch}", xlabel="ms per output token", xlim=(0, None))

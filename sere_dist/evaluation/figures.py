@@ -29,16 +29,16 @@ def draw_trade_off(axes: Axes, curves: Sequence[Curve], baseline: Outcome) -> No
     side by side.
     """
     for label, outcomes, style in curves:
-        look: dict[str, Any] = {"linewidth": 1.2, "markersize": 4, **style}
         ordered = sorted(outcomes, key=lambda outcome: outcome.active_experts)
-        axes.errorbar(
-            [outcome.active_experts for outcome in ordered],
-            [outcome.kl for outcome in ordered],
-            yerr=[outcome.kl_error for outcome in ordered],
-            **look,
-            label=label,
-        )
+        draw_kl(axes, [(outcome.active_experts, outcome.kl, outcome.kl_error) for outcome in ordered], label, style)
     set_trade_off_axes(axes, baseline.active_experts)
+
+
+def draw_kl(axes: Axes, points: Sequence[tuple[float, float, float]], label: str, style: dict[str, Any]) -> None:
+    """Draws KL divergences with their standard errors: points are (place across, KL divergence, error), in order."""
+    across, kl, error = ([point[place] for point in points] for place in range(3))
+    look: dict[str, Any] = {"linewidth": 1.2, "markersize": 4, **style}
+    axes.errorbar(across, kl, yerr=error, **look, label=label)
 
 
 def set_trade_off_axes(axes: Axes, baseline: float) -> None:
