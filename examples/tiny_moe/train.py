@@ -106,6 +106,12 @@ def imbalance(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tens
     return torch.stack(losses).mean()
 
 
+def drawn(stream: torch.Tensor, batch: int, context: int) -> torch.Tensor:
+    """Returns [batch, context]: pieces of a text, from anywhere in it."""
+    starts = torch.randint(0, stream.numel() - context, (batch,))
+    return torch.stack([stream[start : start + context] for start in starts])
+
+
 def learning_rate(step: int, progress: float, peak: float) -> float:
     """Warm up over 100 steps, hold, and fall linearly to 2% of the peak over the last half of the time."""
     return peak * min((step + 1) / 100, max(0.02, min(1.0, 2 * (1 - progress))))
@@ -221,8 +227,7 @@ def main(
     log, step, started = [], 0, time.time()
     with tqdm(total=100, unit="%", mininterval=10, bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
         while (progress := (time.time() - started) / (60 * minutes)) < 1:
-            starts = torch.randint(0, stream.numel() - context, (batch,))
-            ids = torch.stack([stream[start : start + context] for start in starts]).to(device)
+            ids = drawn(stream, batch, context).to(device)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, progress, peak)
             with torch.autocast(device.type, torch.bfloat16):

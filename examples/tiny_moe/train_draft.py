@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from examples.tiny_moe.data import DRAFT, FOLDER, MODEL
-from examples.tiny_moe.train import END_OF_TEXT, VOCABULARY, learning_rate
+from examples.tiny_moe.train import END_OF_TEXT, VOCABULARY, drawn, learning_rate
 
 
 def model_config(context: int) -> Qwen3Config:
@@ -93,8 +93,7 @@ def main(
     log, step, started = [], 0, time.time()
     with tqdm(total=100, unit="%", mininterval=10, bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
         while (progress := (time.time() - started) / (60 * minutes)) < 1:
-            starts = torch.randint(0, len(tokens) - context, (batch,))
-            ids = torch.stack([tokens[start : start + context] for start in starts])
+            ids = drawn(tokens, batch, context)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, progress, peak)
             with torch.autocast("cpu", torch.bfloat16):
