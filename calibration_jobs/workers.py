@@ -48,7 +48,8 @@ class Workers:
     def __str__(self) -> str:
         gpus, kind = self.options.get("num_gpus"), self.options.get("accelerator_type", "GPU")
         each = f"{gpus:g} {kind}" if gpus else f"{self.options['num_cpus']} CPU"
-        where = f"{len(living_nodes())} nodes" if ray.is_initialized() else "no cluster"
+        nodes = len(living_nodes())
+        where = f"{nodes} node{'s' * (nodes != 1)}" if ray.is_initialized() else "no cluster"
         return f"{self.count} at a time, {each} each ({where})"
 
 

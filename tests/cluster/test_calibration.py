@@ -109,6 +109,12 @@ def test_a_method_without_data_reads_none(cluster, tmp_path):
     assert artifact.config.dataset is None and all(layer.tokens_E is None for layer in artifact.layers.values())
 
 
+@pytest.mark.slow
+def test_a_dry_run_asks_the_cluster_that_is_up(cluster, tmp_path):
+    printed = job(cluster, "--model", str(MODEL), "--output", str(tmp_path / "out"), "--dry-run")
+    assert "(1 node)" in printed and not (tmp_path / "out").exists()
+
+
 def test_an_error_in_a_task_is_told_plainly(cluster, tmp_path):
     """The configuration calls for more layers than the checkpoint has: a forward task finds out."""
     config = AutoConfig.from_pretrained(MODEL)

@@ -1,11 +1,9 @@
 """The functions of a calibration against direct computation, and its command as far as that needs no cluster."""
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -119,12 +117,16 @@ def test_a_forward_pass_takes_fewer_texts_when_memory_runs_out(model):
     assert np.array_equal(inputs.top_k_index_NK, pieces_inputs.top_k_index_NK)
 
 
-def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path):
+def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, monkeypatch):
+    def init(address: str | None, **_options) -> None:
+        assert address == "auto", "Ray would start a cluster"
+        raise ConnectionError("no cluster is up")  # nor is one of another test's: this process would end with it
+
+    monkeypatch.setattr("ray.init", init)
     done = run("--model", str(MODEL), "--output", str(tmp_path / "out"), "--dry-run", "--num-samples", "100")
     assert done.exit_code == 0, done.output
     assert "6, of which 6 MoE: 64 experts, 8 per token" in done.output and "12,800" in done.output
-    assert re.search(r"\((no cluster|\d+ nodes)\)", done.output), "it looks at a cluster that is up, such as a demo's"
-    assert not [child for child in psutil.Process().children(recursive=True) if child.name() == "raylet"]
+    assert "(no cluster)" in done.output
     assert os.listdir(tmp_path) == []
 
 
