@@ -1,37 +1,93 @@
 """Speculative decoding in real engines: the target is re-routed, the draft model is left alone."""
 
+from pathlib import Path
+from typing import NamedTuple
+
 import pytest
+from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 
 from examples.tiny_moe.data import MODEL
+from sere_dist.moe import MoeShape
 from tests.support import engine_spy, engines
+from tests.support.artifacts import small_artifact
+from tests.support.drafts import save_eagle3_head, save_mtp_model
 
-LAYERS, TOP_K, BATCH, PROMPT, NEW, DRAFT = 6, 8, 8, 24, 24, 3
-NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-ITSELF = {"method": "draft_model", "model": str(MODEL)}  # a draft model that has MoE layers, too
+BATCH, PROMPT, NEW, DRAFT = 8, 24, 24, 3
 slow = pytest.mark.slow
+
+
+class Case(NamedTuple):
+    """A model and what drafts for it."""
+
+    model: str
+    artifact: str
+    speculation: dict
+    drafts_have_experts: bool
+    top_k: int = 8
+    select_top_k: int = 2
+
+
+def itself(_folder, artifact) -> Case:
+    """A draft model that has MoE layers, too, and whose drafts are mostly accepted."""
+    return Case(str(MODEL), artifact, {"method": "draft_model", "model": str(MODEL)}, True)
+
+
+def ngram(_folder, artifact) -> Case:
+    speculation = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    return Case(str(MODEL), artifact, speculation, False)
+
+
+def eagle3(folder, artifact) -> Case:
+    save_eagle3_head(str(MODEL), folder / "head")
+    return Case(str(MODEL), artifact, {"method": "eagle3", "model": str(folder / "head")}, False)
+
+
+def mtp(folder, _artifact) -> Case:
+    """GLM-4.5's MTP layer, which has experts."""
+    save_mtp_model(folder / "model")
+    model, artifact = str(folder / "model"), str(folder / "artifact")
+    shape = MoeShape.from_config(AutoConfig.from_pretrained(model))
+    small_artifact(layers=(1, 2), **vars(shape)).save(Path(artifact))
+    return Case(model, artifact, {"method": "mtp"}, True, top_k=2, select_top_k=1)
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param((ITSELF, True), id="itself-eager"),
-        pytest.param((ITSELF, False), id="itself-compiled", marks=slow),
-        pytest.param((NGRAM, True), id="ngram-eager", marks=slow),
-        pytest.param((NGRAM, False), id="ngram-compiled", marks=slow),
+        pytest.param((itself, True), id="itself-eager"),
+        *(
+            pytest.param((case, is_eager), id=f"{case.__name__}-{mode}", marks=slow)
+            for case, is_eager, mode in (
+                (itself, False, "compiled"),
+                *((case, *how) for case in (ngram, eagle3, mtp) for how in ((True, "eager"), (False, "compiled"))),
+            )
+        ),
     ],
 )
-def options(request) -> dict:
-    speculation, is_eager = request.param
-    return {
-        "model": str(MODEL),
+def case_and_options(request, tmp_path_factory, artifact_path) -> tuple[Case, dict]:
+    make_case, is_eager = request.param
+    case = make_case(tmp_path_factory.mktemp("drafts"), str(artifact_path))
+    return case, {
+        "model": case.model,
+        "skip_tokenizer_init": True,
         "enforce_eager": is_eager,
         "max_model_len": 256,
         "max_num_batched_tokens": BATCH * PROMPT,
         "enable_prefix_caching": False,
         "distributed_executor_backend": "mp",
-        "speculative_config": {**speculation, "num_speculative_tokens": DRAFT},
+        "speculative_config": {**case.speculation, "num_speculative_tokens": DRAFT},
     }
+
+
+@pytest.fixture(scope="module")
+def case(case_and_options) -> Case:
+    return case_and_options[0]
+
+
+@pytest.fixture(scope="module")
+def options(case_and_options) -> dict:
+    return case_and_options[1]
 
 
 @pytest.fixture(scope="module")
@@ -47,15 +103,15 @@ def stock_tokens(options, prompts) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def llm(options, stock_tokens, artifact_path):
-    llm = LLM(**options, additional_config={"sere": {"artifact": str(artifact_path), "select_top_k": 2}})
+def llm(case, options, stock_tokens):
+    llm = LLM(**options, additional_config={"sere": {"artifact": case.artifact, "select_top_k": case.select_top_k}})
     yield llm
     llm.llm_engine.engine_core.shutdown()
 
 
 @pytest.fixture
-def fresh(llm) -> LLM:
-    llm.collective_rpc("sere_settings", kwargs={"select_top_k": 2, "enabled": True})
+def fresh(case, llm) -> LLM:
+    llm.collective_rpc("sere_settings", kwargs={"select_top_k": case.select_top_k, "enabled": True})
     llm.collective_rpc("sere_counters", kwargs={"reset": True})
     return llm
 
@@ -66,9 +122,9 @@ def greedy(llm: LLM, prompts: list[list[int]]) -> list[list[int]]:
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
 
-@pytest.mark.parametrize("off", [{"enabled": False}, {"select_top_k": TOP_K}])
-def test_off_gives_the_stock_engines_tokens(fresh, prompts, stock_tokens, off):
-    fresh.collective_rpc("sere_settings", kwargs=off)
+@pytest.mark.parametrize("off", ["enabled", "select_top_k"])
+def test_off_gives_the_stock_engines_tokens(case, fresh, prompts, stock_tokens, off):
+    fresh.collective_rpc("sere_settings", kwargs={off: case.top_k if off == "select_top_k" else False})
     assert greedy(fresh, prompts) == stock_tokens
 
 
@@ -85,11 +141,10 @@ def test_rows_that_verify_drafts_are_rerouted_and_counted(fresh, prompts, stock_
         assert layer["rows"] >= sum(drafted) + BATCH * (NEW - 1) - sum(accepted) - BATCH * DRAFT
 
 
-def test_a_draft_model_is_left_alone(fresh, prompts, options):
+def test_what_drafts_is_left_alone(case, fresh, prompts):
     fresh.collective_rpc(engine_spy.watch)
     greedy(fresh, prompts)
     ((kernel_ids, rerouted),) = fresh.collective_rpc(engine_spy.take)
     (worker,) = fresh.collective_rpc("sere_counters")
     assert len(rerouted) == sum(layer["steps"] for layer in worker["layers"].values())
-    drafts_have_experts = options["speculative_config"].get("model") == str(MODEL)  # they run in the same kernel
-    assert (len(kernel_ids) > 2 * len(rerouted)) == drafts_have_experts
+    assert (len(kernel_ids) > 2 * len(rerouted)) == case.drafts_have_experts  # which run in the same kernel
