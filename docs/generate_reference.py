@@ -26,7 +26,7 @@ from sere_dist.method.counters import COUNTERS
 from sere_dist.testing.expert_choice import CAPABILITIES, LAYOUTS, QUANTISATIONS, chosen, pretended_gpu, verdict
 from sere_dist.vllm_plugin.expert_kernels import DISPATCHERS, EXPERTS, Takes
 from serve_apps.metrics import DESCRIPTIONS, SETTINGS
-from serve_apps.sere import AppConfig
+from serve_apps.sere import AppConfig, Pool
 
 PAGES = [Path(__file__).parent / name for name in ("reference.md", "expert_kernels.md")]
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->\n)", re.DOTALL)
@@ -81,9 +81,12 @@ def rerouting() -> str:
 
 
 def application() -> str:
-    return table(
-        ("argument", "values", "default", "meaning"), [(code(name), *rest) for name, *rest in fields(AppConfig)]
-    )
+    rows = [(code(name), *rest) for name, *rest in fields(AppConfig) if name not in Pool.model_fields]
+    return table(("argument", "values", "default", "meaning"), rows)
+
+
+def pool() -> str:
+    return table(("argument", "values", "default", "meaning"), [(code(name), *rest) for name, *rest in fields(Pool)])
 
 
 def options(model: type[BaseModel]) -> str:
@@ -193,6 +196,7 @@ def classes(takes: dict[str, Takes]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "rerouting": rerouting,
     "application": application,
+    "pool": pool,
     "commands": commands,
     "calibration": lambda: options(CalibrationConfig),
     "tuning": lambda: options(TuningConfig),

@@ -98,7 +98,7 @@ def wait_until_ready(server: subprocess.Popen, url: str, log: Path, key: str) ->
     deadline, last = time.monotonic() + READY_SECONDS, "nothing was asked"
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            client.completions.create(model=MODEL_ID, prompt="In", max_tokens=1)
+            client.completions.create(model=MODEL_ID, prompt="In the beginning", max_tokens=1)
             return
         except openai.APIError as error:
             last = f"{type(error).__name__}: {error}"

@@ -7,7 +7,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
@@ -19,13 +19,14 @@ from sere_dist.artifact.reference import load_artifact_of
 from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, PLUGIN, plugin_is_disabled
 from serve_apps.ingress import build_ingress
-from serve_apps.server import PlainDPServer, PlainServer, SereDPServer, SereServer
+from serve_apps.server import DECODE_SERVERS, PREFILL_SERVERS, SERVERS
 from serve_apps.settings import KEEPER, SettingsKeeper
 
-NAME_PREFIX = "LLMServer:"  # of the deployment; the model's name follows
+NAME_PREFIX, PREFILL_PREFIX = "LLMServer:", "Prefill:"  # of the deployments; the model's name follows
+DECODE_NIXL_PORT = 22000  # where Ray Serve LLM puts it too: its default, 20000, is the prefill pool's on the same node
 SECRETS = {f"{name}{suffix}" for name in (API_KEY, ADMIN_TOKEN) for suffix in ("", "_FILE")}
 
-# What has an argument of the application, and so may not be given in another place too.
+# What has an argument of its own, and so may not be given in another place too.
 OF_ENGINE = {
     "model": "model",
     "served_model_name": "model_id",
@@ -36,17 +37,16 @@ OF_ENGINE = {
 OF_DEPLOYMENT = {"num_replicas": "num_replicas", "autoscaling_config": "autoscaling"}
 
 
-class AppConfig(BaseModel):
-    """Arguments of the application. Unknown keys are refused."""
+class Arguments(BaseModel):
+    """Unknown keys are refused."""
 
     # Errors don't quote the input: somebody may have put a secret there.
     model_config = ConfigDict(extra="forbid", protected_namespaces=(), hide_input_in_errors=True)
 
-    model: str = Field(min_length=1, description="Checkpoint folder or Hugging Face id of the model.")
-    model_id: str | None = Field(
-        default=None, min_length=1, description="Name of the model for clients; the model's own by default."
-    )
-    rerouting: ReroutingConfig | None = Field(default=None, description="Settings of re-routing; none by default.")
+
+class Pool(Arguments):
+    """Replicas that are alike: how many, on what, and the engine in each."""
+
     accelerator_type: str | None = Field(default=None, description="Ray's name of the GPU, such as H100; CPUs if none.")
     tensor_parallel_size: int = Field(
         default=1, ge=1, description="Number of workers that share each layer of a replica."
@@ -61,17 +61,10 @@ class AppConfig(BaseModel):
     )
     engine: dict[str, Any] = Field(default_factory=dict, description="Further engine arguments of vLLM.")
     deployment: dict[str, Any] = Field(default_factory=dict, description="Further deployment options of the replicas.")
-    ingress: dict[str, Any] = Field(default_factory=dict, description="Deployment options of the HTTP ingress.")
     environment: dict[str, str] = Field(default_factory=dict, description="Environment variables of the replicas.")
-    stream_batching_interval_ms: float = Field(
-        default=0, ge=0, allow_inf_nan=False, description="Milliseconds for which streamed tokens are gathered."
-    )
-    require_api_key: bool = Field(
-        default=False, description=f"Whether the ingress refuses to start without {API_KEY} or {API_KEY}_FILE."
-    )
 
     @model_validator(mode="after")
-    def _said_once(self) -> "AppConfig":
+    def _said_once(self) -> Self:
         for name, given, own in (("engine", self.engine, OF_ENGINE), ("deployment", self.deployment, OF_DEPLOYMENT)):
             for key in given.keys() & own.keys():
                 raise ValueError(f"{name} has {key}: set the application's own {own[key]} instead")
@@ -84,11 +77,44 @@ class AppConfig(BaseModel):
                 f"environment has {', '.join(sorted(secrets))}: secrets don't belong in a configuration file. Set them "
                 "in the environment in which Ray starts on the nodes, or mount a file there"
             )
+        return self
+
+
+class AppConfig(Pool):
+    """Arguments of the application: what is served, to whom, and the pool that serves it."""
+
+    model: str = Field(min_length=1, description="Checkpoint folder or Hugging Face id of the model.")
+    model_id: str | None = Field(
+        default=None, min_length=1, description="Name of the model for clients; the model's own by default."
+    )
+    rerouting: ReroutingConfig | None = Field(default=None, description="Settings of re-routing; none by default.")
+    prefill: Pool | None = Field(
+        default=None,
+        description="A pool of its own for prompts, without re-routing; none by default. Both pools then need a "
+        "`kv_transfer_config` in `engine`.",
+    )
+    ingress: dict[str, Any] = Field(default_factory=dict, description="Deployment options of the HTTP ingress.")
+    stream_batching_interval_ms: float = Field(
+        default=0, ge=0, allow_inf_nan=False, description="Milliseconds for which streamed tokens are gathered."
+    )
+    require_api_key: bool = Field(
+        default=False, description=f"Whether the ingress refuses to start without {API_KEY} or {API_KEY}_FILE."
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
         if self.rerouting is not None and self.data_parallel_size > 1:
             if not self.expert_parallel:
                 raise ValueError("data_parallel_size needs expert_parallel: true, to re-route")
             if self.tensor_parallel_size > 1:
                 raise ValueError("data and tensor parallelism together can't be re-routed yet: set one of them to 1")
+        if self.prefill is not None:
+            for name, pool in (("engine", self), ("prefill.engine", self.prefill)):
+                if not pool.engine.get("kv_transfer_config"):
+                    raise ValueError(
+                        f"{name} has no kv_transfer_config: with a prefill pool both need one, which says how keys and "
+                        "values get from one to the other"
+                    )
         return self
 
     @property
@@ -104,41 +130,47 @@ def check_plugin_loads(config: AppConfig) -> None:
         raise ValueError(f"VLLM_PLUGINS is {plugins!r} and leaves {PLUGIN} out: the model would not be re-routed")
 
 
-def llm_config(config: AppConfig) -> LLMConfig:
-    """Returns the same in Ray Serve LLM's terms.
+def llm_config(config: AppConfig, prefill: Pool | None = None) -> LLMConfig:
+    """Returns the application in Ray Serve LLM's terms, or its prefill pool.
 
     Raises:
         ValueError: Ray Serve LLM refuses an argument, or vLLM has none of that name.
     """
+    pool = prefill or config
     engine = {
-        **config.engine,
-        "tensor_parallel_size": config.tensor_parallel_size,
-        "data_parallel_size": config.data_parallel_size,
-        "enable_expert_parallel": config.expert_parallel,
+        **pool.engine,
+        "tensor_parallel_size": pool.tensor_parallel_size,
+        "data_parallel_size": pool.data_parallel_size,
+        "enable_expert_parallel": pool.expert_parallel,
     }
-    if config.rerouting is not None:
+    if config.rerouting is not None and prefill is None:
         additional = engine.get("additional_config") or {}
         engine["additional_config"] = {**additional, "sere": config.rerouting.resolved().model_dump(mode="json")}
-    deployment = dict(config.deployment)
-    if config.autoscaling is not None:
-        deployment["autoscaling_config"] = config.autoscaling.model_dump(exclude_unset=True)
+    deployment = dict(pool.deployment)
+    if pool.autoscaling is not None:
+        deployment["autoscaling_config"] = pool.autoscaling.model_dump(exclude_unset=True)
     else:
-        deployment["num_replicas"] = config.num_replicas or 1
+        deployment["num_replicas"] = pool.num_replicas or 1
     placement: dict[str, Any] = {}
-    if config.accelerator_type is None:
-        workers = config.tensor_parallel_size * engine.get("pipeline_parallel_size", 1)
+    if pool.accelerator_type is None:
+        workers = pool.tensor_parallel_size * engine.get("pipeline_parallel_size", 1)
         placement = {"placement_group_config": {"bundles": [{"CPU": 1}] * workers}}
+    experimental: dict[str, Any] = {
+        # Serve LLM's own default of 50 ms adds to the time to the first token.
+        "stream_batching_interval_ms": config.stream_batching_interval_ms
+    }
+    if config.prefill is not None and prefill is None:
+        experimental["NIXL_SIDE_CHANNEL_PORT_BASE"] = DECODE_NIXL_PORT
     translated = LLMConfig(
         model_loading_config={
             "model_id": config.name,
             "model_source": str(Path(config.model).resolve()) if Path(config.model).is_dir() else config.model,
         },
         engine_kwargs=engine,
-        accelerator_type=config.accelerator_type,
+        accelerator_type=pool.accelerator_type,
         deployment_config=deployment,
-        runtime_env={"env_vars": config.environment},
-        # Serve LLM's own default of 50 ms adds to the time to the first token.
-        experimental_configs={"stream_batching_interval_ms": config.stream_batching_interval_ms},
+        runtime_env={"env_vars": pool.environment},
+        experimental_configs=experimental,
         **placement,
     )
     translated.get_engine_config()  # names an engine argument that vLLM does not have
@@ -152,34 +184,35 @@ def build_app(args: dict[str, Any]) -> Application:
         ValueError: an argument is unknown or out of range, or the artifact is not for the model.
     """
     config = AppConfig.model_validate(args)
-    if config.rerouting is None:
-        translated = llm_config(config)
-        if config.data_parallel_size == 1:
-            servers = build_llm_deployment(translated, name_prefix=NAME_PREFIX, deployment_cls=PlainServer)
-        else:
-            servers = build_dp_deployment(translated, name_prefix=NAME_PREFIX, deployment_cls=PlainDPServer)
-        return build_ingress(translated, servers, config.ingress, require_api_key=config.require_api_key)
-
-    check_plugin_loads(config)
-    artifact = load_artifact_of(config.rerouting.artifact, config.model)
-    config.rerouting.check_top_k(artifact.config.num_experts_per_token)
-    artifact.settings_by_layer(config.rerouting)
+    keeper, arguments = None, dict[str, Any]()
+    if config.rerouting is not None:
+        check_plugin_loads(config)
+        artifact = load_artifact_of(config.rerouting.artifact, config.model)
+        config.rerouting.check_top_k(artifact.config.num_experts_per_token)
+        artifact.settings_by_layer(config.rerouting)
+        deployed = serve.deployment(
+            name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
+        )
+        settings = config.rerouting.resolved().model_dump(mode="json")
+        keeper = deployed(SettingsKeeper).bind(settings, artifact.config.num_experts_per_token)
+        arguments = {
+            "keeper": keeper,
+            "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
+        }
+    if config.prefill is not None:
+        arguments["prefill_server"] = build_servers(
+            llm_config(config, config.prefill), PREFILL_PREFIX, PREFILL_SERVERS, {}
+        )
+    kinds = SERVERS if config.prefill is None else DECODE_SERVERS
     translated = llm_config(config)
-    settings = translated.engine_kwargs["additional_config"]["sere"]
-    deployed = serve.deployment(
-        name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
-    )
-    keeper = deployed(SettingsKeeper).bind(settings, artifact.config.num_experts_per_token)
-    arguments = {
-        "keeper": keeper,
-        "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
-    }
-    if config.data_parallel_size == 1:
-        servers = build_llm_deployment(
-            translated, name_prefix=NAME_PREFIX, deployment_cls=SereServer, bind_kwargs=arguments
-        )
-    else:
-        servers = build_dp_deployment(
-            translated, name_prefix=NAME_PREFIX, deployment_cls=SereDPServer, bind_kwargs=arguments
-        )
+    servers = build_servers(translated, NAME_PREFIX, kinds[config.rerouting is not None], arguments)
     return build_ingress(translated, servers, config.ingress, keeper, config.require_api_key)
+
+
+def build_servers(
+    translated: LLMConfig, prefix: str, classes: tuple[type, type], arguments: dict[str, Any]
+) -> Application:
+    """Returns the deployment of a pool; `classes` are a replica with an engine of its own, and a data-parallel rank."""
+    is_group = translated.engine_kwargs["data_parallel_size"] > 1
+    build = build_dp_deployment if is_group else build_llm_deployment
+    return build(translated, name_prefix=prefix, deployment_cls=classes[is_group], bind_kwargs=arguments)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig
-from ray.serve.llm.deployment import DPServer, LLMServer
+from ray.serve.llm.deployment import DPServer, LLMServer, PDDecodeServer, PDPrefillServer
 
 from serve_apps.metrics import ReroutingMetrics
 from serve_apps.settings import HEARTBEAT_SECONDS, Follower
@@ -117,12 +117,42 @@ class PlainDPServer(EndsWithEngine, DPServer):
     """A replica that is one data-parallel rank of several."""
 
 
+class PrefillServer(EndsWithEngine, PDPrefillServer):
+    """The first, of a pool that computes prompts for another."""
+
+
+class PrefillDPServer(EndsWithEngine, PDPrefillServer, DPServer):
+    """The second, of such a pool."""
+
+
+class PlainDecodeServer(EndsWithEngine, PDDecodeServer):
+    """The first, of a pool that has prompts computed by another."""
+
+
+class PlainDecodeDPServer(EndsWithEngine, PDDecodeServer, DPServer):
+    """The second, of such a pool."""
+
+
 class SereServer(Rerouting, PlainServer):
-    """A replica with an engine of its own, which re-routes."""
+    pass
 
 
 class SereDPServer(Rerouting, PlainDPServer):
-    """A replica that is one data-parallel rank of several, which re-route."""
+    pass
+
+
+class SereDecodeServer(Rerouting, PlainDecodeServer):
+    pass
+
+
+class SereDecodeDPServer(Rerouting, PlainDecodeDPServer):
+    pass
+
+
+# A replica with an engine of its own, and a data-parallel rank; the latter two without and with re-routing.
+PREFILL_SERVERS = (PrefillServer, PrefillDPServer)
+DECODE_SERVERS = ((PlainDecodeServer, PlainDecodeDPServer), (SereDecodeServer, SereDecodeDPServer))
+SERVERS = ((PlainServer, PlainDPServer), (SereServer, SereDPServer))
 
 
 async def repeat_forever(what: str, act: Callable[[], Awaitable[None]], pause_s: float = 0.0) -> None:

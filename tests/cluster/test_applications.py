@@ -64,11 +64,17 @@ def test_application_files_build(path, built):
     """Ray's schema, ours, Ray Serve LLM's and the names of vLLM's arguments; what is asked of the cluster."""
     args = yaml.safe_load(path.read_text())["applications"][0]["args"]
     deployments = built[path.name]
-    server = next(options for name, options in deployments.items() if name.startswith("LLMServer:"))
-    tensor, data = args.get("tensor_parallel_size", 1), args.get("data_parallel_size", 1)
-    assert set(deployments) == {"SereSettings", "SereIngress", *(name for name in deployments if ":" in name)}
-    assert server["num_replicas"] == args["num_replicas"] * data
-    on_gpus = [bundle.get("GPU", 0) for bundle in server["placement_group_bundles"]]
-    assert on_gpus == [1 if "accelerator_type" in args else 0] * tensor
+    pools = {"LLMServer:": args, "Prefill:": args["prefill"]} if "prefill" in args else {"LLMServer:": args}
+    assert {name.partition(":")[0] for name in deployments} == {
+        "SereSettings",
+        "SereIngress",
+        *(prefix.rstrip(":") for prefix in pools),
+    }
+    for prefix, pool in pools.items():
+        server = next(options for name, options in deployments.items() if name.startswith(prefix))
+        tensor, data = pool.get("tensor_parallel_size", 1), pool.get("data_parallel_size", 1)
+        assert server["num_replicas"] == pool["num_replicas"] * data
+        on_gpus = [bundle.get("GPU", 0) for bundle in server["placement_group_bundles"]]
+        assert on_gpus == [1 if "accelerator_type" in pool else 0] * tensor
     assert deployments["SereIngress"]["num_replicas"] == args.get("ingress", {}).get("num_replicas")
     assert args.get("require_api_key", False) == ("accelerator_type" in args)

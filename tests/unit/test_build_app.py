@@ -87,6 +87,30 @@ def test_what_an_artifact_recommends_reaches_vllm(artifact_path):
     assert (sere.policy, sere.select_top_k, sere.min_rows) == ("recommended", None, 4)
 
 
+TRANSFER = {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}}
+
+
+def test_a_prefill_pool_is_like_the_application_but_for_rerouting(artifact_path):
+    pools = {"engine": TRANSFER, "prefill": {"engine": TRANSFER | {"max_model_len": 64}, "tensor_parallel_size": 2}}
+    config = AppConfig(**arguments(artifact_path) | pools)
+    assert config.prefill is not None
+    decode, prefill = llm_config(config), llm_config(config, config.prefill)
+    assert decode.model_id == prefill.model_id and decode.engine_kwargs["tensor_parallel_size"] == 1
+    assert prefill.engine_kwargs["max_model_len"] == 64 and prefill.engine_kwargs["tensor_parallel_size"] == 2
+    assert "sere" in decode.engine_kwargs["additional_config"] and "additional_config" not in prefill.engine_kwargs
+    # Where Ray Serve LLM's own builder puts it: pools on one node must not listen at the same port.
+    assert decode.experimental_configs["NIXL_SIDE_CHANNEL_PORT_BASE"] == 22000
+    assert "NIXL_SIDE_CHANNEL_PORT_BASE" not in prefill.experimental_configs
+
+
+@pytest.mark.parametrize("without, place", [("engine", "engine"), ("prefill", "prefill.engine")])
+def test_a_prefill_pool_needs_a_way_for_keys_and_values(artifact_path, without, place):
+    pools = {"engine": TRANSFER, "prefill": {"engine": TRANSFER}}
+    pools[without] = {}
+    with pytest.raises(ValueError, match=f"{place} has no kv_transfer_config"):
+        build_app(arguments(artifact_path) | pools)
+
+
 values = st.one_of(
     st.sampled_from((0, 1, 2, -1, 1.5, "", "H100", "A10", True, None, {}, [])),
     st.dictionaries(
