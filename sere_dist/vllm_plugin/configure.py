@@ -1,7 +1,6 @@
 """The plugin in the front end: checks the settings against model and engine, and picks the worker that re-routes."""
 
 from pathlib import Path
-from typing import Any
 
 import vllm
 from vllm import envs
@@ -15,7 +14,7 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ALLOW_UNTESTED_VLLM, environment_flag, is_tested_release
 from sere_dist.moe import MoeShape
 from sere_dist.vllm_plugin import TESTED_VLLM, WORKERS
-from sere_dist.vllm_plugin.engine_settings import engine_settings, settings_of
+from sere_dist.vllm_plugin.engine_settings import engine_settings, returns_routed_experts, settings_of
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
@@ -66,13 +65,12 @@ def check_placement(path: Path, shape: MoeShape, layers: set[int], vllm_config: 
     """Raises ValueError if vLLM would not load a model's experts as this placement says."""
     parallel = vllm_config.parallel_config
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size if parallel.enable_expert_parallel else 1
-    outputs: Any = getattr(vllm_config, "aux_output_config", vllm_config.model_config)  # there in vLLM 0.30
     Placement.load(path).check_serves(shape, layers, ranks)
     for wrong, advice in (
         (parallel.enable_eplb, "EPLB moves experts: set enable_eplb=False"),
         (parallel.expert_placement_strategy != "linear", "set expert_placement_strategy='linear'"),
         (parallel.enable_ep_weight_filter, "set enable_ep_weight_filter=False"),
-        (outputs.enable_return_routed_experts, "set enable_return_routed_experts=False"),
+        (returns_routed_experts(vllm_config), "set enable_return_routed_experts=False"),
         (vllm_config.weight_transfer_config is not None, "remove weight_transfer_config"),
     ):
         if wrong:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from vllm.config import VllmConfig
+
 import sere_dist
 from sere_dist.config import ReroutingConfig
 
@@ -29,3 +31,9 @@ def engine_settings(settings: ReroutingConfig, policy: str) -> EngineSettings:
 def settings_of(sere: Any) -> ReroutingConfig:
     """Returns the settings in `additional_config["sere"]`: as a user wrote them, or as the front end left them."""
     return ReroutingConfig.model_validate(sere.settings if isinstance(sere, EngineSettings) else sere)
+
+
+def returns_routed_experts(vllm_config: VllmConfig) -> bool:
+    """Says whether the engine returns the experts that each token was routed to."""
+    outputs: Any = getattr(vllm_config, "aux_output_config", vllm_config.model_config)  # there in vLLM 0.30
+    return outputs.enable_return_routed_experts

@@ -109,8 +109,10 @@ OTHER_DISPATCH = 'all2all_backend="allgather_reducescatter"'
 OTHER_BACKEND = 'moe_backend="triton" (bfloat16, FP8) or "marlin" (FP4, INT4)'
 
 
-def merges_repeats(runners: dict[int, MoERunner]) -> bool:
+def merges_repeats(runners: dict[int, MoERunner], *, returns_ids: bool = False) -> bool:
     """Says which form of re-routed slots the expert kernels of a model get: `merge_repeats`, else `fill_dropped`.
+
+    `returns_ids`: the engine returns the experts of each token, where an empty slot would look like an expert.
 
     Raises:
         ValueError: a layer's kernel takes neither, chooses experts itself, or is not known; the message says what to
@@ -124,6 +126,11 @@ def merges_repeats(runners: dict[int, MoERunner]) -> bool:
         raise ValueError(
             f"these expert kernels need merged slots, which sere_dist has not looked at in vLLM {vllm.__version__}: "
             f"install vLLM 0.31 or later, or set {OTHER_BACKEND}"
+        )
+    if merged and returns_ids:
+        raise ValueError(
+            "these expert kernels need merged slots, of which some are empty, and enable_return_routed_experts would "
+            f"return those as experts that do not exist: set {OTHER_BACKEND}, or enable_return_routed_experts=False"
         )
     return merged
 

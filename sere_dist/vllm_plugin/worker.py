@@ -23,7 +23,7 @@ from sere_dist.method.counters import COUNTERS, dispatch_bytes
 from sere_dist.moe import MoeShape, by_layer
 from sere_dist.vllm_plugin.agreement import check_agreement, what_must_agree
 from sere_dist.vllm_plugin.backend import Backend, shares_primary
-from sere_dist.vllm_plugin.engine_settings import settings_of
+from sere_dist.vllm_plugin.engine_settings import returns_routed_experts, settings_of
 from sere_dist.vllm_plugin.expert_kernels import merges_repeats
 from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.rows import Rows
@@ -113,7 +113,7 @@ class Rerouting(Worker):
             self.sere_rows,
             settings,
             self.sere_expert_map,
-            merges=merges_repeats(runners),
+            merges=merges_repeats(runners, returns_ids=returns_routed_experts(self.vllm_config)),
             shares_primary=shares_primary(settings, self.parallel_config),
         )
         routers = {layer: cast(BaseRouter, runner.router) for layer, runner in runners.items()}  # as was checked

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sere_dist.evaluation.tuning import rerouter_of
 from sere_dist.method.records import Settings
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import MoeShape
+from tests.support import engine_spy
 from tests.support.artifacts import change_layers, recommend, small_artifact
 
 BATCH, PROMPT, NEW, KEEP, LIKELIEST = 8, 24, 24, 2, 5
@@ -53,12 +55,18 @@ def settings(kind: str) -> dict[int, LayerSetting]:
     return {layer: LayerSetting(select_top_k=s, expert_price=price) for layer, (s, price) in enumerate(each)}
 
 
-@pytest.fixture(scope="module", params=POLICIES)
-def served(request, artifact, heldout_ids, tmp_path_factory) -> tuple[str, torch.Tensor, list[list[dict[int, float]]]]:
-    """Policy, token ids [B, L] of prompts and greedy answers, and the likeliest tokens' log-probabilities at each step.
+class Served(NamedTuple):
+    """`logprobs` has the likeliest tokens of each answer and step; `routed_DBK` the experts that ran, by layer."""
 
-    All prompts fit into one step, so that every later step decodes all rows.
-    """
+    policy: str
+    ids_BL: torch.Tensor  # prompts and greedy answers
+    logprobs: list[list[dict[int, float]]]
+    routed_DBK: dict[int, torch.Tensor]
+
+
+@pytest.fixture(scope="module", params=POLICIES)
+def served(request, artifact, heldout_ids, tmp_path_factory) -> Served:
+    """All prompts fit into one step, so that every later step decodes all rows."""
     path: Path = tmp_path_factory.mktemp("artifact") / "artifact"
     artifact.save(path)
     sere = {"artifact": str(path), "select_top_k": KEEP, "policy": request.param}
@@ -76,17 +84,20 @@ def served(request, artifact, heldout_ids, tmp_path_factory) -> tuple[str, torch
         enable_prefix_caching=False,
         additional_config={"sere": sere},
     )
+    llm.collective_rpc(engine_spy.capture)
     prompts_BL = heldout_ids[:BATCH, :PROMPT]
     parameters = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, logprobs=LIKELIEST)
     prompts = [{"prompt_token_ids": prompt} for prompt in prompts_BL.tolist()]
     answers = [answer.outputs[0] for answer in llm.generate(prompts, parameters, use_tqdm=False)]
     (worker,) = llm.collective_rpc("sere_counters")
+    (routed,) = llm.collective_rpc(engine_spy.captured)
     llm.llm_engine.engine_core.shutdown()
     rows = {layer: (counters["rows"], counters["steps"] * BATCH) for layer, counters in worker["layers"].items()}
     assert rows == dict.fromkeys(range(6), (BATCH * (NEW - 1),) * 2)
     ids_BL = torch.cat([prompts_BL, torch.tensor([list(answer.token_ids) for answer in answers])], dim=1)
     found = [[{token: of.logprob for token, of in step.items()} for step in answer.logprobs] for answer in answers]
-    return request.param, ids_BL, found
+    routed_DBK = {int(layer): torch.tensor(steps[1:]) for layer, steps in routed.items()}
+    return Served(request.param, ids_BL, found, routed_DBK)
 
 
 def largest_error(model, rerouter: Rerouter, ids_BL: torch.Tensor, found: list[list[dict[int, float]]]) -> float:
@@ -102,7 +113,7 @@ def largest_error(model, rerouter: Rerouter, ids_BL: torch.Tensor, found: list[l
 
 
 def test_lockstep_equals_decoding_in_vllm(model, artifact, served):
-    name, ids_BL, found = served
+    name, ids_BL, found, _ = served
     rerouters = {
         "sere": paper_rerouter(artifact.tables, Settings(KEEP)),
         "projection": projection_rerouter(artifact.tables, Settings(KEEP)),
@@ -116,3 +127,15 @@ def test_lockstep_equals_decoding_in_vllm(model, artifact, served):
     errors["off"] = largest_error(model, unchanged, ids_BL, found)
     errors["half"] = largest_error(model, rerouters[name], ids_BL[: BATCH // 2], found[: BATCH // 2])
     assert min(errors.values()) > 100 * TOLERANCE, errors
+
+
+def test_routed_experts_replay_a_policy_that_keeps_the_routers_weights(model, served):
+    """A trainer that recomputes the answers takes the ids of each slot from the engine, and the weights from its own
+    router. Policy projection scales weights, so ids do not tell what it did."""
+    name, ids_BL, found, routed_DBK = served
+
+    def replay(layer: int, weights_DBK: torch.Tensor, _ids: torch.Tensor, _scores: torch.Tensor | None):
+        return weights_DBK, routed_DBK[layer]
+
+    error = largest_error(model, replay, ids_BL, found)
+    assert error < TOLERANCE if name.endswith("sere") else error > 10 * TOLERANCE

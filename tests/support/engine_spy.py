@@ -50,6 +50,32 @@ def take(_worker) -> tuple[list, list]:
     return seen
 
 
+def capture(worker) -> None:
+    """Has vLLM's routers hand out the experts that they return, as for `enable_return_routed_experts`.
+
+    vLLM's CPU router has a token's slots in any order. Here they are in order of weight, as on GPUs.
+    """
+    from vllm.model_executor.layers.fused_moe.router import cpu_router
+
+    softmax_topk = cpu_router._softmax_topk
+
+    def in_order(*args, **kwargs):
+        weights, ids = softmax_topk(*args, **kwargs)
+        weights, order = weights.sort(dim=1, descending=True)
+        return weights, ids.gather(1, order)
+
+    cpu_router._softmax_topk = in_order
+    routed: dict[int, list[torch.Tensor]] = {layer: [] for layer in worker.worker.sere_runners}
+    worker.worker.routed_for_tests = routed
+    for layer, runner in worker.worker.sere_runners.items():
+        runner.router.set_capture_fn(lambda ids, layer=layer: routed[layer].append(ids.clone()))
+
+
+def captured(worker) -> dict[int, list]:
+    """Returns the ids of each layer: for each step, [rows, K]."""
+    return {layer: [ids.tolist() for ids in steps] for layer, steps in worker.worker.routed_for_tests.items()}
+
+
 def kernel(worker, library: str) -> None:
     """Has the worker re-route by `GpuBackend`, as on a GPU; the kernel itself is the build for this CPU."""
     from pathlib import Path

@@ -132,6 +132,12 @@ def test_all_layers_get_one_form(monkeypatch):
         merges_repeats({0: runner("FlashInferExperts"), 1: runner("TritonExperts")})
 
 
+def test_empty_slots_are_not_returned_as_experts():
+    assert not merges_repeats({0: runner("TritonExperts")}, returns_ids=True)
+    with pytest.raises(ValueError, match=r"or enable_return_routed_experts=False"):
+        merges_repeats({0: runner("FlashInferExperts")}, returns_ids=True)
+
+
 def test_a_layer_that_chooses_experts_itself_is_refused():
     with pytest.raises(ValueError, match=r'layer 3: OAITritonMxfp4ExpertsMonolithic .* set moe_backend="marlin"'):
         merges_repeats({3: runner("OAITritonMxfp4ExpertsMonolithic", is_monolithic=True)})
