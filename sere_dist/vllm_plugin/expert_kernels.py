@@ -77,6 +77,9 @@ EXPERTS = {
     "ArmCPUUnquantizedExperts": Takes(True, NEVER, _CPU),
     "PowerCPUUnquantizedExperts": Takes(True, NEVER, _CPU),
     "CPUExpertsFp8": Takes(True, NEVER, _CPU),
+    "CPUExpertsFp8W8A8": Takes(True, NEVER, _CPU),
+    "CPUExpertsInt8": Takes(True, NEVER, _CPU),
+    "CPUExpertsMxfp4": Takes(True, NEVER, _CPU),
 }
 
 # The classes that bring tokens to their experts and back. vLLM's `all2all_backend` chooses one.
