@@ -116,6 +116,15 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             "hidden states as a product, which would be those of re-routed experts: remove speculative_config",
         ),
         (
+            vllm_config.model_config.runner_type != "generate",
+            "a model that answers with embeddings or scores, and so decodes nothing: serve it to generate",
+        ),
+        (
+            vllm_config.lora_config is not None,
+            "LoRA adapters, which may change experts and run in other kernels: remove enable_lora, or serve the "
+            "adapter merged into the model",
+        ),
+        (
             parallel.prefill_context_parallel_size > 1,
             "prefill context parallelism: set prefill_context_parallel_size=1",
         ),

@@ -1,12 +1,14 @@
 """Re-routing inside vLLM, compiled (vLLM's default on CPU) and eager, in its real worker processes."""
 
 import os
+import re
 
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from examples.tiny_moe.data import HELDOUT, MODEL
 from sere_dist.artifact.folder import Artifact
@@ -201,6 +203,15 @@ def test_prefill_can_be_rerouted_too(fresh, prompts):
     fresh.collective_rpc("sere_settings", kwargs={"rows": "all"})
     greedy(fresh, prompts)
     assert all(layer["rows"] == BATCH * (PROMPT + NEW - 1) for layer in counters(fresh))
+
+
+def test_structured_output_keeps_its_structure(fresh, prompts):
+    """vLLM masks the logits that re-routed experts lead to: what it promises of an answer's form holds."""
+    pattern = r"(yes|no)( and (yes|no)){2}"
+    parameters = SamplingParams(temperature=0, max_tokens=48, structured_outputs=StructuredOutputsParams(regex=pattern))
+    answers = [answer.outputs[0].text for answer in fresh.generate(prompts, parameters, use_tqdm=False)]
+    assert all(re.fullmatch(pattern, answer) for answer in answers), answers
+    assert all(layer["rerouted_slots"] > 0 for layer in counters(fresh))
 
 
 @pytest.mark.slow

@@ -71,6 +71,8 @@ def test_an_artifact_of_another_model_stops_the_start(tmp_path):
             "tensor_parallel_size=1",
         ),
         ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill=False"),
+        ({"enable_lora": True}, "remove enable_lora"),
+        ({"runner": "pooling"}, "serve it to generate"),
     ],
 )
 def test_what_is_not_rerouted_yet_is_refused(artifact_path, parallel, message):
