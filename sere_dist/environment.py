@@ -1,5 +1,7 @@
 """The environment variables of sere_dist: what they are called, what they mean, and how they are read."""
 
+import hashlib
+import logging
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +13,9 @@ NO_OVERLAP = "SERE_NO_OVERLAP"
 API_KEY = "SERE_API_KEY"
 ADMIN_TOKEN = "SERE_ADMIN_TOKEN"
 FILE = "_FILE"  # The variable of this suffix names a file that holds the secret.
+SHORTEST_SECRET = 16  # characters
+
+logger = logging.getLogger("ray.serve")  # the ingress is where secrets are used
 
 # Every variable of sere_dist and its meaning. The reference documentation is generated from this table.
 VARIABLES = {
@@ -18,23 +23,25 @@ VARIABLES = {
     NO_OVERLAP: "Set it to 1 to start each re-routing kernel after the kernel before it has ended. Without it, "
     "GPUs of compute capability 9.0 or higher overlap the two (programmatic dependent launch).",
     API_KEY: "API keys of a serving application. If there are any, every request must carry one of them. "
-    "Separate several keys by white space.",
-    API_KEY + FILE: f"File that holds the API keys, instead of {API_KEY}.",
+    "Each line is a key of at least 16 characters.",
+    API_KEY + FILE: f"File that holds the keys, instead of {API_KEY}. It is read again when it changes.",
     ADMIN_TOKEN: "Tokens that open the route /sere/settings of a serving application, which is closed without one. "
-    "Separate several tokens by white space. The clients of that route send the first.",
-    ADMIN_TOKEN + FILE: f"File that holds the admin tokens, instead of {ADMIN_TOKEN}.",
+    "Each line is a token of at least 16 characters, and no API key. The clients of that route send the first.",
+    ADMIN_TOKEN
+    + FILE: f"File that holds the admin tokens, instead of {ADMIN_TOKEN}. It is read again when it changes.",
 }
 
 PLUGIN = "sere_dist"  # The name of the entry point that vLLM loads.
 
 
 def environment_secrets(name: str) -> tuple[str, ...]:
-    """Returns the words of an environment variable, or of the file that `<name>_FILE` names; none if neither is set.
+    """Returns the lines of an environment variable, or of the file that `<name>_FILE` names; none if neither is set.
 
-    Several words are several secrets, each of which is accepted: an old and a new one while they are exchanged.
+    Several lines are several secrets, each of which is accepted: an old and a new one while they are exchanged.
 
     Raises:
-        ValueError: both are set, the file can't be read, or there is no word in it.
+        ValueError: both are set, the file can't be read, there is no line in it, or one that is easily guessed or typed
+            wrongly. The message quotes no secret.
     """
     file_name = name + FILE
     given = [variable for variable in (name, file_name) if variable in os.environ]
@@ -48,9 +55,54 @@ def environment_secrets(name: str) -> tuple[str, ...]:
             text = Path(text).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{file_name}: {text} can't be read: {error}") from error
-    if not text.split():
+    secrets = [line.strip() for line in text.splitlines() if line.strip()]
+    if not secrets:
         raise ValueError(f"{given[0]} is set but holds nothing: give it a secret, or unset it")
-    return tuple(text.split())
+    for number, secret in enumerate(secrets, start=1):
+        if len(secret) < SHORTEST_SECRET or secret.split() != [secret]:
+            raise ValueError(
+                f"{given[0]}: secret {number} is shorter than {SHORTEST_SECRET} characters, or has white space in it. "
+                "Each line is one secret; `openssl rand -hex 16` makes a good one"
+            )
+    return tuple(secrets)
+
+
+class Secrets:
+    """The secrets of an environment variable, or of a file, which is read again when it has changed.
+
+    Raises:
+        ValueError: as `environment_secrets`, at the start. Later, what can't be used leaves the last ones in force.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+        self._stamp = self._now()
+        self._secrets = environment_secrets(name)
+
+    def _now(self) -> tuple[int, ...] | None:
+        if (path := os.environ.get(self.name + FILE)) is None:
+            return None
+        try:
+            file = os.stat(path)  # follows the link that Kubernetes exchanges
+        except OSError:
+            return ()
+        return file.st_mtime_ns, file.st_ino, file.st_size
+
+    def __call__(self) -> tuple[str, ...]:
+        """Returns those in force."""
+        if (stamp := self._now()) != self._stamp:
+            self._stamp = stamp
+            try:
+                self._secrets = environment_secrets(self.name)
+                logger.warning("%s%s was read again: %s", self.name, FILE, ", ".join(map(fingerprint, self._secrets)))
+            except ValueError as error:
+                logger.error("the secrets read before stay in force: %s", error)
+        return self._secrets
+
+
+def fingerprint(secret: str) -> str:
+    """Returns what a log may call a secret."""
+    return hashlib.sha256(secret.encode()).hexdigest()[:8]
 
 
 def is_tested_release(version: str, tested: Collection[str]) -> bool:

@@ -26,8 +26,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sere_dist.admin import SETTINGS_PATH
 from sere_dist.config import CHANGEABLE, ReroutingConfig
-from sere_dist.environment import ADMIN_TOKEN, API_KEY, environment_secrets
-from serve_apps.server import EngineDied, EngineIsGone
+from sere_dist.environment import ADMIN_TOKEN, API_KEY, Secrets, environment_secrets, fingerprint
+from serve_apps.server import EngineDied, EngineIsFull, EngineIsGone
 
 try:
     from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults
@@ -41,6 +41,8 @@ except ImportError as error:
 UNAVAILABLE = "service_unavailable"  # kind of an error
 REPLICA_DIED = "The replica that worked on this request died. Send the request again."
 AGAIN_SECONDS = 0.2  # before a request goes to another replica
+RETRY_SECONDS = 1  # what clients are told to wait when no replica can take their request
+QUOTED = 100  # characters of a model's name that errors quote
 
 logger = logging.getLogger("ray.serve")
 
@@ -51,7 +53,7 @@ def error_body(status: int, message: str, kind: str, code: str | None = None) ->
 
 
 def error_response(status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
-    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": str(RETRY_SECONDS)}}.get(status)
     return JSONResponse(error_body(status, message, kind, code), status, headers)
 
 
@@ -69,29 +71,59 @@ def invalid_request(_request: Request, error: RequestValidationError) -> JSONRes
     return error_response(400, f"{place}: {first['msg']}".removeprefix(": "), code="invalid_parameter")
 
 
-def has_secret(headers: Iterable[tuple[bytes, bytes]], secrets: Iterable[str]) -> bool:
-    """Says whether a request's `Authorization: Bearer ...` is one of `secrets`."""
+def secret_of(headers: Iterable[tuple[bytes, bytes]], secrets: Iterable[str]) -> str | None:
+    """Returns which of `secrets` a request's `Authorization: Bearer ...` is."""
     given = next((value for name, value in headers if name.lower() == b"authorization"), b"")
     scheme, _space, secret = given.partition(b" ")
-    matches = [hmac.compare_digest(secret.strip(), each.encode()) for each in secrets]  # all: in constant time
-    return scheme.lower() == b"bearer" and any(matches)
+    # All are compared, and each in constant time.
+    matching = [each for each in secrets if hmac.compare_digest(secret.strip(), each.encode())]
+    return matching[0] if matching and scheme.lower() == b"bearer" else None
 
 
 class Guard:
-    """Outermost around the ingress: asks for a key, and lets no traceback out."""
+    """Outermost around the ingress: asks for a key, takes no body that is too large, and lets no traceback out."""
 
-    def __init__(self, app: ASGIApp):
-        self.app, self.keys = app, environment_secrets(API_KEY)
+    def __init__(self, app: ASGIApp, max_body_bytes: int):
+        self.app, self.max_body_bytes = app, max_body_bytes
+        self.keys = Secrets(API_KEY)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))  # of an application not at /
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
-        elif self.keys and path != SETTINGS_PATH and not has_secret(scope["headers"], self.keys):
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})  # the API has no such route
+        elif (keys := self.keys()) and path != SETTINGS_PATH and not secret_of(scope["headers"], keys):
             message = "Incorrect or missing API key: send it as 'Authorization: Bearer KEY'."
             await error_response(401, message, code="invalid_api_key")(scope, receive, send)
         else:
-            await self._answer(scope, receive, send)
+            await self._take(scope, receive, send)
+
+    async def _take(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, unless its body is larger than it may be: declared to be, or as it comes."""
+        message = f"The body is larger than {self.max_body_bytes:,} bytes (max_body_bytes)."
+        too_large = error_response(413, message, code="body_too_large")
+        declared = dict(scope["headers"]).get(b"content-length", b"")
+        if declared.isdigit() and int(declared) > self.max_body_bytes:
+            await too_large(scope, receive, send)
+            return
+        size, is_started = 0, False
+
+        async def counted() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            return message if size <= self.max_body_bytes else {"type": "http.disconnect"}
+
+        async def unless_too_large(message: Message) -> None:
+            nonlocal is_started
+            if size <= self.max_body_bytes:
+                await send(message)
+            elif not is_started:  # whatever was made of the part of it
+                await too_large(scope, receive, send)
+            is_started = True
+
+        await self._answer(scope, counted, unless_too_large)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Ray's answers to unexpected errors quote the exception, which has the worker's traceback in it."""
@@ -131,13 +163,23 @@ class SereIngress(OpenAiIngress):
         self, *args: Any, keeper: DeploymentHandle | None = None, require_api_key: bool = False, **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
-        if require_api_key and not environment_secrets(API_KEY):
+        keys = environment_secrets(API_KEY)
+        if require_api_key and not keys:
             raise ValueError(
                 f"require_api_key is on, but this node's environment has neither {API_KEY} nor {API_KEY}_FILE: set one "
                 "before Ray starts on the nodes that run the ingress"
             )
         self.keeper = keeper
-        self.admin_tokens = environment_secrets(ADMIN_TOKEN)
+        self.admin_tokens = Secrets(ADMIN_TOKEN)
+        if set(keys) & set(self.admin_tokens()):
+            raise ValueError(f"{API_KEY} and {ADMIN_TOKEN} share a secret: clients could change settings. Use others")
+
+    async def _get_model_id(self, model: str | None) -> str:
+        """Ray Serve LLM takes `NAME:ADAPTER` as well, and keeps a handle of every such name for ever. Nothing here has
+        adapters."""
+        if model is not None and model not in self._model_cards:
+            raise HTTPException(404, f"There is no model {model[:QUOTED]!r}; there is {', '.join(self._model_cards)}.")
+        return await super()._get_model_id(model)
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
@@ -155,6 +197,8 @@ class SereIngress(OpenAiIngress):
                 return
             except EngineIsGone:
                 await asyncio.sleep(AGAIN_SECONDS)
+            except EngineIsFull as refusal:
+                raise HTTPException(503, str(refusal.args[0])) from None
             except (EngineDied, RayActorError) as error:
                 logger.warning("a request lost its replica: %s", type(error).__name__)
                 if not begun:
@@ -183,15 +227,18 @@ class SereIngress(OpenAiIngress):
         if not isinstance(changes, dict):
             return error_response(400, f"The body must be an object with some of: {', '.join(CHANGEABLE)}.")
         assert self.keeper is not None  # without, it is refused
-        state = await self.keeper.change.remote(changes)
+        token = secret_of(request.scope["headers"], self.admin_tokens()) or ""
+        request_id = request.headers.get("x-request-id", "none")
+        state = await self.keeper.change.remote(changes, by=f"token {fingerprint(token)}, request {request_id}")
         if "error" in state:
             return error_response(400, state["error"])
         return JSONResponse(state, 202 if state["pending"] else 200)
 
     def _refused(self, request: Request) -> JSONResponse | None:
-        if not self.admin_tokens:
+        tokens = self.admin_tokens()
+        if not tokens:
             return error_response(403, f"This route is closed: the server has no {ADMIN_TOKEN}.", code="closed")
-        if not has_secret(request.scope["headers"], self.admin_tokens):
+        if not secret_of(request.scope["headers"], tokens):
             message = "Incorrect or missing admin token: send it as 'Authorization: Bearer TOKEN'."
             return error_response(401, message, code="invalid_admin_token")
         if self.keeper is None:
@@ -230,7 +277,9 @@ def build_ingress(
     servers: Application,
     options: dict[str, Any],
     keeper: Application | None = None,
-    require_api_key: bool = False,
+    *,
+    require_api_key: bool,
+    max_body_bytes: int,
 ) -> Application:
     """Returns the application: an ingress before `servers`, with Ray Serve's deployment options.
 
@@ -239,7 +288,7 @@ def build_ingress(
     app: FastAPI = init()
     app.exception_handler(HTTPException)(http_error)
     app.exception_handler(RequestValidationError)(invalid_request)
-    app.add_middleware(Guard)
+    app.add_middleware(Guard, max_body_bytes=max_body_bytes)
     ingress = make_fastapi_ingress(SereIngress, endpoint_map=ENDPOINTS, app=app)
     options = maybe_apply_llm_deployment_config_defaults(SereIngress.get_deployment_options([llm_config]), options)
     return serve.deployment(**options)(ingress).bind(

@@ -6,6 +6,7 @@
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,7 +25,13 @@ from serve_apps.settings import KEEPER, SettingsKeeper
 
 NAME_PREFIX, PREFILL_PREFIX = "LLMServer:", "Prefill:"  # of the deployments; the model's name follows
 DECODE_NIXL_PORT = 22000  # where Ray Serve LLM puts it too: its default, 20000, is the prefill pool's on the same node
-SECRETS = {f"{name}{suffix}" for name in (API_KEY, ADMIN_TOKEN) for suffix in ("", "_FILE")}
+# What Ray Serve LLM's router lets an answer take. Replicas and ingresses that are replaced, scaled down or drained have
+# as long for the answers that they have begun; Ray Serve's own default, 20 s, cuts them off.
+LONGEST_ANSWER_SECONDS = 600
+QUEUED_REQUESTS = 1024  # of an engine; more are refused, so that a client knows rather than waits
+# Of one request: sequences that it may ask for, and prompts that it may bring. vLLM's own limits are 16,384 and 1,024.
+LIMITS = {"VLLM_MAX_N_SEQUENCES": "64", "VLLM_MAX_COMPLETION_PROMPTS": "128"}
+SECRETS = {API_KEY, ADMIN_TOKEN, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "api_key"}
 
 # What has an argument of its own, and so may not be given in another place too.
 OF_ENGINE = {
@@ -72,10 +79,15 @@ class Pool(Arguments):
             raise ValueError("re-routing is set by `rerouting`, not in the engine's additional_config")
         if self.num_replicas is not None and self.autoscaling is not None:
             raise ValueError("num_replicas and autoscaling exclude each other: remove one")
-        if secrets := SECRETS & self.environment.keys():
+        if self.autoscaling is not None and "target_ongoing_requests" not in self.autoscaling.model_fields_set:
             raise ValueError(
-                f"environment has {', '.join(sorted(secrets))}: secrets don't belong in a configuration file. Set them "
-                "in the environment in which Ray starts on the nodes, or mount a file there"
+                "autoscaling has no target_ongoing_requests, without which no replica is ever added: set it, for "
+                "instance to half of the engine's max_num_seqs"
+            )
+        if unread := sorted({f"{API_KEY}_FILE", f"{ADMIN_TOKEN}_FILE"} & self.environment.keys()):
+            raise ValueError(
+                f"environment has {', '.join(unread)}, but is the replicas'; the ingress reads it. Set it in "
+                "ingress.ray_actor_options.runtime_env.env_vars, or in the environment in which Ray starts"
             )
         return self
 
@@ -100,6 +112,20 @@ class AppConfig(Pool):
     require_api_key: bool = Field(
         default=False, description=f"Whether the ingress refuses to start without {API_KEY} or {API_KEY}_FILE."
     )
+    max_body_bytes: int = Field(
+        default=4 * 2**20, ge=1, description="Size of the largest request; a larger one is answered by 413."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _holds_no_secret(cls, arguments: Any) -> Any:
+        if secrets := sorted(".".join(path) for path in paths_of(arguments) if path[-1] in SECRETS):
+            raise ValueError(
+                f"{', '.join(secrets)}: secrets don't belong in a configuration file. Set {API_KEY} and {ADMIN_TOKEN} "
+                "in the environment in which Ray starts on the nodes of the ingress, or name files there: "
+                f"{API_KEY}_FILE, {ADMIN_TOKEN}_FILE"
+            )
+        return arguments
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -123,6 +149,15 @@ class AppConfig(Pool):
         return self.model_id or Path(self.model).name
 
 
+def paths_of(arguments: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yields the path of every key of nested mappings and lists."""
+    pairs = arguments.items() if isinstance(arguments, dict) else ()
+    for name, value in enumerate(arguments) if isinstance(arguments, list) else pairs:
+        below = (*path, str(name))
+        yield below
+        yield from paths_of(value, below)
+
+
 def check_plugin_loads(config: AppConfig) -> None:
     """Raises ValueError if the replicas' environment keeps vLLM from loading the plugin."""
     plugins = config.environment.get("VLLM_PLUGINS", os.environ.get("VLLM_PLUGINS"))
@@ -138,6 +173,7 @@ def llm_config(config: AppConfig, prefill: Pool | None = None) -> LLMConfig:
     """
     pool = prefill or config
     engine = {
+        "max_num_queued_reqs": QUEUED_REQUESTS,
         **pool.engine,
         "tensor_parallel_size": pool.tensor_parallel_size,
         "data_parallel_size": pool.data_parallel_size,
@@ -146,7 +182,7 @@ def llm_config(config: AppConfig, prefill: Pool | None = None) -> LLMConfig:
     if config.rerouting is not None and prefill is None:
         additional = engine.get("additional_config") or {}
         engine["additional_config"] = {**additional, "sere": config.rerouting.resolved().model_dump(mode="json")}
-    deployment = dict(pool.deployment)
+    deployment = {"graceful_shutdown_timeout_s": LONGEST_ANSWER_SECONDS, **pool.deployment}
     if pool.autoscaling is not None:
         deployment["autoscaling_config"] = pool.autoscaling.model_dump(exclude_unset=True)
     else:
@@ -169,7 +205,7 @@ def llm_config(config: AppConfig, prefill: Pool | None = None) -> LLMConfig:
         engine_kwargs=engine,
         accelerator_type=pool.accelerator_type,
         deployment_config=deployment,
-        runtime_env={"env_vars": pool.environment},
+        runtime_env={"env_vars": {**LIMITS, **pool.environment}},
         experimental_configs=experimental,
         **placement,
     )
@@ -206,7 +242,14 @@ def build_app(args: dict[str, Any]) -> Application:
     kinds = SERVERS if config.prefill is None else DECODE_SERVERS
     translated = llm_config(config)
     servers = build_servers(translated, NAME_PREFIX, kinds[config.rerouting is not None], arguments)
-    return build_ingress(translated, servers, config.ingress, keeper, config.require_api_key)
+    return build_ingress(
+        translated,
+        servers,
+        {"graceful_shutdown_timeout_s": LONGEST_ANSWER_SECONDS, **config.ingress},
+        keeper,
+        require_api_key=config.require_api_key,
+        max_body_bytes=config.max_body_bytes,
+    )
 
 
 def build_servers(

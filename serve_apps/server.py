@@ -11,6 +11,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import DPServer, LLMServer, PDDecodeServer, PDPrefillServer
+from vllm.exceptions import GracefulHTTPError
 
 from serve_apps.metrics import ReroutingMetrics
 from serve_apps.settings import HEARTBEAT_SECONDS, Follower
@@ -35,6 +36,13 @@ class EngineIsGone(Exception):
 
 class EngineDied(Exception):
     """The engine died while it worked on a request."""
+
+
+class EngineIsFull(Exception):
+    """The engine has as many requests or tokens waiting as it may; it has not taken this one.
+
+    vLLM's own exceptions for this don't survive the way from one process to another.
+    """
 
 
 class EndsWithEngine(Server):
@@ -77,6 +85,8 @@ class EndsWithEngine(Server):
         try:
             async for part in answer:
                 yield part
+        except GracefulHTTPError as refusal:
+            raise EngineIsFull(refusal.message) from None
         except Exception as error:
             if await self._has_engine():
                 raise

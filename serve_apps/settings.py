@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -11,6 +12,9 @@ from sere_dist.config import ReroutingConfig
 KEEPER = "SereSettings"  # the deployment's name
 HEARTBEAT_SECONDS = 10.0  # a replica asks again at least this often
 FORGET_SECONDS = 2.5 * HEARTBEAT_SECONDS  # one that has not asked for so long is gone
+
+
+logger = logging.getLogger("ray.serve")
 
 
 class SettingsKeeper:
@@ -49,13 +53,23 @@ class SettingsKeeper:
                 await asyncio.wait_for(self.news.wait_for(lambda: self.revision > revision), wait_s)
             return self.revision, self.changes
 
-    async def change(self, changes: dict[str, Any], wait_s: float = 2 * HEARTBEAT_SECONDS) -> dict[str, Any]:
-        """Changes the settings, waits until every replica runs them, and returns `state`; or {"error": why not}."""
+    async def change(
+        self, changes: dict[str, Any], by: str = "nobody", wait_s: float = 2 * HEARTBEAT_SECONDS
+    ) -> dict[str, Any]:
+        """Changes the settings, waits until every replica runs them, and returns `state`; or {"error": why not}.
+
+        The log says what was changed `by` whom.
+        """
         async with self.news:
+            before = self._settings()
             try:
-                self.initial.changed({**self.changes, **changes}, self.num_experts_per_token)
+                after = self.initial.changed({**self.changes, **changes}, self.num_experts_per_token)
             except ValueError as error:  # as an exception it would carry a traceback to whoever called
+                logger.warning("audit: settings stay as they are: %s; asked for by %s", error, by)
                 return {"error": str(error)}
+            was = {name: value for name, value in before if value != getattr(after, name)}
+            now = {name: getattr(after, name) for name in was}
+            logger.warning("audit: settings change from %s to %s, by %s", was, now, by)
             self.changes = {**self.changes, **changes}
             self.revision = max(self.revision + 1, time.time_ns() // 10**6)
             self.news.notify_all()
@@ -65,13 +79,15 @@ class SettingsKeeper:
 
     async def state(self) -> dict[str, Any]:
         """Returns the `settings` in force, their `revision`, the `replicas`, and those that don't run them yet."""
-        settings = self.initial.changed(self.changes, self.num_experts_per_token)
         return {
-            "settings": settings.model_dump(mode="json"),
+            "settings": self._settings().model_dump(mode="json"),
             "revision": self.revision,
             "replicas": sorted(self._present()),
             "pending": sorted(self._behind()),
         }
+
+    def _settings(self) -> ReroutingConfig:
+        return self.initial.changed(self.changes, self.num_experts_per_token)
 
     def _present(self) -> list[str]:
         oldest = time.monotonic() - FORGET_SECONDS

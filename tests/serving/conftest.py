@@ -18,7 +18,7 @@ LAYOUTS = {
     "TP2+EP2": {"tensor_parallel_size": 2, "expert_parallel": True},
     "DP2+EP2": {"data_parallel_size": 2, "expert_parallel": True},
 }
-KEYS = ("old-key", "new-key")  # of the parallel layouts
+KEYS = ("old-key-of-clients", "new-key-of-clients")  # of the parallel layouts
 
 
 @pytest.fixture(scope="session")

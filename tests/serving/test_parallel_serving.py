@@ -8,6 +8,7 @@ import pytest
 
 from examples import demo
 from examples.tiny_moe.data import example_texts
+from tests.serving.conftest import KEYS
 from tests.soak.load import processes
 from tests.support.metrics import metrics
 from tests.support.polling import eventually
@@ -21,7 +22,7 @@ def test_every_rank_answers_and_reroutes(cluster, url, admin):
     prompts = example_texts("heldout.parquet", 24, 16).tolist()
     changed = admin(select_top_k=3)
     assert changed["pending"] == []
-    with openai.OpenAI(base_url=url, api_key="new-key") as client, ThreadPoolExecutor(len(prompts)) as pool:
+    with openai.OpenAI(base_url=url, api_key=KEYS[1]) as client, ThreadPoolExecutor(len(prompts)) as pool:
 
         def answer(prompt: list[int]) -> int:
             done = client.completions.create(
@@ -52,7 +53,7 @@ def test_a_group_that_loses_a_worker_comes_back(cluster, url):
     workers = {process.pid for process in processes(cluster, "VLLM::Worker")}
     assert len(workers) == 2
     processes(cluster, "VLLM::Worker")[-1].kill()
-    with openai.OpenAI(base_url=url, api_key="new-key", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=url, api_key=KEYS[1], max_retries=0, timeout=60) as client:
 
         def answers_again() -> bool:
             now = {process.pid for process in processes(cluster, "VLLM::Worker")}

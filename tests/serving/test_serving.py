@@ -112,7 +112,7 @@ def test_settings_out_of_range_change_nothing(admin):
 
 
 def test_the_admin_route_needs_its_token(url, monkeypatch):
-    monkeypatch.setenv(ADMIN_TOKEN, "another")
+    monkeypatch.setenv(ADMIN_TOKEN, "another-admin-token")
     with pytest.raises(AdminError, match="answered 401: Incorrect or missing admin token"):
         request_settings(url)
     monkeypatch.delenv(ADMIN_TOKEN)

@@ -41,7 +41,12 @@ def test_bad_settings_stop_the_deployment(artifact_path, changes, message):
         ({"engine": {"additional_config": {"sere": {"select_top_k": 99}}}}, "set by `rerouting`"),
         ({"deployment": {"num_replicas": 2}}, "deployment has num_replicas: set the application's own num_replicas"),
         ({"num_replicas": 2, "autoscaling": {"min_replicas": 1}}, "num_replicas and autoscaling exclude each other"),
-        ({"environment": {"SERE_API_KEY": "sesame"}}, "secrets don't belong in a configuration file"),
+        ({"environment": {"SERE_API_KEY": "sesame"}}, "environment.SERE_API_KEY: secrets don't belong in a config"),
+        ({"engine": {"api_key": "sesame"}}, "engine.api_key: secrets"),
+        ({"deployment": {"ray_actor_options": {"runtime_env": {"env_vars": {"HF_TOKEN": "sesame"}}}}}, "HF_TOKEN: sec"),
+        ({"ingress": {"ray_actor_options": {"runtime_env": {"env_vars": {"SERE_ADMIN_TOKEN": "sesame"}}}}}, "TOKEN: s"),
+        ({"environment": {"SERE_API_KEY_FILE": "/a/file"}}, "the ingress reads it"),
+        ({"autoscaling": {"min_replicas": 1}}, "autoscaling has no target_ongoing_requests"),
         ({"environment": {"VLLM_PLUGINS": ""}}, "leaves sere_dist out"),
         ({"accelerator_type": "H1000"}, "Unsupported accelerator type: H1000"),
         ({"data_parallel_size": 2}, "needs expert_parallel: true"),
@@ -65,19 +70,30 @@ def test_arguments_reach_ray_and_vllm():
     translated = llm_config(
         AppConfig(
             model=str(MODEL),
-            autoscaling={"min_replicas": 1, "max_replicas": 3},
+            autoscaling={"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 4},
             deployment={"max_ongoing_requests": 7},
             engine={"max_model_len": 64},
             environment={"A": "b"},
             tensor_parallel_size=2,
         )
     )
-    assert translated.model_id == "model" and translated.runtime_env == {"env_vars": {"A": "b"}}
-    assert translated.deployment_config["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 3}
+    assert translated.model_id == "model"
+    assert translated.runtime_env["env_vars"].items() >= {"A": "b", "VLLM_MAX_N_SEQUENCES": "64"}.items()
+    assert translated.engine_kwargs["max_num_queued_reqs"] == 1024
+    assert translated.deployment_config["graceful_shutdown_timeout_s"] == 600  # longer than any answer
+    scaling = translated.deployment_config["autoscaling_config"]
+    assert scaling == {"min_replicas": 1, "max_replicas": 3, "target_ongoing_requests": 4}
     assert translated.deployment_config["max_ongoing_requests"] == 7
     assert translated.engine_kwargs["max_model_len"] == 64 and translated.engine_kwargs["tensor_parallel_size"] == 2
     assert translated.experimental_configs == {"stream_batching_interval_ms": 0}
     assert translated.placement_group_config == {"bundles": [{"CPU": 1}] * 2}
+
+
+def test_limits_of_ours_give_way():
+    limits = {"engine": {"max_num_queued_reqs": 7}, "environment": {"VLLM_MAX_N_SEQUENCES": "3"}}
+    translated = llm_config(AppConfig(model=str(MODEL), **limits))
+    assert translated.engine_kwargs["max_num_queued_reqs"] == 7
+    assert translated.runtime_env["env_vars"]["VLLM_MAX_N_SEQUENCES"] == "3"
 
 
 def test_what_an_artifact_recommends_reaches_vllm(artifact_path):

@@ -1,6 +1,9 @@
 """The ingress in this process: its guard, its errors, and its admin route, on a keeper that is not far away."""
 
+import asyncio
 import json
+import os
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -9,14 +12,21 @@ from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.serve.llm.ingress import OpenAiIngress
+from starlette.exceptions import HTTPException
+from starlette.websockets import WebSocketDisconnect
+from vllm.exceptions import QueueOverflowError
 
 from sere_dist.config import CHANGEABLE
 from sere_dist.environment import ADMIN_TOKEN, API_KEY
-from serve_apps.ingress import ENDPOINTS, SETTINGS_PATH, Guard, SereIngress
+from serve_apps.ingress import ENDPOINTS, SETTINGS_PATH, Guard, SereIngress, http_error
+from serve_apps.server import EndsWithEngine, EngineIsFull
 from serve_apps.settings import SettingsKeeper
 
 TOP_K = 8
-ADMIN = {"Authorization": "Bearer let-me-in"}
+TOKEN, KEY = "let-me-in-for-all", "the-key-of-a-door"
+ADMIN = {"Authorization": f"Bearer {TOKEN}"}
+LARGEST = 200_000  # bytes of a body
 
 
 def near(keeper: SettingsKeeper) -> SimpleNamespace:
@@ -34,6 +44,10 @@ def client(keeper: SettingsKeeper | None = None, **options) -> TestClient:
     def models() -> list[str]:
         return []
 
+    @app.post("/v1/completions")
+    async def completions(body: dict) -> int:
+        return len(body["prompt"])
+
     @app.get("/broken")
     def broken():
         raise RuntimeError("Traceback (most recent call last): secret")
@@ -42,7 +56,7 @@ def client(keeper: SettingsKeeper | None = None, **options) -> TestClient:
     def quoted() -> JSONResponse:
         return JSONResponse({"error": {"message": "Traceback (most recent call last): secret"}}, 500)
 
-    app.add_middleware(Guard)
+    app.add_middleware(Guard, max_body_bytes=LARGEST)
     return TestClient(app, raise_server_exceptions=False)
 
 
@@ -53,7 +67,7 @@ def keeper() -> SettingsKeeper:
 
 @pytest.fixture
 def admin(monkeypatch, keeper) -> TestClient:
-    monkeypatch.setenv(ADMIN_TOKEN, "let-me-in")
+    monkeypatch.setenv(ADMIN_TOKEN, TOKEN)
     admin = client(keeper)
     admin.headers.update(ADMIN)
     return admin
@@ -66,7 +80,7 @@ def test_without_a_token_the_admin_route_is_closed(keeper):
     assert keeper.revision == 0
 
 
-@pytest.mark.parametrize("header", [None, "let-me-in", "Bearer", "Bearer ", "Bearer let-me-", "Basic let-me-in"])
+@pytest.mark.parametrize("header", [None, TOKEN, "Bearer", "Bearer ", f"Bearer {TOKEN[:-1]}", f"Basic {TOKEN}"])
 def test_the_admin_route_needs_the_token(admin, keeper, header):
     admin.headers.pop("Authorization")
     headers = {} if header is None else {"Authorization": header}
@@ -75,11 +89,11 @@ def test_the_admin_route_needs_the_token(admin, keeper, header):
 
 
 def test_a_token_in_a_file_and_its_successor(tmp_path, monkeypatch, keeper):
-    (tmp_path / "token").write_text("old\nlet-me-in\n")
+    (tmp_path / "token").write_text(f"an-older-{TOKEN}\n{TOKEN}\n")
     monkeypatch.setenv(f"{ADMIN_TOKEN}_FILE", str(tmp_path / "token"))
-    for token in ("old", "let-me-in"):
+    for token in (f"an-older-{TOKEN}", TOKEN):
         assert client(keeper).get(SETTINGS_PATH, headers={"Authorization": f"Bearer {token}"}).status_code == 200
-    monkeypatch.setenv(ADMIN_TOKEN, "another")
+    monkeypatch.setenv(ADMIN_TOKEN, "another-token-yet")
     with pytest.raises(ValueError, match="are both set: unset one"):
         client(keeper)
 
@@ -99,11 +113,11 @@ def test_a_key_that_is_required_and_missing_stops_the_start():
 
 
 def test_clients_need_the_key(monkeypatch):
-    monkeypatch.setenv(API_KEY, "key")
+    monkeypatch.setenv(API_KEY, KEY)
     guarded = client(require_api_key=True)
-    assert guarded.get("/v1/models", headers={"Authorization": "Bearer key"}).status_code == 200
+    assert guarded.get("/v1/models", headers={"Authorization": f"Bearer {KEY}"}).status_code == 200
     for path in ("/v1/models", "/openapi.json", "/nowhere"):
-        answer = guarded.get(path, headers={"Authorization": "Bearer kei"})
+        answer = guarded.get(path, headers={"Authorization": f"Bearer {KEY[:-1]}"})
         assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
     monkeypatch.delenv(API_KEY)
     assert client().get("/v1/models").status_code == 200
@@ -111,7 +125,7 @@ def test_clients_need_the_key(monkeypatch):
 
 def test_the_admin_route_needs_no_key(admin, monkeypatch, keeper):
     """Its own token is enough, under a route prefix too."""
-    monkeypatch.setenv(API_KEY, "key")
+    monkeypatch.setenv(API_KEY, KEY)
     for prefix in ("", "/moe"):
         prefixed = client(keeper)
         prefixed.app.root_path = prefix
@@ -127,7 +141,7 @@ def test_no_traceback_leaves(admin, path):
 
 
 def test_a_model_that_is_not_rerouted_has_no_settings(monkeypatch):
-    monkeypatch.setenv(ADMIN_TOKEN, "let-me-in")
+    monkeypatch.setenv(ADMIN_TOKEN, TOKEN)
     assert client().get(SETTINGS_PATH, headers=ADMIN).status_code == 404
 
 
@@ -155,7 +169,7 @@ bodies = st.binary(max_size=40) | (json_values | settings_near_valid).map(lambda
 def test_whatever_is_sent_is_refused_or_valid(body):
     """Every body is answered 200 or 400, and what is in force stays within the settings' range."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ADMIN_TOKEN, "let-me-in")
+        patch.setenv(ADMIN_TOKEN, TOKEN)
         keeper = SettingsKeeper({"artifact": "an/artifact", "select_top_k": 2}, TOP_K)
         admin = client(keeper)
     before = admin.get(SETTINGS_PATH, headers=ADMIN).json()
@@ -171,10 +185,115 @@ def test_whatever_is_sent_is_refused_or_valid(body):
         assert changed["max_rows"] is None or changed["max_rows"] >= changed["min_rows"]
 
 
-@given(header=st.binary(max_size=30).filter(lambda header: b"let-me-in" not in header))
+@given(header=st.binary(max_size=30).filter(lambda header: TOKEN.encode() not in header))
 def test_no_other_header_opens_the_admin_route(header):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(ADMIN_TOKEN, "let-me-in")
+        patch.setenv(ADMIN_TOKEN, TOKEN)
         ingress = SereIngress({}, {}, keeper=None)
     request = SimpleNamespace(scope={"headers": [(b"authorization", header)]})
     assert ingress._refused(request).status_code == 401
+
+
+def test_a_file_of_keys_that_changes_is_read_again(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "keys"
+    file.write_text(KEY)
+    monkeypatch.setenv(f"{API_KEY}_FILE", str(file))
+    guarded = client()
+
+    def status(key: str) -> int:
+        return guarded.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code
+
+    assert (status(KEY), status("another-key-of-it")) == (200, 401)
+    (tmp_path / "new").write_text("another-key-of-it")
+    os.replace(tmp_path / "new", file)
+    assert (status(KEY), status("another-key-of-it")) == (401, 200)
+    for unusable in ("", "qwerty"):
+        (tmp_path / "new").write_text(unusable)
+        os.replace(tmp_path / "new", file)
+        assert status("another-key-of-it") == 200, "the last ones stay"
+    file.unlink()
+    assert status("another-key-of-it") == 200
+    assert "another-key" not in caplog.text
+
+
+@pytest.mark.parametrize("secret", ["qwerty", "a pass phrase of words", "one-that-is-long-enough\nqwerty"])
+def test_secrets_that_are_easily_guessed_stop_the_start(monkeypatch, secret):
+    monkeypatch.setenv(API_KEY, secret)
+    with pytest.raises(ValueError, match="shorter than 16 characters, or has white space") as refused:
+        client()
+    assert secret not in str(refused.value)
+
+
+def test_no_secret_is_both_key_and_token(monkeypatch):
+    monkeypatch.setenv(ADMIN_TOKEN, TOKEN)
+    monkeypatch.setenv(API_KEY, f"{KEY}\n{TOKEN}")
+    with pytest.raises(ValueError, match="share a secret"):
+        client()
+
+
+def test_the_log_says_who_changed_what(admin, caplog):
+    with caplog.at_level("WARNING", logger="ray.serve"):
+        admin.patch(SETTINGS_PATH, json={"select_top_k": 3}, headers={"x-request-id": "abc"})
+        admin.patch(SETTINGS_PATH, json={"select_top_k": 99})
+    changed, refused = (record.getMessage() for record in caplog.records if "audit" in record.getMessage())
+    assert "from {'select_top_k': 2} to {'select_top_k': 3}, by token " in changed and "request abc" in changed
+    assert "stay as they are: select_top_k (99) must be" in refused
+    assert TOKEN not in caplog.text
+
+
+def test_a_body_that_is_too_large_is_refused():
+    """Whether it says so at once or comes in parts; one that just fits is answered."""
+    app = client()
+    app.headers["Content-Type"] = "application/json"
+    prompt = "a" * (LARGEST - len('{"prompt":""}'))
+    fits = json.dumps({"prompt": prompt}, separators=(",", ":")).encode()
+    too_large = json.dumps({"prompt": prompt + "a"}, separators=(",", ":")).encode()
+    assert app.post("/v1/completions", content=fits).json() == len(prompt)
+    assert app.post("/v1/completions", content=iter([fits[:9], fits[9:]])).json() == len(prompt)
+    for content in (too_large, iter([too_large[:9], too_large[9:]])):
+        answer = app.post("/v1/completions", content=content)
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_websockets_are_closed():
+    with pytest.raises(WebSocketDisconnect), client().websocket_connect("/v1/realtime"):
+        pass
+
+
+def test_names_of_models_leave_nothing_behind():
+    """Ray Serve LLM would keep a handle for each `NAME:ADAPTER`."""
+    ingress = SereIngress({"tiny-moe": None}, {"tiny-moe": None})
+    assert asyncio.run(ingress._get_model_id("tiny-moe")) == asyncio.run(ingress._get_model_id(None)) == "tiny-moe"
+    for name in ("tiny-moe:" + "x" * 10**6, "another"):
+        with pytest.raises(HTTPException, match="There is no model") as refused:
+            asyncio.run(ingress._get_model_id(name))
+        assert refused.value.status_code == 404 and len(refused.value.detail) < 200
+
+
+def test_a_full_engine_is_no_error_of_the_server(monkeypatch):
+    """vLLM's admission control, as it reaches the ingress: 503, and when to come again."""
+
+    class Replica(EndsWithEngine):
+        async def _has_engine(self) -> bool:
+            return True
+
+    async def refuses():
+        raise QueueOverflowError
+        yield
+
+    async def response(*_args, **_named):
+        async for part in object.__new__(Replica)._while_it_lives(refuses()):
+            yield part
+
+    async def ask() -> None:
+        ingress = SereIngress({"tiny-moe": None}, {"tiny-moe": None})
+        async for _ in ingress._get_response(body=None, call_method="completions"):
+            pass
+
+    monkeypatch.setattr(OpenAiIngress, "_get_response", response)
+    with pytest.raises(HTTPException, match="currently busy") as refused:
+        asyncio.run(ask())
+    answer = http_error(None, refused.value)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    crossed = pickle.loads(pickle.dumps(EngineIsFull("busy")))
+    assert isinstance(crossed, EngineIsFull) and crossed.args == ("busy",)
