@@ -232,7 +232,7 @@ class SereIngress(OpenAiIngress):
         state = await self.keeper.change.remote(changes, by=f"token {fingerprint(token)}, request {request_id}")
         if "error" in state:
             return error_response(400, state["error"])
-        return JSONResponse(state, 202 if state["pending"] else 200)
+        return JSONResponse(state, 202 if state["pending"] or not state["replicas"] else 200)
 
     def _refused(self, request: Request) -> JSONResponse | None:
         tokens = self.admin_tokens()

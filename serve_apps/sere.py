@@ -21,7 +21,7 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, PLUGIN, plugin_is_disabled
 from serve_apps.ingress import build_ingress
 from serve_apps.server import DECODE_SERVERS, PREFILL_SERVERS, SERVERS
-from serve_apps.settings import KEEPER, SettingsKeeper
+from serve_apps.settings import KEEPER, DeployedKeeper
 
 NAME_PREFIX, PREFILL_PREFIX = "LLMServer:", "Prefill:"  # of the deployments; the model's name follows
 DECODE_NIXL_PORT = 22000  # where Ray Serve LLM puts it too: its default, 20000, is the prefill pool's on the same node
@@ -230,7 +230,7 @@ def build_app(args: dict[str, Any]) -> Application:
             name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
         )
         settings = config.rerouting.resolved().model_dump(mode="json")
-        keeper = deployed(SettingsKeeper).bind(settings, artifact.config.num_experts_per_token)
+        keeper = deployed(DeployedKeeper).bind(settings, artifact.config.num_experts_per_token, NAME_PREFIX)
         arguments = {
             "keeper": keeper,
             "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},

@@ -18,6 +18,7 @@ from serve_apps.settings import HEARTBEAT_SECONDS, Follower
 
 METRICS_SECONDS = 10.0  # between two readings of the counters
 RETRY_SECONDS = 5.0
+WORKERS_SECONDS = 60.0  # for an answer of all workers, which comes between two steps
 ENGINE_SECONDS = 0.2  # between two looks at the engine
 LAST_WORDS_SECONDS = 1.0  # for errors on their way to clients
 
@@ -111,12 +112,16 @@ class Rerouting(Server):
             asyncio.create_task(repeat_forever("report metrics", self._report, METRICS_SECONDS)),
         ]
 
-    async def _apply_settings(self, changes: dict[str, Any]) -> None:
-        await self.collective_rpc("sere_settings", kwargs=changes)
+    async def _apply_settings(self, settings: dict[str, Any]) -> None:
+        await self._of_workers("sere_settings", settings)
 
     async def _report(self) -> None:
-        settings = await self.collective_rpc("sere_settings")
-        self.metrics.update(await self.collective_rpc("sere_counters"), settings[0])
+        settings = await self._of_workers("sere_settings", {})
+        self.metrics.update(await self._of_workers("sere_counters", {}), settings[0])
+
+    async def _of_workers(self, method: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+        async with asyncio.timeout(WORKERS_SECONDS):
+            return await self.collective_rpc(method, kwargs=arguments)
 
 
 class PlainServer(EndsWithEngine, LLMServer):

@@ -1,6 +1,7 @@
 """The keeper of the policy in force, and replicas that follow it, in one process: who runs what when something dies."""
 
 import asyncio
+import json
 import math
 import re
 
@@ -10,103 +11,142 @@ from serve_apps.settings import Follower, SettingsKeeper
 
 TOP_K = 8
 SETTINGS = {"artifact": "an/artifact", "select_top_k": 2}
+OTHERS = SETTINGS | {"select_top_k": 4}
+
+
+class Here:
+    """A cluster of one process: what is kept, and who lives."""
+
+    def __init__(self, *living: str):
+        self.kept, self.living = None, set(living)
+
+    def load(self) -> dict | None:
+        return None if self.kept is None else json.loads(self.kept)
+
+    def save(self, kept: dict) -> None:
+        self.kept = json.dumps(kept)
+
+    def replicas(self) -> set[str]:
+        return set(self.living)
 
 
 class Replica(Follower):
-    """One whose workers remember what they were told."""
+    """One whose workers run what they were told last."""
 
     def __init__(self, name: str, keeper: SettingsKeeper, settings=SETTINGS):
         super().__init__(name, settings, keeper.follow, self.tell_workers)
-        self.told = []
+        self.runs = settings
 
-    async def tell_workers(self, changes):
-        self.told.append(changes)
+    async def tell_workers(self, settings):
+        self.runs = self.runs | settings
 
     async def forever(self):
         while True:
             await self.once(wait_s=5)
 
 
-def test_a_change_waits_until_all_replicas_run_it():
+@pytest.fixture
+def here() -> Here:
+    return Here("a", "b")
+
+
+@pytest.fixture
+def keeper(here) -> SettingsKeeper:
+    return SettingsKeeper(SETTINGS, TOP_K, here)
+
+
+def test_a_change_waits_until_all_replicas_run_it(keeper):
     async def scenario():
-        keeper = SettingsKeeper(SETTINGS, TOP_K)
         replicas = [Replica("a", keeper), Replica("b", keeper)]
         tasks = [asyncio.create_task(replica.forever()) for replica in replicas]
         await asyncio.sleep(0)
         state = await keeper.change({"select_top_k": 3}, wait_s=5)
         for task in tasks:
             task.cancel()
-        return state, [replica.told for replica in replicas]
+        return state, [replica.runs["select_top_k"] for replica in replicas]
 
-    state, told = asyncio.run(scenario())
-    assert told == [[{"select_top_k": 3}]] * 2
-    assert state["settings"]["select_top_k"] == 3 and state["revision"] > 0
+    state, runs = asyncio.run(scenario())
+    assert runs == [3, 3] and state["settings"]["select_top_k"] == 3 and state["revision"] > 0
     assert (state["replicas"], state["pending"]) == (["a", "b"], [])
 
 
-def test_a_replica_that_does_not_answer_is_named():
+def test_replicas_that_do_not_confirm_are_named(keeper, here):
+    """However long ago they were heard of: one that is stuck, one that was never heard of, and one of another version;
+    but not those that are gone."""
+    here.living |= {"silent", "old"}
+
     async def scenario():
-        keeper = SettingsKeeper(SETTINGS, TOP_K)
-        await Replica("a", keeper).once(wait_s=0)
-        return await keeper.change({"enabled": False}, wait_s=0.05)
+        stuck, gone, other = Replica("a", keeper), Replica("gone", keeper), Replica("old", keeper, OTHERS)
+        for replica in (stuck, gone, other, Replica("b", keeper)):
+            await replica.once(wait_s=0.01)
+        current = asyncio.create_task(Replica("b", keeper).forever())
+        state = await keeper.change({"enabled": False}, wait_s=0.1)
+        current.cancel()
+        return state
 
     state = asyncio.run(scenario())
-    assert (state["replicas"], state["pending"]) == (["a"], ["a"])
+    assert state["replicas"] == ["a", "b", "old", "silent"] and state["pending"] == ["a", "old", "silent"]
 
 
-def test_a_replica_that_is_gone_is_forgotten(monkeypatch):
+def test_a_replica_that_starts_later_runs_the_same(keeper):
     async def scenario():
-        keeper = SettingsKeeper(SETTINGS, TOP_K)
-        await Replica("a", keeper).once(wait_s=0)
-        monkeypatch.setattr("serve_apps.settings.FORGET_SECONDS", -1)
-        return await keeper.change({"enabled": False}, wait_s=5)
-
-    assert asyncio.run(scenario())["replicas"] == []
-
-
-def test_a_replica_that_starts_later_runs_the_same():
-    async def scenario():
-        keeper, late = SettingsKeeper(SETTINGS, TOP_K), None
         await keeper.change({"select_top_k": 3}, wait_s=0)
         await keeper.change({"enabled": False}, wait_s=0)
         late = Replica("late", keeper)
         await late.once(wait_s=0)
-        return late.told
+        return late.runs
 
-    assert asyncio.run(scenario()) == [{"select_top_k": 3, "enabled": False}]
+    runs = asyncio.run(scenario())
+    assert (runs["select_top_k"], runs["enabled"]) == (3, False)
 
 
-def test_a_keeper_that_starts_again_learns_from_the_replicas():
+def test_a_keeper_that_starts_again_knows_what_is_in_force(keeper, here):
+    """Though it is asked to change something before any replica has come back. Then all run the same, and a replica
+    counts only once it has said so."""
+
     async def scenario():
-        keeper = SettingsKeeper(SETTINGS, TOP_K)
-        replica = Replica("a", keeper)
-        await keeper.change({"threshold": 0.5}, wait_s=0)
-        await replica.once(wait_s=0)
-        keeper = SettingsKeeper(SETTINGS, TOP_K)
-        replica.follow = keeper.follow
-        await replica.once(wait_s=0)
-        changed = await keeper.change({"enabled": False}, wait_s=0)
-        await replica.once(wait_s=0)
-        return changed["settings"], replica.told
+        old = Replica("a", keeper)
+        await keeper.change({"enabled": False}, wait_s=0)
+        await old.once(wait_s=0)
+        again = SettingsKeeper(SETTINGS, TOP_K, here)
+        changed = await again.change({"select_top_k": 4}, wait_s=0)
+        replicas = old, Replica("b", again)
+        old.follow = again.follow
+        for replica in replicas:
+            await replica.once(wait_s=0)
+            await replica.once(wait_s=0)
+        return changed, await again.state(), [replica.runs for replica in replicas]
 
-    policy, told = asyncio.run(scenario())
-    assert policy["threshold"] == 0.5 and not policy["enabled"]
-    assert told == [{"threshold": 0.5}, {"threshold": 0.5, "enabled": False}]
+    changed, state, runs = asyncio.run(scenario())
+    assert changed["pending"] == ["a", "b"] and state["pending"] == []
+    assert [(each["enabled"], each["select_top_k"]) for each in runs] == [(False, 4)] * 2
+    assert not state["settings"]["enabled"] and state["settings"]["select_top_k"] == 4
 
 
-def test_replicas_of_another_configuration_are_left_alone():
+def test_what_is_in_force_survives_the_keeper_and_all_replicas(keeper, here):
+    asyncio.run(keeper.change({"enabled": False}, wait_s=0))
+    assert not asyncio.run(SettingsKeeper(SETTINGS, TOP_K, here).state())["settings"]["enabled"]
+
+
+def test_other_settings_that_are_deployed_hold(keeper, here):
+    """What was changed before is over, and the revision is a new one."""
+    before = asyncio.run(keeper.change({"enabled": False}, wait_s=0))
+    after = asyncio.run(SettingsKeeper(OTHERS, TOP_K, here).state())
+    assert after["settings"]["enabled"] and after["settings"]["select_top_k"] == 4
+    assert after["revision"] > before["revision"]
+    assert asyncio.run(SettingsKeeper(SETTINGS, TOP_K, here).state())["settings"]["enabled"]
+
+
+def test_replicas_of_another_configuration_are_left_alone(keeper):
     """During an upgrade, those of the old application ask the new one's keeper."""
 
     async def scenario():
-        keeper = SettingsKeeper(SETTINGS, TOP_K)
-        other = Replica("old", keeper, SETTINGS | {"select_top_k": 4})
-        other.revision, other.changes = 2**60, {"enabled": False}
+        other = Replica("old", keeper, OTHERS)
         await keeper.change({"threshold": 0.5}, wait_s=0)
         await other.once(wait_s=0.01)
-        return await keeper.state(), other.told
+        return other.runs
 
-    state, told = asyncio.run(scenario())
-    assert state["settings"]["enabled"] and state["replicas"] == [] and told == []
+    assert asyncio.run(scenario()) == OTHERS
 
 
 @pytest.mark.parametrize(
@@ -123,9 +163,8 @@ def test_replicas_of_another_configuration_are_left_alone():
         ({"expert_price": math.inf}, "expert_price: Input should be a finite number"),
     ],
 )
-def test_what_is_out_of_range_changes_nothing(changes, message):
+def test_what_is_out_of_range_changes_nothing(keeper, changes, message):
     async def scenario():
-        keeper = SettingsKeeper(SETTINGS, TOP_K)
         before = await keeper.state()
         answer = await keeper.change(changes)
         return answer["error"], before, await keeper.state()
@@ -134,14 +173,20 @@ def test_what_is_out_of_range_changes_nothing(changes, message):
     assert re.search(message, error) and before == after
 
 
-def test_what_an_artifact_recommends_is_not_changed_piecemeal():
+def test_what_an_artifact_recommends_is_not_changed_piecemeal(here):
+    recommended = {"artifact": "artifact", "policy": "recommended"}
+
     async def scenario():
-        keeper = SettingsKeeper({"artifact": "artifact", "policy": "recommended"}, TOP_K)
+        keeper = SettingsKeeper(recommended, TOP_K, here)
         names = ("select_top_k", "threshold", "expert_price", "traffic_price")
         refused = [await keeper.change({name: value}) for name in names for value in (0, 1)]
-        return refused, await keeper.change({"enabled": False, "min_rows": 4}, wait_s=0)
+        state = await keeper.change({"enabled": False, "min_rows": 4}, wait_s=0)
+        replica = Replica("a", keeper, recommended)
+        await replica.once(wait_s=0)
+        return refused, state, replica.runs
 
-    refused, state = asyncio.run(scenario())
+    refused, state, runs = asyncio.run(scenario())
+    assert runs == recommended | {"enabled": False, "min_rows": 4, "max_rows": None, "rows": "decode"}
     assert all("recommended leaves no choice of" in answer["error"] for answer in refused)
     changed = [state["settings"][name] for name in ("enabled", "min_rows", "select_top_k")]
     assert changed == [False, 4, None]
