@@ -112,6 +112,13 @@ class AppConfig(Pool):
     require_api_key: bool = Field(
         default=False, description=f"Whether the ingress refuses to start without {API_KEY} or {API_KEY}_FILE."
     )
+    engine_timeout_s: float = Field(
+        default=60,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds that an engine may take to answer between two steps. A replica whose engine does not, "
+        "twice in a row, is replaced.",
+    )
     max_body_bytes: int = Field(
         default=4 * 2**20, ge=1, description="Size of the largest request; a larger one is answered by 413."
     )
@@ -220,7 +227,8 @@ def build_app(args: dict[str, Any]) -> Application:
         ValueError: an argument is unknown or out of range, or the artifact is not for the model.
     """
     config = AppConfig.model_validate(args)
-    keeper, arguments = None, dict[str, Any]()
+    keeper, watched = None, {"engine_timeout_s": config.engine_timeout_s}
+    arguments: dict[str, Any] = dict(watched)
     if config.rerouting is not None:
         check_plugin_loads(config)
         artifact = load_artifact_of(config.rerouting.artifact, config.model)
@@ -231,13 +239,13 @@ def build_app(args: dict[str, Any]) -> Application:
         )
         settings = config.rerouting.resolved().model_dump(mode="json")
         keeper = deployed(DeployedKeeper).bind(settings, artifact.config.num_experts_per_token, NAME_PREFIX)
-        arguments = {
+        arguments |= {
             "keeper": keeper,
             "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
         }
     if config.prefill is not None:
         arguments["prefill_server"] = build_servers(
-            llm_config(config, config.prefill), PREFILL_PREFIX, PREFILL_SERVERS, {}
+            llm_config(config, config.prefill), PREFILL_PREFIX, PREFILL_SERVERS, watched
         )
     kinds = SERVERS if config.prefill is None else DECODE_SERVERS
     translated = llm_config(config)

@@ -2,11 +2,13 @@
 end when their engine does."""
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.llm import LLMConfig
@@ -18,7 +20,7 @@ from serve_apps.settings import HEARTBEAT_SECONDS, Follower
 
 METRICS_SECONDS = 10.0  # between two readings of the counters
 RETRY_SECONDS = 5.0
-WORKERS_SECONDS = 60.0  # for an answer of all workers, which comes between two steps
+HEALTH_SECONDS = 10.0  # between two questions whether the engine does anything
 ENGINE_SECONDS = 0.2  # between two looks at the engine
 LAST_WORDS_SECONDS = 1.0  # for errors on their way to clients
 
@@ -47,29 +49,72 @@ class EngineIsFull(Exception):
 
 
 class EndsWithEngine(Server):
-    """Goes before a class of Ray Serve LLM's servers: a replica ends soon after its engine.
+    """Goes before a class of Ray Serve LLM's servers: a replica ends soon after its engine, or if that hangs.
 
-    Ray Serve's health checks would notice after half a minute. Until then such a replica refuses every request at once,
-    so it seems to be the least busy, and is sent most of them.
+    Ray Serve's health checks would notice a dead engine after half a minute. Until then such a replica refuses every
+    request at once, so it seems to be the least busy, and is sent most of them. They would never notice one that hangs:
+    vLLM's own check asks whether the engine's process is there, not whether it does anything.
+
+    `engine_timeout_s`: an engine whose workers do not answer for this long, twice in a row, hangs.
     """
 
-    async def __init__(self, llm_config: LLMConfig, **kwargs):
+    async def __init__(self, llm_config: LLMConfig, *, engine_timeout_s: float, **kwargs):
         await super().__init__(llm_config, **kwargs)
-        self.watch = asyncio.create_task(self._end_with_engine())
+        self.engine_timeout_s = engine_timeout_s
+        self.watches = [
+            asyncio.create_task(self._end_with_engine()),
+            asyncio.create_task(self._end_if_engine_hangs()),
+        ]
 
     async def _has_engine(self) -> bool:
         try:
             await self.check_health()
         except Exception:
             return False
-        return True
+        return not self._lost_coordinator()
+
+    def _lost_coordinator(self) -> bool:
+        """Says whether the process is gone that wakes the ranks of a data-parallel group. vLLM watches it only while it
+        starts; without it, the ranks that a request wakes wait for the others for ever."""
+        core = getattr(getattr(self.engine, "_engine_client", None), "engine_core", None)
+        coordinator = getattr(getattr(core, "resources", None), "coordinator", None)
+        return coordinator is not None and not coordinator.proc.is_alive()
 
     async def _end_with_engine(self) -> None:
         while await self._has_engine():
             await asyncio.sleep(ENGINE_SECONDS)
-        logger.error("sere_dist: the engine died; so does its replica, and Ray Serve starts another")
+        await self._end("the engine died")
+
+    async def _end_if_engine_hangs(self) -> None:
+        missed = 0
+        while missed < 2:
+            await asyncio.sleep(HEALTH_SECONDS)
+            try:
+                await self._of_workers("check_health")
+                missed = 0
+            except TimeoutError:
+                missed += 1
+                logger.warning("sere_dist: the engine has not answered for %g s", self.engine_timeout_s)
+            except Exception:  # it died, which is seen elsewhere
+                missed = 0
+        await self._end("the engine hangs")
+
+    async def _end(self, why: str) -> None:
+        logger.error("sere_dist: %s; its replica ends, and Ray Serve starts another", why)
         await asyncio.sleep(LAST_WORDS_SECONDS)
+        for process in psutil.Process().children(recursive=True):  # a process that hangs outlives its parent
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         os._exit(1)
+
+    async def _of_workers(self, method: str, arguments: dict[str, Any] | None = None) -> list[Any]:
+        """Returns what a method of every worker of the engine returned.
+
+        Raises:
+            TimeoutError: they have not answered in time.
+        """
+        async with asyncio.timeout(self.engine_timeout_s):
+            return await self.collective_rpc(method, kwargs=arguments or {})
 
     async def chat(self, *args, **kwargs):
         return await self._accept(super().chat, *args, **kwargs)
@@ -94,7 +139,7 @@ class EndsWithEngine(Server):
             raise EngineDied from error
 
 
-class Rerouting(Server):
+class Rerouting(EndsWithEngine):
     """Goes before a class of Ray Serve LLM's servers.
 
     `keeper` is the application's `SettingsKeeper`, `artifact` what the metrics say of it.
@@ -116,12 +161,8 @@ class Rerouting(Server):
         await self._of_workers("sere_settings", settings)
 
     async def _report(self) -> None:
-        settings = await self._of_workers("sere_settings", {})
-        self.metrics.update(await self._of_workers("sere_counters", {}), settings[0])
-
-    async def _of_workers(self, method: str, arguments: dict[str, Any]) -> list[dict[str, Any]]:
-        async with asyncio.timeout(WORKERS_SECONDS):
-            return await self.collective_rpc(method, kwargs=arguments)
+        settings = await self._of_workers("sere_settings")
+        self.metrics.update(await self._of_workers("sere_counters"), settings[0])
 
 
 class PlainServer(EndsWithEngine, LLMServer):

@@ -48,17 +48,21 @@ def test_without_a_key_there_is_no_answer(url):
 
 
 @pytest.mark.slow
-def test_a_group_that_loses_a_worker_comes_back(cluster, url):
-    """The last test of each group: every process of it is another one afterwards."""
-    workers = {process.pid for process in processes(cluster, "VLLM::Worker")}
-    assert len(workers) == 2
-    processes(cluster, "VLLM::Worker")[-1].kill()
-    with openai.OpenAI(base_url=url, api_key=KEYS[1], max_retries=0, timeout=60) as client:
+def test_a_group_that_loses_a_process_comes_back(cluster, url):
+    """A worker, or what wakes the ranks of a data-parallel group. The last test of each group: every process of it is
+    another one afterwards."""
+    for title in ("VLLM::Worker", "VLLM::DPCoordinator"):
+        if not (losable := processes(cluster, title)):
+            assert title == "VLLM::DPCoordinator", "a tensor-parallel group has none"
+            continue
+        workers = {process.pid for process in processes(cluster, "VLLM::Worker")}
+        assert len(workers) == 2
+        losable[-1].kill()
+        with openai.OpenAI(base_url=url, api_key=KEYS[1], max_retries=0, timeout=60) as client:
 
-        def answers_again() -> bool:
-            now = {process.pid for process in processes(cluster, "VLLM::Worker")}
-            return not workers & now and bool(
-                client.completions.create(model=demo.MODEL_ID, prompt="In the beginning", max_tokens=8).choices
-            )
+            def answers_again(client=client, workers=workers) -> bool:
+                now = {process.pid for process in processes(cluster, "VLLM::Worker")}
+                completion = {"model": demo.MODEL_ID, "prompt": "In the beginning", "max_tokens": 8}
+                return not workers & now and bool(client.completions.create(**completion).choices)
 
-        eventually(answers_again)
+            eventually(answers_again)
