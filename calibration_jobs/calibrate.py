@@ -14,7 +14,6 @@ the states that it leaves in the object store feed the next layer's forward task
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import ray
@@ -43,6 +42,7 @@ from sere_dist.calibration.layers import (
     text_blocks,
 )
 from sere_dist.calibration.plan import Plan
+from sere_dist.files import FilePath
 from sere_dist.method.cka import Kernel
 from sere_dist.method.similarity import METHODS, MethodName
 from sere_dist.moe import MoeShape
@@ -54,7 +54,7 @@ RETRIES = 5  # of a task whose worker or node died
 class CalibrationConfig(JobConfig):
     """Settings of a calibration. Unknown keys are refused."""
 
-    output: Path = Field(description="Folder to write the artifact to.")
+    output: FilePath = Field(description="Folder to write the artifact to.")
     overwrite: bool = Field(default=False, description="Replace the artifact that is already at --output.")
     restart: bool = Field(default=False, description="Discard the layers that a stopped job has finished.")
     dry_run: bool = Field(default=False, description="Print the plan and what it takes, and stop.")
@@ -109,36 +109,38 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     if config.dry_run:
         return None
 
-    finished = FinishedLayers(config.output, fingerprint(config, checkpoint, texts), config.restart)
-    results = {result.statistics.layer: result for result in finished}
-    if results:
-        print(f"{len(results)} of {len(plan.layer_names)} layers are finished already", flush=True)
-    remaining = sorted(plan.layer_names.keys() - results.keys())
-    with tqdm(total=len(plan.layer_names), initial=len(results), unit="layer", disable=not sys.stderr.isatty()) as bar:
-        for result in score_layers(config, checkpoint, plan, workers, text_blocks(texts), remaining):
-            finished.add(result)
-            results[result.statistics.layer] = result
-            bar.update()
-            report_layer(result, len(results), plan, config.min_tokens_per_expert, quiet=not bar.disable)
+    with FinishedLayers(config.output, fingerprint(config, checkpoint, texts), config.restart) as finished:
+        results = {result.statistics.layer: result for result in finished}
+        if results:
+            print(f"{len(results)} of {len(plan.layer_names)} layers are finished already", flush=True)
+        remaining = sorted(plan.layer_names.keys() - results.keys())
+        with tqdm(
+            total=len(plan.layer_names), initial=len(results), unit="layer", disable=not sys.stderr.isatty()
+        ) as bar:
+            for result in score_layers(config, checkpoint, plan, workers, text_blocks(texts), remaining):
+                finished.add(result)
+                results[result.statistics.layer] = result
+                bar.update()
+                report_layer(result, len(results), plan, config.min_tokens_per_expert, quiet=not bar.disable)
 
-    artifact = Artifact(
-        ArtifactConfig(
-            schema_version=SCHEMA_VERSION,
-            base_model=config.model,
-            revision=checkpoint.revision,
-            **vars(plan.shape),
-            layer_names=plan.layer_names,
-            method=config.method,
-            kernel=config.kernel if method.has_kernel else None,
-            dataset=config.dataset if texts else None,
-            num_tokens=sum(map(len, texts)),
-            versions=versions("sere-dist", "torch", "transformers", "ray"),
-        ),
-        layers={layer: results[layer] for layer in sorted(results)},
-        settings=config.model_dump(mode="json", exclude={"overwrite", "restart", "dry_run"}),
-    )
-    artifact.save(config.output, overwrite=config.overwrite)
-    finished.discard()
+        artifact = Artifact(
+            ArtifactConfig(
+                schema_version=SCHEMA_VERSION,
+                base_model=config.model,
+                revision=checkpoint.revision,
+                **vars(plan.shape),
+                layer_names=plan.layer_names,
+                method=config.method,
+                kernel=config.kernel if method.has_kernel else None,
+                dataset=config.dataset if texts else None,
+                num_tokens=sum(map(len, texts)),
+                versions=versions("sere-dist", "torch", "transformers", "ray"),
+            ),
+            layers={layer: results[layer] for layer in sorted(results)},
+            settings=config.model_dump(mode="json", exclude={"overwrite", "restart", "dry_run"}),
+        )
+        artifact.save(config.output, overwrite=config.overwrite)
+        finished.discard()
     return artifact
 
 

@@ -4,42 +4,67 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from calibration_jobs.lock import Lock
 from calibration_jobs.resume import Fingerprint, check_same_job
 from sere_dist.artifact.layer import LayerStatistics
 from sere_dist.calibration.layers import LayerResult
 from sere_dist.files import written_whole
 
-JOB_FILE = "job.json"
+JOB_FILE, LOCK_FILE, LAYER_FILES = "job.json", "lock.json", "layer-*.safetensors"
 TOKENS = "tokens"  # beside the tensors of an artifact
 
 
 class FinishedLayers:
-    """The folder `<output>.partial`: which calibration it belongs to, and each layer's result as it lands."""
+    """The folder `<output>.partial`: which calibration it belongs to, who works on it, and each layer's result as it
+    lands. Use as a context manager."""
 
     def __init__(self, output: Path, fingerprint: Fingerprint, restart: bool):
         """Opens the folder, or makes it. With `restart` the layers of whichever calibration are thrown away.
 
         Raises:
-            ValueError: the folder holds the layers of another calibration; the message says what differs.
+            ValueError: another job works on the folder, or it holds the layers of another calibration; the message says
+                which job, or what differs.
         """
         self.path = output.resolve().with_name(f"{output.name}.partial")
-        if restart and (self.path / JOB_FILE).exists():
-            self.discard()
-        if (self.path / JOB_FILE).exists():
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = Lock(self.path / LOCK_FILE)
+        self.lock.take()
+        try:
+            self._open(fingerprint, restart)
+        except BaseException:
+            self.lock.leave()
+            raise
+
+    def _open(self, fingerprint: Fingerprint, restart: bool) -> None:
+        job = self.path / JOB_FILE
+        if restart:
+            for file in (*self.path.glob(LAYER_FILES), job):
+                file.unlink(missing_ok=True)
+        if job.exists():
+            try:
+                kept = json.loads(job.read_text())
+            except ValueError as error:
+                raise ValueError(f"{job} can't be read ({error}): throw its layers away with --restart") from error
             check_same_job(
                 self.path,
-                kept=json.loads((self.path / JOB_FILE).read_text()),
+                kept=kept,
                 own=fingerprint,
                 what="layers of another calibration",
                 instead="finish that one with the command that began it, choose another --output",
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        with written_whole(self.path / JOB_FILE) as file:
+        with written_whole(job) as file:
             file.write_text(json.dumps(fingerprint, indent=2))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self.lock.leave()
 
     def add(self, result: LayerResult) -> None:
         """Writes one layer's result; it is there whole or not at all."""
@@ -51,25 +76,38 @@ class FinishedLayers:
             "block_tokens": str(result.block_tokens),
             "halved": str(result.halved),
         }
-        with written_whole(self.path / f"layer-{result.statistics.layer:04}.safetensors") as file:
+        with written_whole(self.path / LAYER_FILES.replace("*", f"{result.statistics.layer:04}")) as file:
             file.write_bytes(save(tensors, metadata))
 
     def __iter__(self) -> Iterator[LayerResult]:
-        """Yields the finished layers in order."""
-        for path in sorted(self.path.glob("layer-*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no dict
-            yield LayerResult(
-                similarity_EE=tensors["similarity"],
-                statistics=LayerStatistics.model_validate_json(metadata["statistics"]),
-                coefficient_EE=tensors.get("coefficient"),
-                size_E=tensors.get("size"),
-                coactivation_EE=tensors.get("coactivation"),
-                tokens_E=tensors.get(TOKENS),
-                block_tokens=int(metadata["block_tokens"]),
-                halved=int(metadata["halved"]),
-            )
+        """Yields the finished layers in order. One whose file is damaged is not finished."""
+        for path in sorted(self.path.glob(LAYER_FILES)):
+            try:
+                result = read_layer(path)
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+                print(f"{path} can't be read, so its layer is scored again: {error}", flush=True)
+                continue
+            yield result
 
     def discard(self) -> None:
-        shutil.rmtree(self.path)
+        self.lock.leave()
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self.path.exists():  # a network file system keeps files that some process still reads
+            print(f"{self.path} could not be removed; it is not needed any more", flush=True)
+
+
+def read_layer(path: Path) -> LayerResult:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        # Copies: the tensors are views of the file, which stays mapped as long as one of them is there.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 it is no dict
+    return LayerResult(
+        similarity_EE=tensors["similarity"],
+        statistics=LayerStatistics.model_validate_json(metadata["statistics"]),
+        coefficient_EE=tensors.get("coefficient"),
+        size_E=tensors.get("size"),
+        coactivation_EE=tensors.get("coactivation"),
+        tokens_E=tensors.get(TOKENS),
+        block_tokens=int(metadata["block_tokens"]),
+        halved=int(metadata["halved"]),
+    )

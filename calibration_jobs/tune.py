@@ -14,7 +14,6 @@ for every setting of every layer alone, then for combinations along the trade-of
 
 import hashlib
 import math
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -35,6 +34,7 @@ from sere_dist.artifact.folder import Artifact, check_output, write_recommendati
 from sere_dist.artifact.recommendation import LayerSetting, Recommendation
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.evaluation.tuning import Budget
+from sere_dist.files import FilePath
 from sere_dist.moe import MoeShape
 from sere_dist.provenance import versions
 
@@ -45,7 +45,7 @@ PACKAGES = ("sere-dist", "torch", "transformers")  # whose versions may change w
 class TuningConfig(JobConfig):
     """Settings of a tuning. Unknown keys are refused."""
 
-    artifact: Path = Field(description="Folder of the model's artifact, to which the recommended settings are added.")
+    artifact: FilePath = Field(description="Folder of the model's artifact, to which recommended settings are added.")
     batch: int = Field(ge=1, description="Number of requests that decode together.")
     max_kl: float | None = Field(
         default=None,

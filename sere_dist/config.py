@@ -1,11 +1,11 @@
 """What a user may set: `additional_config={"sere": {...}}` in vLLM. It is checked once, here."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from sere_dist.files import FilePath
 from sere_dist.method.records import Settings
 
 # Settings that may change in a running engine.
@@ -22,7 +22,7 @@ class ReroutingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    artifact: Path = Field(description="Folder of the artifact that a calibration wrote.")
+    artifact: FilePath = Field(description="Folder of the artifact that a calibration wrote.")
     select_top_k: int | None = Field(
         default=None,
         ge=1,
@@ -82,7 +82,7 @@ class ReroutingConfig(BaseModel):
         description="Whether vLLM's prefix cache keeps prompts alone, so that no value of a re-routed row outlives its "
         "request. The next turn of a conversation then computes the earlier answers again, without re-routing.",
     )
-    placement: Path | None = Field(
+    placement: FilePath | None = Field(
         default=None,
         description="File of `sere-dist place`, which says which rank holds which expert under expert parallelism.",
     )

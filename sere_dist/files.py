@@ -1,10 +1,24 @@
-"""A file or a folder is there whole, or not at all."""
+"""Paths that a user names, and files and folders that are there whole, or not at all."""
 
 import os
+import re
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+
+def _no_address(path: Any) -> Any:
+    if isinstance(path, str | Path) and re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+        raise ValueError(f"{path} is an address, this is a path: mount the bucket on all nodes, or copy from and to it")
+    return path
+
+
+# A path in a file system. "s3://bucket/folder" would be taken for a folder named "s3:" below the current one.
+FilePath = Annotated[Path, BeforeValidator(_no_address)]
 
 
 @contextmanager

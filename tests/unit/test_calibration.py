@@ -155,6 +155,7 @@ def test_a_model_that_is_not_there(tmp_path):
         (["--output", "o", "--dataset", "d"], "--model: Field required"),
         (["--model", "m", "--output", "o", "--dataset", "d", "--method", "frob"], "--method: Input should be"),
         (["--model", "m", "--output", "o", "--dataset", "d", "--num-samples", "0"], "--num-samples: Input should be"),
+        (["--model", "m", "--output", "s3://bucket/out"], "s3://bucket/out is an address, this is a path"),
     ],
 )
 def test_bad_options_are_named(options, message):
