@@ -80,6 +80,11 @@ def secret_of(headers: Iterable[tuple[bytes, bytes]], secrets: Iterable[str]) ->
     return matching[0] if matching and scheme.lower() == b"bearer" else None
 
 
+def count_prompts(prompt: Any) -> int:
+    """Returns how many prompts a completion has: a text or a list of token ids is one, a list of such are several."""
+    return len(prompt) if isinstance(prompt, list) and not all(isinstance(each, int) for each in prompt) else 1
+
+
 class Guard:
     """Outermost around the ingress: asks for a key, takes no body that is too large, and lets no traceback out."""
 
@@ -153,16 +158,23 @@ class Guard:
 class SereIngress(OpenAiIngress):
     """Ray Serve LLM's ingress with the route `/sere/settings`.
 
-    `keeper` is the application's `SettingsKeeper`, if it has one.
+    `keeper` is the application's `SettingsKeeper`, if it has one. `bounds` has the most answers that a request may ask
+    for (`n`), and the most prompts that it may bring.
 
     Raises:
         ValueError: a key is required and the environment of this process has none, or what it has can't be used.
     """
 
     def __init__(
-        self, *args: Any, keeper: DeploymentHandle | None = None, require_api_key: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        keeper: DeploymentHandle | None = None,
+        require_api_key: bool = False,
+        bounds: dict[str, int] | None = None,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.bounds = bounds or {}
         keys = environment_secrets(API_KEY)
         if require_api_key and not keys:
             raise ValueError(
@@ -186,6 +198,10 @@ class SereIngress(OpenAiIngress):
     ) -> AsyncGenerator[Any]:
         """Sends a request that no engine has seen to another replica. Not one that an engine has: it may be what killed
         it, and would kill the others."""
+        asked = {"n": getattr(body, "n", None) or 1, "prompt": count_prompts(getattr(body, "prompt", None))}
+        for name, most in self.bounds.items():
+            if asked[name] > most:
+                raise HTTPException(400, f"{name}: {asked[name]} are more than the {most} that a request may have.")
         begun = False
         while True:
             try:
@@ -280,6 +296,7 @@ def build_ingress(
     *,
     require_api_key: bool,
     max_body_bytes: int,
+    bounds: dict[str, int],
 ) -> Application:
     """Returns the application: an ingress before `servers`, with Ray Serve's deployment options.
 
@@ -296,4 +313,5 @@ def build_ingress(
         model_cards={llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config)},
         keeper=keeper,
         require_api_key=require_api_key,
+        bounds=bounds,
     )

@@ -28,9 +28,7 @@ DECODE_NIXL_PORT = 22000  # where Ray Serve LLM puts it too: its default, 20000,
 # What Ray Serve LLM's router lets an answer take. Replicas and ingresses that are replaced, scaled down or drained have
 # as long for the answers that they have begun; Ray Serve's own default, 20 s, cuts them off.
 LONGEST_ANSWER_SECONDS = 600
-QUEUED_REQUESTS = 1024  # of an engine; more are refused, so that a client knows rather than waits
-# Of one request: sequences that it may ask for, and prompts that it may bring. vLLM's own limits are 16,384 and 1,024.
-LIMITS = {"VLLM_MAX_N_SEQUENCES": "64", "VLLM_MAX_COMPLETION_PROMPTS": "128"}
+ENGINE_REQUESTS = 4096  # that an engine takes, to run or to wait; more are refused, so that clients know
 SECRETS = {API_KEY, ADMIN_TOKEN, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "api_key"}
 
 # What has an argument of its own, and so may not be given in another place too.
@@ -122,6 +120,8 @@ class AppConfig(Pool):
     max_body_bytes: int = Field(
         default=4 * 2**20, ge=1, description="Size of the largest request; a larger one is answered by 413."
     )
+    max_answers: int = Field(default=64, ge=1, description="Most answers that one request may ask for (`n`).")
+    max_prompts: int = Field(default=128, ge=1, description="Most prompts that one request may bring.")
 
     @model_validator(mode="before")
     @classmethod
@@ -180,7 +180,7 @@ def llm_config(config: AppConfig, prefill: Pool | None = None) -> LLMConfig:
     """
     pool = prefill or config
     engine = {
-        "max_num_queued_reqs": QUEUED_REQUESTS,
+        "max_num_queued_reqs": ENGINE_REQUESTS,
         **pool.engine,
         "tensor_parallel_size": pool.tensor_parallel_size,
         "data_parallel_size": pool.data_parallel_size,
@@ -212,7 +212,7 @@ def llm_config(config: AppConfig, prefill: Pool | None = None) -> LLMConfig:
         engine_kwargs=engine,
         accelerator_type=pool.accelerator_type,
         deployment_config=deployment,
-        runtime_env={"env_vars": {**LIMITS, **pool.environment}},
+        runtime_env={"env_vars": pool.environment},
         experimental_configs=experimental,
         **placement,
     )
@@ -257,6 +257,7 @@ def build_app(args: dict[str, Any]) -> Application:
         keeper,
         require_api_key=config.require_api_key,
         max_body_bytes=config.max_body_bytes,
+        bounds={"n": config.max_answers, "prompt": config.max_prompts},
     )
 
 

@@ -1,8 +1,10 @@
 """The applications that the tests of the endpoint share: one for each layout of the engine's workers."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from examples import demo
 from sere_dist.admin import request_settings
@@ -12,13 +14,13 @@ from sere_dist.testing.local_cluster import free_ports
 from tests.soak.load import ENVIRONMENT
 
 # The workers of an engine in parallel hold half of the experts each: as one replica under tensor parallelism, and as a
-# gang of two replicas under data-parallel attention.
-LAYOUTS = {
-    "one worker": {},
+# gang of two replicas under data-parallel attention. They are behind a key.
+PARALLEL = {
     "TP2+EP2": {"tensor_parallel_size": 2, "expert_parallel": True},
     "DP2+EP2": {"data_parallel_size": 2, "expert_parallel": True},
 }
-KEYS = ("old-key-of-clients", "new-key-of-clients")  # of the parallel layouts
+FEW = {"max_num_seqs": 2, "max_num_queued_reqs": 4}
+KEYS = ("old-key-of-clients", "new-key-of-clients")
 
 
 @pytest.fixture(scope="session")
@@ -29,15 +31,36 @@ def key_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def url(request, cluster, artifact_path, key_file):
+def pools(tmp_path_factory) -> dict[str, Any]:
+    """The arguments of `serve_apps/tiny_moe_pd.yaml`, with a folder of its own for keys and values."""
+    (application,) = yaml.safe_load((demo.ROOT / "serve_apps" / "tiny_moe_pd.yaml").read_text())["applications"]
+    arguments, folder = application["args"], tmp_path_factory.mktemp("keys and values")
+    for pool in (arguments, arguments["prefill"]):
+        pool["engine"]["kv_transfer_config"]["kv_connector_extra_config"] = {"shared_storage_path": str(folder)}
+    del arguments["rerouting"]  # `served` has the same, with the artifact's place
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def url(request, cluster, artifact_path, key_file, pools):
     """The endpoint of the layout that a test is parametrised with. pytest runs all tests of a layout in a row, whatever
-    their files, so each is served once."""
-    arguments, key = dict(LAYOUTS[request.param]), "none"
-    if arguments:
+    their files, so each is served once, and one after the other: they are one application."""
+    if request.param in PARALLEL:
         environment = {"runtime_env": {"env_vars": {f"{API_KEY}_FILE": str(key_file)}}}
         ingress = {"num_replicas": 1, "ray_actor_options": environment}
-        arguments |= {"environment": ENVIRONMENT, "require_api_key": True, "ingress": ingress}
-        key = KEYS[0]
+        arguments = {"environment": ENVIRONMENT, "require_api_key": True, "ingress": ingress} | PARALLEL[request.param]
+    else:
+        arguments = {
+            "one worker": {},
+            "two pools": pools,
+            "few at a time": {
+                "engine": {"max_model_len": 512, "enforce_eager": True, **FEW},
+                "environment": ENVIRONMENT,
+                "max_body_bytes": 100_000,
+                "engine_timeout_s": 15,
+            },
+        }[request.param]
+    key = KEYS[0] if request.param in PARALLEL else "none"
     with demo.served(cluster, free_ports(1)[0], artifact_path, key=key, **arguments) as url:
         yield url
 

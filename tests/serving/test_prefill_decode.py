@@ -2,43 +2,24 @@
 
 import openai
 import pytest
-import yaml
 
 from examples import demo
 from examples.tiny_moe.data import MODEL, example_texts
 from sere_dist.admin import request_settings
 from sere_dist.environment import ADMIN_TOKEN
-from sere_dist.testing.local_cluster import free_ports
 from tests.support import engines
 from tests.support.metrics import metrics
 from tests.support.polling import eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("url", ["two pools"], indirect=True)]
 PROMPT, NEW = 80, 24  # a prompt has two blocks to send, and a rest
 
 
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory) -> dict:
-    """Those of the file, with a folder of its own for keys and values."""
-    (application,) = yaml.safe_load((demo.ROOT / "serve_apps" / "tiny_moe_pd.yaml").read_text())["applications"]
-    arguments, folder = application["args"], tmp_path_factory.mktemp("keys and values")
-    for pool in (arguments, arguments["prefill"]):
-        pool["engine"]["kv_transfer_config"]["kv_connector_extra_config"] = {"shared_storage_path": str(folder)}
-    del arguments["rerouting"]  # `served` has the same, with the artifact's place
-    return arguments
-
-
-@pytest.fixture(scope="module")
-def url(cluster, artifact_path, arguments):
-    with demo.served(cluster, free_ports(1)[0], artifact_path, **arguments) as url:
-        yield url
-
-
-def test_only_the_decode_pool_is_rerouted(cluster, url, arguments, monkeypatch):
+def test_only_the_decode_pool_is_rerouted(cluster, url, pools, monkeypatch):
     """Off, its tokens are those of one engine that does both; what it is sent are the exact keys and values."""
     monkeypatch.setenv(ADMIN_TOKEN, cluster.environment[ADMIN_TOKEN])
     prompts = example_texts("heldout.parquet", PROMPT, 4).tolist()
-    shared = {name: of for name, of in arguments["engine"].items() if name != "kv_transfer_config"}
+    shared = {name: of for name, of in pools["engine"].items() if name != "kv_transfer_config"}
     alone = [{"only": [place]} for place in range(len(prompts))]
     options = {"model": str(MODEL), **shared}
     stock = [turn["tokens"][0] for turn in engines.run(options, prompts, NEW, alone, env={"VLLM_PLUGINS": ""})]

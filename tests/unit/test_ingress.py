@@ -19,7 +19,7 @@ from vllm.exceptions import QueueOverflowError
 
 from sere_dist.config import CHANGEABLE
 from sere_dist.environment import ADMIN_TOKEN, API_KEY
-from serve_apps.ingress import ENDPOINTS, SETTINGS_PATH, Guard, SereIngress, http_error
+from serve_apps.ingress import ENDPOINTS, SETTINGS_PATH, Guard, SereIngress, count_prompts, http_error
 from serve_apps.server import EndsWithEngine, EngineIsFull
 from serve_apps.settings import SettingsKeeper
 
@@ -311,3 +311,11 @@ def test_a_full_engine_is_no_error_of_the_server(monkeypatch):
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     crossed = pickle.loads(pickle.dumps(EngineIsFull("busy")))
     assert isinstance(crossed, EngineIsFull) and crossed.args == ("busy",)
+
+
+@pytest.mark.parametrize(
+    ("body", "counted"),
+    [("a text", 1), ([1, 2, 3], 1), (["a", "b"], 2), ([[1, 2], [3]], 2), ([], 1), (None, 1)],
+)
+def test_prompts_are_counted(body, counted):
+    assert count_prompts(body) == counted
