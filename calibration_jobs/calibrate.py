@@ -12,6 +12,7 @@ the states that it leaves in the object store feed the next layer's forward task
 """
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -30,7 +31,7 @@ from calibration_jobs.resume import Fingerprint
 from calibration_jobs.tables import plan_table
 from calibration_jobs.workers import Workers
 from sere_dist import console
-from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact, check_output
+from sere_dist.artifact.folder import CONFIG_FILE, MIN_TOKENS_PER_EXPERT, Artifact, check_output
 from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import (
@@ -89,11 +90,14 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
         RayError: tasks died again and again. Finished layers are kept; the same command goes on from them.
     """
     refuse_lost_output(config.output)
-    check_output(config.output, config.overwrite)
+    before = finished_before(config)
     checkpoint = Checkpoint(config.model, config.revision)
     MoeShape.from_config(checkpoint.config)  # before any text is read
     method = METHODS[config.method]
     texts = tokenise_texts(config, checkpoint) if method.needs_data and not config.dry_run else []
+    own = fingerprint(config, checkpoint, texts)
+    if before is not None and not config.dry_run:
+        return again(before, own, config)
     num_tokens = sum(map(len, texts)) or config.num_samples * config.max_length
     workers = Workers.of_cluster(config, may_start=not config.dry_run)
     plan = Plan.of(
@@ -109,7 +113,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     if config.dry_run:
         return None
 
-    with FinishedLayers(config.output, fingerprint(config, checkpoint, texts), config.restart) as finished:
+    with FinishedLayers(config.output, own, config.restart) as finished:
         results = {result.statistics.layer: result for result in finished}
         if results:
             print(f"{len(results)} of {len(plan.layer_names)} layers are finished already", flush=True)
@@ -135,13 +139,58 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
                 dataset=config.dataset if texts else None,
                 num_tokens=sum(map(len, texts)),
                 versions=versions("sere-dist", "torch", "transformers", "ray"),
+                calibration_sha256=digest(own),
             ),
             layers={layer: results[layer] for layer in sorted(results)},
-            settings=config.model_dump(mode="json", exclude={"overwrite", "restart", "dry_run"}),
+            settings=settings_of(config),
         )
         artifact.save(config.output, overwrite=config.overwrite)
         finished.discard()
     return artifact
+
+
+def settings_of(config: CalibrationConfig) -> dict[str, Any]:
+    """Returns the settings that an artifact keeps."""
+    return config.model_dump(mode="json", exclude={"overwrite", "restart", "dry_run"})
+
+
+def finished_before(config: CalibrationConfig) -> Artifact | None:
+    """Returns the artifact at --output if the same settings made it, which an earlier attempt may have done.
+
+    Raises:
+        OSError: the output is already there, or can't be written.
+    """
+    try:
+        check_output(config.output, config.overwrite)
+    except FileExistsError:
+        if not (config.output / CONFIG_FILE).is_file():
+            raise
+        artifact = Artifact.load(config.output)
+        if artifact.settings != settings_of(config):
+            raise
+        return artifact
+    return None
+
+
+def again(before: Artifact, own: Fingerprint, config: CalibrationConfig) -> Artifact:
+    """Returns what an earlier attempt of the same calibration wrote, and removes the layers that it left.
+
+    Raises:
+        FileExistsError: weights, texts or versions are others by now.
+    """
+    if before.config.calibration_sha256 != digest(own):
+        raise FileExistsError(
+            f"{config.output} is already there, from other weights, texts or versions: --overwrite to replace it, or "
+            "another --output"
+        )
+    with FinishedLayers(config.output, own, restart=True) as finished:
+        finished.discard()
+    print(f"{config.output} is there already: this calibration has finished before", flush=True)
+    return before
+
+
+def digest(fingerprint: Fingerprint) -> str:
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def tokenise_texts(config: CalibrationConfig, checkpoint: Checkpoint) -> list[list[int]]:

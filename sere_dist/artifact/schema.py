@@ -33,6 +33,7 @@ class ArtifactConfig(BaseModel):
     coactivation: bool = False  # whether the tensors have it: those of older versions do not
     versions: dict[str, str]
     tensors_sha256: str = ""
+    calibration_sha256: str = ""  # of everything that decides the matrices: the same again means the same calibration
 
     @field_validator("schema_version")
     @classmethod

@@ -104,9 +104,13 @@ def test_a_model_whose_first_layer_is_dense(cluster, tmp_path):
 @pytest.mark.slow
 def test_a_method_without_data_reads_none(cluster, tmp_path):
     """Not even the default dataset, which is on the Hub."""
-    job(cluster, "--model", str(MODEL), "--method", "weights", "--output", str(tmp_path / "out"))
+    command = "--model", str(MODEL), "--method", "weights", "--output", str(tmp_path / "out")
+    job(cluster, *command)
     artifact = Artifact.load(tmp_path / "out")
     assert artifact.config.dataset is None and all(layer.tokens_E is None for layer in artifact.layers.values())
+    # An attempt that was killed after its last step is tried again, and finds what it wrote.
+    assert "this calibration has finished before" in job(cluster, *command)
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.slow
