@@ -7,11 +7,12 @@ import httpx
 import pytest
 
 from examples import demo
+from tests.serving.conftest import FEW
 from tests.soak.load import processes
 from tests.support.polling import eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.parametrize("url", ["few at a time"], indirect=True)]
-CLIENTS, NEW = 16, 64
+CLIENTS, NEW, TAKES = 16, 64, FEW["max_num_queued_reqs"]
 
 
 def complete(url: str, **changes) -> httpx.Response:
@@ -35,11 +36,19 @@ def test_requests_beyond_a_bound_are_refused(url, changes, status):
     assert complete(url).status_code == 200
 
 
-def test_an_overloaded_engine_refuses_and_answers_the_rest(url):
-    """Four times as many requests at once as it takes: each gets its whole answer, or 503 and when to come again."""
+def test_an_overloaded_engine_refuses_and_answers_the_rest(cluster, url):
+    """Four times as many requests at once as it takes: those beyond are told at once when to come again, the others get
+    their whole answers. The engine stands still meanwhile, so that none is answered before all have come."""
+    (core,) = processes(cluster, "VLLM::EngineCore")
     with ThreadPoolExecutor(CLIENTS) as pool:
-        answers = list(pool.map(lambda _: complete(url, max_tokens=NEW, ignore_eos=True), range(CLIENTS)))
-    assert Counter(answer.status_code for answer in answers).keys() == {200, 503}
+        core.suspend()
+        waiting = [pool.submit(complete, url, max_tokens=NEW, ignore_eos=True) for _ in range(CLIENTS)]
+        try:
+            eventually(lambda: sum(answer.done() for answer in waiting) == CLIENTS - TAKES)
+        finally:
+            core.resume()
+        answers = [answer.result() for answer in waiting]
+    assert Counter(answer.status_code for answer in answers) == {503: CLIENTS - TAKES, 200: TAKES}
     for answer in answers:
         if answer.status_code == 200:
             assert answer.json()["usage"]["completion_tokens"] == NEW
