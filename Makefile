@@ -14,7 +14,7 @@ $(1)/pip install -q --no-deps '$(TORCH)' || { $(1)/pip install -q uv && \
   $(1)/uv pip install -q --python $(1)/python --no-deps --torch-backend cpu '$(TORCH)'; }
 endef
 
-.PHONY: help demo serve format lint types unit check test test-all test-vllm bench-calibration soak check-deploy lock clean
+.PHONY: help demo serve format lint types unit check test test-all test-vllm test-families bench-calibration soak check-deploy lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -56,6 +56,9 @@ test-all: lint types ## everything, at length: run it before an issue is called 
 test-vllm: .venv-vllm-$(VERSION)/.ready ## the tests that need vLLM's parts, with another release of it (VERSION=0.31.0)
 	.venv-vllm-$(VERSION)/bin/python -m pytest tests/unit tests/engine -n 2 --dist loadfile -m "not slow" \
 	  --deselect tests/unit/test_reference_docs.py::test_the_reference_is_what_the_code_says # it describes the lock's
+
+test-families: .venv/.ready ## every family of models: calibrated, and served where a CPU can (15 minutes)
+	$(BIN)/python -m tests.families
 
 bench-calibration: .venv/.ready ## calibration's speed and memory (25 minutes, on an idle machine)
 	$(BIN)/python -m benchmarks.calibration

@@ -1,4 +1,4 @@
-"""Writes the tables of `docs/reference.md` and `docs/expert_kernels.md` from the code that they describe.
+"""Writes the tables of `reference.md`, `expert_kernels.md` and `design.md` in `docs/` from the code that they describe.
 
     python -m docs.generate_reference
 
@@ -8,6 +8,7 @@ it is written by hand. `tests/unit/test_reference_docs.py` fails when a table is
 
 import inspect
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from sere_dist.vllm_plugin.expert_kernels import DISPATCHERS, EXPERTS, Takes
 from serve_apps.metrics import DESCRIPTIONS, SETTINGS
 from serve_apps.sere import AppConfig, Pool
 
-PAGES = [Path(__file__).parent / name for name in ("reference.md", "expert_kernels.md")]
+PAGES = [Path(__file__).parent / name for name in ("reference.md", "expert_kernels.md", "design.md")]
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->\n)", re.DOTALL)
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 KINDS = {"object": "mapping", "boolean": "`true`, `false`"}
@@ -193,6 +194,21 @@ def classes(takes: dict[str, Takes]) -> str:
     return table(("class", "repeated experts", "empty slots", "because it"), rows)
 
 
+def families() -> str:
+    """Returns what `python -m tests.families` found, family by family."""
+    found = json.loads((Path(__file__).parents[1] / "tests" / "families.json").read_text())["families"]
+    rows = []
+    for family in found.values():
+        served = family["served"] if family["served"] != "yes" else family["rerouted"]
+        outcomes = (family["calibrated"], served)
+        rows.append((family["models"], code(family["architecture"]), *(shortened(each) for each in outcomes)))
+    return table(("models", "architecture", "calibrated", "served and re-routed on a CPU"), rows)
+
+
+def shortened(outcome: str, most: int = 140) -> str:
+    return outcome if outcome == "yes" else f"no: {outcome[:most]}{'...' if len(outcome) > most else ''}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "rerouting": rerouting,
     "application": application,
@@ -207,6 +223,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "expert_kernels": expert_kernels,
     "expert_classes": expert_classes,
     "dispatcher_classes": dispatcher_classes,
+    "families": families,
 }
 
 
