@@ -95,9 +95,8 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     MoeShape.from_config(checkpoint.config)  # before any text is read
     method = METHODS[config.method]
     texts = tokenise_texts(config, checkpoint) if method.needs_data and not config.dry_run else []
-    own = fingerprint(config, checkpoint, texts)
     if before is not None and not config.dry_run:
-        return again(before, own, config)
+        return again(before, fingerprint(config, checkpoint, texts), config)
     num_tokens = sum(map(len, texts)) or config.num_samples * config.max_length
     workers = Workers.of_cluster(config, may_start=not config.dry_run)
     plan = Plan.of(
@@ -113,6 +112,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     if config.dry_run:
         return None
 
+    own = fingerprint(config, checkpoint, texts)
     with FinishedLayers(config.output, own, config.restart) as finished:
         results = {result.statistics.layer: result for result in finished}
         if results:
