@@ -27,8 +27,7 @@ VARIABLES = {
     API_KEY + FILE: f"File that holds the keys, instead of {API_KEY}. It is read again when it changes.",
     ADMIN_TOKEN: "Tokens that open the route /sere/settings of a serving application, which is closed without one. "
     "Each line is a token of at least 16 characters, and no API key. The clients of that route send the first.",
-    ADMIN_TOKEN
-    + FILE: f"File that holds the admin tokens, instead of {ADMIN_TOKEN}. It is read again when it changes.",
+    ADMIN_TOKEN + FILE: f"File that holds the tokens, instead of {ADMIN_TOKEN}. It is read again when it changes.",
 }
 
 PLUGIN = "sere_dist"  # The name of the entry point that vLLM loads.
