@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from examples.tiny_moe.data import HELDOUT, MODEL
-from sere_dist.admin import request_settings
+from sere_dist.admin import change_settings, request_settings
 from sere_dist.artifact.folder import Artifact
 from sere_dist.console import tables
 from sere_dist.evaluation.lockstep import unchanged
@@ -69,7 +69,7 @@ def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens:
     experts, steps = {False: 0, True: 0}, {False: 0, True: 0}
     asyncio.run(time_per_output_token(url, prompts, new_tokens))  # warm up
     for enabled in [False, True] * rounds:
-        request_settings(url, {"enabled": enabled})
+        change_settings(url, {"enabled": enabled})
         worker_rpc(MODEL_ID, "sere_counters", reset=True)
         times[enabled].append(asyncio.run(time_per_output_token(url, prompts, new_tokens)))
         layers = worker_rpc(MODEL_ID, "sere_counters")[0]["layers"].values()

@@ -1,13 +1,16 @@
-"""A client of `/sere/settings`, the admin route of a serving application."""
+"""A client of `/sere/`, the admin routes of a serving application."""
 
+import time
 from typing import Any
 
 import httpx
 
 from sere_dist.environment import ADMIN_TOKEN, environment_secrets
 
-SETTINGS_PATH = "/sere/settings"
+ADMIN_PATH = "/sere/"
+SETTINGS_PATH, TRIAL_PATH = f"{ADMIN_PATH}settings", f"{ADMIN_PATH}trial"
 SECONDS = 60.0  # the server waits for its replicas before it answers
+FOLLOW_SECONDS = 120.0  # for replicas that were busy then
 
 
 class AdminError(RuntimeError):
@@ -15,9 +18,43 @@ class AdminError(RuntimeError):
 
 
 def request_settings(url: str, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the settings in force at the application at `url`, their revision, and its replicas.
+    """Returns the settings in force at the application at `url`, their revision, its replicas, and what they measured.
 
     With `changes`, changes them first.
+
+    Raises:
+        AdminError: as `ask`.
+    """
+    return ask(url, "GET" if changes is None else "PATCH", SETTINGS_PATH, changes)
+
+
+def change_settings(url: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Changes settings, and returns the same as `request_settings` as soon as every replica runs them.
+
+    Raises:
+        AdminError: a replica does not follow, or as `ask`.
+    """
+    state, deadline = request_settings(url, changes), time.monotonic() + FOLLOW_SECONDS
+    while state["pending"] or not state["replicas"]:
+        if time.monotonic() > deadline:
+            raise AdminError(f"replicas that don't follow: {', '.join(state['pending']) or 'none is there'}")
+        time.sleep(1)
+        state = request_settings(url)
+    return state
+
+
+def request_trial(url: str, trial: dict[str, Any] | None) -> dict[str, Any]:
+    """Starts a trial of settings, of the fields that the reference names, or with None ends the one that there is.
+    Returns the same as `request_settings`.
+
+    Raises:
+        AdminError: as `ask`.
+    """
+    return ask(url, "DELETE" if trial is None else "PUT", TRIAL_PATH, trial)
+
+
+def ask(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what an admin route of the application at `url` answers.
 
     The token is that of this environment, `SERE_ADMIN_TOKEN` or the file `SERE_ADMIN_TOKEN_FILE`.
 
@@ -30,20 +67,17 @@ def request_settings(url: str, changes: dict[str, Any] | None = None) -> dict[st
         raise AdminError(str(error)) from error
     if not tokens:
         raise AdminError(f"set {ADMIN_TOKEN} or {ADMIN_TOKEN}_FILE to the token that the server started with")
-    address = url.rstrip("/").removesuffix("/v1") + SETTINGS_PATH
+    address = url.rstrip("/").removesuffix("/v1") + path
     headers = {"Authorization": f"Bearer {tokens[0]}"}
     try:
-        if changes is None:
-            answer = httpx.get(address, headers=headers, timeout=SECONDS)
-        else:
-            answer = httpx.patch(address, json=changes, headers=headers, timeout=SECONDS)
+        answer = httpx.request(method, address, json=body, headers=headers, timeout=SECONDS)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         raise AdminError(f"no answer from {address}: {error}") from error
     try:
-        body = answer.json()
+        answered = answer.json()
         if answer.is_success:
-            return body
-        message = body["error"]["message"]
+            return answered
+        message = answered["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = "that is not a sere_dist application, or the address is not its own"
     raise AdminError(f"{address} answered {answer.status_code}: {message}")

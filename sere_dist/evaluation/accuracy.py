@@ -29,13 +29,12 @@ import yaml
 from lm_eval.tasks import TaskManager
 from rich.table import Table
 
-from sere_dist.admin import AdminError, request_settings
+from sere_dist.admin import AdminError, change_settings, request_settings
 from sere_dist.console import progress, tables
 from sere_dist.environment import API_KEY, environment_secrets
 from sere_dist.evaluation.errors import with_error
 from sere_dist.provenance import keep, machine, versions
 
-FOLLOW_SECONDS = 120  # for replicas to follow a change
 REQUEST_SECONDS = 3600  # a long answer in a full batch
 PATHS = ("artifact", "placement")  # settings that are paths: only their names are kept
 TASKS = Path(__file__).parent / "tasks"
@@ -142,21 +141,6 @@ def check(tasks: dict[str, dict[str, Any]], run_model_code: bool) -> None:
         )
 
 
-def switch(url: str, enabled: bool) -> dict[str, Any]:
-    """Switches re-routing and returns the state of the settings as soon as every replica runs it.
-
-    Raises:
-        AdminError: a replica does not follow, or the settings can't be changed at all.
-    """
-    state, deadline = request_settings(url, {"enabled": enabled}), time.monotonic() + FOLLOW_SECONDS
-    while state["pending"] or not state["replicas"]:
-        if time.monotonic() > deadline:
-            raise AdminError(f"replicas that don't follow: {', '.join(state['pending']) or 'none is there'}")
-        time.sleep(1)
-        state = request_settings(url)
-    return state
-
-
 def only_model(url: str) -> str:
     """Returns the name of the model at the endpoint.
 
@@ -178,7 +162,7 @@ def restore_settings(url: str) -> Generator[None]:
     try:
         yield
     finally:
-        switch(url, enabled)
+        change_settings(url, {"enabled": enabled})
 
 
 def evaluate_off_and_on(url: str, evaluate: Callable[[], dict[str, Any]]) -> tuple[dict[bool, dict], dict[str, Any]]:
@@ -190,7 +174,7 @@ def evaluate_off_and_on(url: str, evaluate: Callable[[], dict[str, Any]]) -> tup
     found = {}
     with restore_settings(url):
         for enabled in (False, True):
-            state, started = switch(url, enabled), time.monotonic()
+            state, started = change_settings(url, {"enabled": enabled}), time.monotonic()
             found[enabled] = evaluate() | {"seconds": round(time.monotonic() - started, 1)}
             if request_settings(url)["revision"] != state["revision"]:
                 raise AdminError("someone else changed the settings while a suite ran")
