@@ -7,6 +7,7 @@ LOCK := requirements/cpu.lock
 TORCH := $(shell grep '^torch==' $(LOCK))
 BIN := .venv/bin
 SCHEMATHESIS := 4.32.5
+KUBERNETES := 1.37.0
 VERSION ?= 0.31.0
 
 define install-torch
@@ -38,7 +39,7 @@ types: .venv/.ready
 
 # tests/unit needs neither a Ray cluster nor an engine; tests/engine starts vLLM's engine, tests/serving the Ray Serve
 # application, tests/cluster Ray jobs. What takes long is marked so (tests/conftest.py). Two processes share the tests.
-# Those that share a Ray cluster stay in one; every other file is one process's, too.
+# Those that share a Ray cluster stay in one; every other file is one process's, too, and the long ones come first.
 PYTEST := $(BIN)/python -m pytest -n 2
 
 unit: .venv/.ready
@@ -47,10 +48,10 @@ unit: .venv/.ready
 check: lint types unit ## lint, types, and the tests that need neither a cluster nor an engine (2 minutes on 2 cores)
 
 test: check ## and each promise that needs the real thing: engines, Ray, Serve, HTTP (15 minutes)
-	$(PYTEST) tests --dist loadfile -m "long and not slow"
+	$(PYTEST) tests --dist loadfile --no-loadscope-reorder -m "long and not slow"
 
 test-all: lint types ## everything, at length: run it before an issue is called resolved (50 minutes)
-	$(PYTEST) tests --dist loadfile --hypothesis-profile thorough
+	$(PYTEST) tests --dist loadfile --no-loadscope-reorder --hypothesis-profile thorough
 
 # Another release of vLLM in an environment of its own: the lock, less what requirements/vllm-VERSION.txt replaces.
 test-vllm: .venv-vllm-$(VERSION)/.ready ## the tests that need vLLM's parts, with another release of it (VERSION=0.31.0)
@@ -63,11 +64,13 @@ test-families: .venv/.ready ## every family of models: calibrated, and served wh
 bench-calibration: .venv/.ready ## calibration's speed and memory (25 minutes, on an idle machine)
 	$(BIN)/python -m benchmarks.calibration
 
-soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS) ## kill, replace and fuzz what serves the example, under load (25 minutes)
+soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS) ## kill, hang, replace, overload and fuzz what serves the example (2 hours)
 	$(BIN)/python -m tests.soak.survival
+	$(BIN)/python -m tests.soak.overload
 	$(BIN)/python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st
 
-check-deploy: .venv/.ready ## deploy/kubernetes against the custom resource definitions in CRDS=FOLDER
+check-deploy: .venv/.ready ## deploy/kubernetes against Kubernetes' schemas and the definitions in CRDS=FOLDER
+	$(BIN)/pip install -q --no-deps kubernetes-validate==$(KUBERNETES)
 	$(BIN)/python -m deploy.check $(CRDS)
 
 .venv-soak/.ready-%:
@@ -93,9 +96,11 @@ check-deploy: .venv/.ready ## deploy/kubernetes against the custom resource defi
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-lock: ## rewrite the lock from pyproject.toml
+lock: ## rewrite the locks from pyproject.toml
 	uv pip compile -q pyproject.toml --extra cpu --extra dev --python-version 3.11 --no-annotate --no-header \
 	  --excludes requirements/cpu.exclude $(TORCH_FROM) -o $(LOCK)
+	uv pip compile -q pyproject.toml --extra gpu --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --no-annotate --no-header --generate-hashes -o requirements/gpu.lock
 
 clean: ## remove what the targets here made
 	rm -rf .venv .venv-soak .venv-vllm-* build

@@ -17,10 +17,11 @@ from ray.serve.schema import ServeDeploySchema
 from calibration_jobs import calibrate
 from deploy import check
 from examples.demo import ROOT
-from serve_apps.sere import AppConfig
+from serve_apps.metrics import DESCRIPTIONS, SETTINGS
+from serve_apps.sere import LONGEST_ANSWER_SECONDS, AppConfig
 
-MANIFESTS = {path.name: yaml.safe_load(path.read_text()) for path in check.MANIFESTS.glob("*.yaml")}
-SPECS = {name: manifest["spec"] for name, manifest in MANIFESTS.items()}
+MANIFESTS = check.manifests()
+SPECS = {name: manifest["spec"] for name, (manifest, *_others) in MANIFESTS.items()}
 CLUSTERS = {  # the part that every kind has
     "raycluster.yaml": SPECS["raycluster.yaml"],
     "rayjob.yaml": SPECS["rayjob.yaml"]["rayClusterSpec"],
@@ -123,12 +124,12 @@ def test_every_gpu_that_an_application_names_has_a_node_type(launched):
 def test_nothing_but_the_wheel_and_the_secrets_is_uploaded(launched):
     assert {".git", "build", WEIGHTS} <= set(launched["rsync_exclude"])
     mounts = {remote: local for remote, local in launched["file_mounts"].items() if not local.startswith("~")}
-    assert list(mounts.values()) == ["build/wheel"]
-    (folder,) = mounts
+    assert list(mounts.values()) == ["build/wheel", "requirements"]
+    folder, locks = mounts
     wheel = f"{folder}/{PROJECT['name'].replace('-', '_')}-{PROJECT['version']}-py3-none-any.whl"
     words = [shlex.split(command) for command in launched["setup_commands"]]
-    assert [each[-1] for each in words] == [f"{wheel}[gpu]", wheel]
-    assert "gpu" in PROJECT["optional-dependencies"]
+    assert [each[-1] for each in words] == [f"{locks}/gpu.lock", wheel]
+    assert "--require-hashes" in words[0] and "--no-deps" in words[1]
 
 
 def test_ray_up_asks_for_a_token_and_reads_secrets_from_files(launched):
@@ -146,7 +147,7 @@ def test_one_ray_one_python_one_image(launched):
     assert launched["docker"]["image"] == BASE_IMAGE
     dockerfile = (ROOT / "deploy" / "Dockerfile").read_text()
     assert re.findall(r"^FROM (.*)$", dockerfile, re.MULTILINE) == [BASE_IMAGE]
-    assert ".[gpu]" in dockerfile
+    assert "--require-hashes -r gpu.lock" in dockerfile and "--no-deps ." in dockerfile
     tag = f"{PROJECT['version']}-ray{BASE_IMAGE.partition(':')[2]}"
     (image,) = {pod["containers"][0]["image"] for _name, pod in PODS}
     assert image.endswith(f"/sere-dist:{tag}")
@@ -160,7 +161,7 @@ def test_kubernetes_clusters_grow_from_a_head_alone(name):
     head, workers = autoscaled(name).values()
     assert head["resources"]["CPU"] == 0 and "GPU" not in head["resources"]
     assert workers["min_workers"] == 0 < workers["max_workers"]
-    assert workers["resources"]["GPU"] == 8
+    assert workers["resources"]["GPU"] in (4, 8)
 
 
 def test_a_calibrations_cluster_has_its_gpus_from_the_start_and_gives_them_back():
@@ -187,16 +188,75 @@ def test_the_job_has_the_committed_runtime_environment():
 
 
 def test_the_endpoint_serves_the_application_file(application):
-    """To the letter: Ray's schema and ours take it, and the cluster can grow to what it asks for."""
+    """Spread over pods, of which another cluster may have too few. Ray's schema and ours take it, and the cluster can
+    grow to what it asks for, and to a pod more while a new version starts."""
     served = yaml.safe_load(SPECS["rayservice.yaml"]["serveConfigV2"])
-    assert served == application
     (deployed,) = ServeDeploySchema.model_validate(served).applications
+    spread = served["applications"][0]["args"]
+    assert spread.pop("deployment") == {"max_surge_percent": 25}
+    assert spread["ingress"].pop("max_replicas_per_node") == 1
+    assert served == application
     config = AppConfig.model_validate(deployed.args)
     assert config.require_api_key
     bundles = [{"GPU": 1, "CPU": 1, f"accelerator_type:{config.accelerator_type}": 0.001}]
     bundles *= config.num_replicas * config.tensor_parallel_size
     (started,) = newly_started(autoscaled("rayservice.yaml"), "headgroup", bundles).items()
-    assert started == ("h100", 1) and CLUSTERS["rayservice.yaml"]["workerGroupSpecs"][0]["maxReplicas"] >= 1
+    assert started == ("h100", 2) and CLUSTERS["rayservice.yaml"]["workerGroupSpecs"][0]["maxReplicas"] > 2
+
+
+def test_the_endpoint_has_what_its_manifest_names():
+    """kustomization.yaml brings it: the Redis of the head, and what the pods' labels are selected by."""
+    kustomization = yaml.safe_load((check.MANIFESTS / "kustomization.yaml").read_text())
+    objects = [each for name in kustomization["resources"] for each in MANIFESTS[name]]
+    assert "monitoring.yaml" not in kustomization["resources"]  # not every cluster has Prometheus' operator
+    cluster = CLUSTERS["rayservice.yaml"]
+    (service,) = [each for each in objects if each["kind"] == "Service"]
+    (port,) = service["spec"]["ports"]
+    state = cluster["gcsFaultToleranceOptions"]
+    assert state["redisAddress"] == f"redis://{service['metadata']['name']}:{port['port']}"
+    (redis,) = [each["spec"]["template"] for each in objects if each["kind"] == "StatefulSet"]
+    (secret,) = redis["spec"]["containers"][0]["env"]
+    assert secret["valueFrom"] == state["redisPassword"]["valueFrom"]
+    pods = [redis["metadata"]["labels"]] + [
+        group["template"]["metadata"]["labels"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
+    ]
+    selectors = [each["spec"].get("podSelector", each["spec"].get("selector", {})) for each in objects]
+    selectors = [each.get("matchLabels", each) for each in selectors if each]
+    assert len(selectors) == 5
+    assert all(any(wanted.items() <= labels.items() for labels in pods) for wanted in selectors)
+
+
+def test_pods_that_end_are_drained_in_time():
+    """The hook gets as long as an answer may take, and Kubernetes waits for the hook."""
+    (workers,) = CLUSTERS["rayservice.yaml"]["workerGroupSpecs"]
+    pod = workers["template"]["spec"]
+    hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook[:-1] == ["python", "-m", "serve_apps.drain", "--seconds"]
+    assert LONGEST_ANSWER_SECONDS < int(hook[-1]) < pod["terminationGracePeriodSeconds"]
+    assert SPECS["rayservice.yaml"]["rayClusterDeletionDelaySeconds"] > LONGEST_ANSWER_SECONDS
+
+
+def test_no_pod_may_do_more_than_it_must():
+    for name, pod in PODS:
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["seccompProfile"]
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            is_head = container["name"] == "ray-head"  # its autoscaler asks Kubernetes for pods
+            assert pod.get("automountServiceAccountToken") is (None if is_head else False), name
+
+
+def test_every_alert_is_in_the_runbook_and_asks_for_metrics_that_exist():
+    (rules,) = [each for each in MANIFESTS["monitoring.yaml"] if each["kind"] == "PrometheusRule"]
+    alerts = [rule for group in rules["spec"]["groups"] for rule in group["rules"]]
+    guides = (ROOT / "docs" / "guides.md").read_text()
+    assert re.findall(r"^\| `(Sere\w+)` \|", guides, re.MULTILINE) == [alert["alert"] for alert in alerts]
+    ours = {f"ray_sere_{name}" for name in SETTINGS} | {f"ray_sere_{name}_total" for name in DESCRIPTIONS}
+    for alert in alerts:
+        named = set(re.findall(r"ray_sere_\w+", alert["expr"]))
+        assert named <= ours and ("ray_" in alert["expr"])
 
 
 def test_pods_share_a_volume_and_read_secrets_from_files(application):
@@ -211,7 +271,12 @@ def test_pods_share_a_volume_and_read_secrets_from_files(application):
         assert mounts["/mnt/shared"]["persistentVolumeClaim"] == {"claimName": "sere-shared"}
         assert artifact.is_relative_to("/mnt/shared")
         assert PurePosixPath(environment.pop("HF_HOME")).is_relative_to("/mnt/shared")
-        if name == "rayjob.yaml" or container["name"] == "ray-head":
+        if container["name"] == "ray-head":
+            assert not environment
+            continue
+        assert environment.pop("HF_TOKEN_PATH") == "/etc/huggingface/token"
+        assert mounts["/etc/huggingface"]["secret"]["optional"]  # most models need none
+        if name == "rayjob.yaml":
             assert not environment
         else:
             assert set(environment) == {"SERE_API_KEY_FILE", "SERE_ADMIN_TOKEN_FILE"}
@@ -269,7 +334,7 @@ def test_the_check_refuses_what_a_server_would_refuse_or_drop(tmp_path, spec, me
 
 
 def test_the_check_says_what_it_lacks(tmp_path, capsys):
-    with pytest.raises(SystemExit, match="name the folder of the operator's custom resource definitions"):
+    with pytest.raises(SystemExit, match="name the folder of the operators' custom resource definitions"):
         check.main(None)
     with pytest.raises(SystemExit, match="1"):
         check.main(Path(tmp_path))
