@@ -20,7 +20,15 @@ from typing import Any, cast
 import ray
 import typer
 from pydantic import Field, model_validator
-from ray.exceptions import OutOfMemoryError, RayError, RaySystemError, RayTaskError
+from ray.exceptions import (
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayError,
+    RaySystemError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -29,6 +37,7 @@ from calibration_jobs.job import JobConfig, refuse_lost_output
 from calibration_jobs.options import make_command
 from calibration_jobs.resume import Fingerprint
 from calibration_jobs.tables import plan_table
+from calibration_jobs.transient import TransientError, transient_errors
 from calibration_jobs.workers import Workers
 from sere_dist import console
 from sere_dist.artifact.folder import CONFIG_FILE, MIN_TOKENS_PER_EXPERT, Artifact, check_output
@@ -236,10 +245,12 @@ def score_layers(
     states of few layers. Ray retries forward tasks, and runs them again when a lost node held what they left. Scoring
     tasks are retried here: what is right to do depends on why one died.
     """
-    where = (config.model, checkpoint.revision)
+    where = (checkpoint.place, checkpoint.revision)
     texts = ray.put(blocks)
     score = score_task.options(max_retries=0, **workers.options)
-    forward = forward_task.options(max_retries=RETRIES, num_returns=2 * len(blocks), **workers.options)
+    forward = forward_task.options(
+        max_retries=RETRIES, retry_exceptions=[TransientError], num_returns=2 * len(blocks), **workers.options
+    )
     inputs_of: dict[int, list[ray.ObjectRef]] = {}
     block_of = dict.fromkeys(remaining, config.block_tokens)
     deaths = dict.fromkeys(remaining, 0)
@@ -250,13 +261,18 @@ def score_layers(
         running[score.remote(*arguments, *inputs_of[layer])] = layer
 
     def finish_one() -> Iterator[LayerResult]:
-        (done,), _ = ray.wait(list(running))
+        done = workers.wait(list(running))
         layer = running.pop(done)
         try:
             result = ray.get(done)
-        except RayTaskError as error:  # the task's own error: it would fail again
-            raise error.cause from error
-        except RaySystemError:
+        except RayTaskError as error:
+            deaths[layer] += 1
+            if not isinstance(error.cause, TransientError) or deaths[layer] > RETRIES:  # else it would fail again
+                raise error.cause from error
+            print(f"layer {layer}: {error.cause}; again", flush=True)
+            start(layer)
+            return
+        except (RaySystemError, OutOfDiskError, ObjectStoreFullError, RuntimeEnvSetupError):  # no try would end better
             raise
         except RayError as error:
             deaths[layer] += 1
@@ -300,9 +316,10 @@ def forward_task(
 ) -> Iterator[Any]:
     """Yields, for each block of texts, its states [B, L, H] after the layer and the ExpertInputs of the layer."""
     transformers_logging.disable_progress_bar()
-    for states, inputs in run_layer(Checkpoint(model, revision), layer, blocks, hidden_states or None, device):
-        yield states
-        yield inputs
+    with transient_errors():
+        for states, inputs in run_layer(Checkpoint(model, revision), layer, blocks, hidden_states or None, device):
+            yield states
+            yield inputs
 
 
 @ray.remote
@@ -318,7 +335,8 @@ def score_task(
     *inputs: ExpertInputs,
 ) -> LayerResult:
     transformers_logging.disable_progress_bar()
-    return score_layer(Checkpoint(model, revision), layer, inputs, method, kernel, seed, block_tokens, device)
+    with transient_errors():
+        return score_layer(Checkpoint(model, revision), layer, inputs, method, kernel, seed, block_tokens, device)
 
 
 def report_layer(result: LayerResult, done: int, plan: Plan, min_tokens: int, quiet: bool) -> None:

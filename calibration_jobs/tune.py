@@ -126,7 +126,7 @@ def tune(config: TuningConfig) -> Recommendation:
     )
     print(f"workers: {workers}; texts: {len(texts['tuning'])} to tune on, {len(texts['report'])} others", flush=True)
 
-    source = ModelSource(config.model, checkpoint.revision, workers.device, dtype)
+    source = ModelSource(checkpoint.place, checkpoint.revision, workers.device, dtype)
     with ActorPool(Evaluator, workers, source, artifact, texts, config.prompt_length) as pool:
         recommended = find_recommendation(config, artifact, TrialRunner(pool, measurements))
     for table in tuning_tables(recommended, config.budget):

@@ -8,6 +8,8 @@ import ray
 
 from calibration_jobs.job import JobConfig
 
+PATIENCE_SECONDS = 30.0  # without a task that ends, before somebody looks whether any can run
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -35,15 +37,36 @@ class Workers:
     @property
     def count(self) -> int:
         """Tasks at a time. It changes: nodes come when tasks wait for them, and are lost."""
+        return max(1, self.room)
+
+    @property
+    def room(self) -> int:
+        """Tasks that the living nodes can run at a time, were nothing else to run there."""
         each = {"CPU": self.options["num_cpus"]}
         if "num_gpus" in self.options:
             each["GPU"] = self.options["num_gpus"]
         if "accelerator_type" in self.options:
             each[f"accelerator_type:{self.options['accelerator_type']}"] = 0.001  # what Ray reserves of it
-        fit = (
+        if "memory" in self.options:
+            each["memory"] = self.options["memory"]
+        return sum(
             min(int(resources.get(kind, 0) / amount) for kind, amount in each.items()) for resources in living_nodes()
         )
-        return max(1, sum(fit))
+
+    def wait(self, tasks: list[ray.ObjectRef]) -> ray.ObjectRef:
+        """Returns one of these tasks that has ended. Says so if no node has room for any of them."""
+        has_told = False
+        while True:
+            done, _ = ray.wait(tasks, timeout=PATIENCE_SECONDS)
+            if done:
+                return done[0]
+            if not self.room and not has_told:
+                has_told = True
+                print(
+                    f"no node of the cluster has what a task asks for: {self.options}. Waiting for one; if none is to "
+                    "come, compare this with `ray status`, and start the job again with other options",
+                    flush=True,
+                )
 
     def __str__(self) -> str:
         gpus, kind = self.options.get("num_gpus"), self.options.get("accelerator_type", "GPU")

@@ -5,6 +5,7 @@ names). transformers knows how to convert each; this module applies its conversi
 alone, which are dequantised one by one as they are read.
 """
 
+import platform
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,7 @@ class Checkpoint:
 
     Attributes:
         name: the folder or the Hub's model id.
+        place: the same for processes that run elsewhere: the folder's absolute path.
         revision: the Hub's commit; None for a folder.
         config: the model's configuration, without what it says of quantisation.
     """
@@ -69,6 +71,12 @@ class Checkpoint:
                 that can't be undone here; the message says what to use instead.
         """
         self.name, self._is_folder = name, Path(name).is_dir()
+        self.place = str(Path(name).resolve()) if self._is_folder else name
+        if Path(name).is_absolute() and not self._is_folder:
+            raise ValueError(
+                f"--model {name}: the machine {platform.node()} has no such folder; put the model on storage that all "
+                "nodes share"
+            )
         if self._is_folder and revision is not None:
             raise ValueError(f"--revision is for models on the Hub: leave it out, --model {name} is a folder")
         self.revision = revision

@@ -26,15 +26,24 @@ pytestmark = pytest.mark.slow
 class Job:
     """The job's command, running, perhaps on the head of several hosts; its lines as they come."""
 
-    def __init__(self, address: str, output: Path, *options: str, on: Hosts | None = None):
-        command = [sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(MODEL), "--output", str(output)]
+    def __init__(
+        self,
+        address: str,
+        output: Path,
+        *options: str,
+        on: Hosts | None = None,
+        module: str = "calibration_jobs.calibrate",
+        folder: Path | None = None,
+        **variables: str,
+    ):
+        command = [sys.executable, "-m", module, "--model", str(MODEL), "--output", str(output)]
         command += ["--dataset", str(CALIBRATION), "--num-samples", "120", *options]
-        environment = {**os.environ, "RAY_ADDRESS": address}
+        environment = {**os.environ, "RAY_ADDRESS": address, **variables}
         if on is not None:
             command, environment = on.command(0, command), on.environment
         self.lines: list[str] = []
         self.process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command, env=environment, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def until(self, text: str) -> None:
@@ -86,6 +95,27 @@ def test_a_killed_worker(nodes, undisturbed, tmp_path):
     scoring_worker(nodes[1]).kill()
     assert "lost its worker (WorkerCrashedError); again\n" in job.end()
     assert (tmp_path / "out" / TENSORS_FILE).read_bytes() == undisturbed
+
+
+def test_files_that_are_stale_for_a_while(nodes, undisturbed, tmp_path):
+    job = Job(nodes[0].address, tmp_path / "out", module="tests.support.stale_files", STALE_FILES=str(tmp_path))
+    assert job.end().count(f"Stale file handle: '{MODEL.resolve()}'; again\n") == 6
+    assert (tmp_path / "out" / TENSORS_FILE).read_bytes() == undisturbed
+
+
+def test_a_model_named_from_the_drivers_folder(nodes, undisturbed, tmp_path):
+    """The nodes' processes run elsewhere: there the same name would be a model of the Hub."""
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone" / "model").symlink_to(MODEL.resolve())
+    Job(nodes[0].address, tmp_path / "out", "--model", "someone/model", folder=tmp_path).end()
+    assert (tmp_path / "out" / TENSORS_FILE).read_bytes() == undisturbed
+
+
+def test_a_job_that_no_node_can_run_says_so(nodes, tmp_path):
+    job = Job(nodes[0].address, tmp_path / "out", "--cpus-per-task", "2")  # nodes have one each
+    job.until("no node of the cluster has what a task asks for: {'num_cpus': 2}. Waiting for one")
+    job.process.kill()
+    job.process.wait()
 
 
 def test_a_killed_driver(nodes, undisturbed, tmp_path):

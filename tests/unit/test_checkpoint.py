@@ -368,7 +368,19 @@ def test_models_that_write_no_text(tmp_path):
         checkpoint.empty_model()
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./no/such", "no/such/folder", "someone/not-cached"])
+def test_a_folder_that_this_machine_lacks():
+    """An absolute path is never a model of the Hub: a job's driver has seen the folder, on another node."""
+    with pytest.raises(ValueError, match=r"--model /no/such/folder: the machine .* storage that all nodes share"):
+        Checkpoint("/no/such/folder")
+
+
+def test_a_folder_has_one_name_everywhere(single, monkeypatch):
+    monkeypatch.chdir(Path(single).parent)
+    checkpoint = Checkpoint(Path(single).name)
+    assert (checkpoint.name, checkpoint.place) == (Path(single).name, str(Path(single).resolve()))
+
+
+@pytest.mark.parametrize("name", ["./no/such", "no/such/folder", "someone/not-cached"])
 def test_names_of_nothing(name):
     with pytest.raises(
         ValueError, match=rf"--model {name} \(no such folder here\) must be a folder, or a model on the Hub"
