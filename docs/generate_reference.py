@@ -28,6 +28,7 @@ from sere_dist.testing.expert_choice import CAPABILITIES, LAYOUTS, QUANTISATIONS
 from sere_dist.vllm_plugin.expert_kernels import DISPATCHERS, EXPERTS, Takes
 from serve_apps.metrics import DESCRIPTIONS, SETTINGS
 from serve_apps.sere import AppConfig, Pool
+from serve_apps.settings import Trial
 
 PAGES = [Path(__file__).parent / name for name in ("reference.md", "expert_kernels.md", "design.md")]
 BLOCK = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->\n)", re.DOTALL)
@@ -88,6 +89,10 @@ def application() -> str:
 
 def pool() -> str:
     return table(("argument", "values", "default", "meaning"), [(code(name), *rest) for name, *rest in fields(Pool)])
+
+
+def trial() -> str:
+    return table(("field", "values", "default", "meaning"), [(code(name), *rest) for name, *rest in fields(Trial)])
 
 
 def options(model: type[BaseModel]) -> str:
@@ -213,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rerouting": rerouting,
     "application": application,
     "pool": pool,
+    "trial": trial,
     "commands": commands,
     "calibration": lambda: options(CalibrationConfig),
     "tuning": lambda: options(TuningConfig),

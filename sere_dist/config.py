@@ -9,7 +9,17 @@ from sere_dist.files import FilePath
 from sere_dist.method.records import Settings
 
 # Settings that may change in a running engine.
-CHANGEABLE = ("enabled", "rows", "min_rows", "max_rows", "select_top_k", "threshold", "expert_price", "traffic_price")
+CHANGEABLE = (
+    "enabled",
+    "rows",
+    "min_rows",
+    "max_rows",
+    "select_top_k",
+    "threshold",
+    "expert_price",
+    "traffic_price",
+    "share",
+)
 
 # Settings that policy `recommended` takes, for each layer, from the artifact; it was measured without a traffic_price.
 RECOMMENDED = ("policy", "select_top_k", "threshold", "expert_price", "traffic_price")
@@ -46,6 +56,13 @@ class ReroutingConfig(BaseModel):
     )
     enabled: bool = Field(
         default=True, description="Whether re-routing is on. It can be switched while the engine serves."
+    )
+    share: float = Field(
+        default=1.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the sequences that are re-routed, by chance. The others are answered as if they opted "
+        "out.",
     )
     policy: Literal["sere", "projection", "recommended"] = Field(
         default="sere",
@@ -139,7 +156,12 @@ class ReroutingConfig(BaseModel):
         try:
             settings = ReroutingConfig.model_validate({**self.model_dump(), **changes})
         except ValidationError as error:
-            wrong = (".".join(map(str, each["loc"])) + f": {each['msg']}" for each in error.errors())
-            raise ValueError("\n".join(line.removeprefix(": ") for line in wrong)) from error
+            raise ValueError(explain(error)) from error
         settings.check_top_k(num_experts_per_token)
         return settings
+
+
+def explain(error: ValidationError) -> str:
+    """Returns what is wrong with which field, one line for each."""
+    wrong = (".".join(map(str, each["loc"])) + f": {each['msg']}" for each in error.errors())
+    return "\n".join(line.removeprefix(": ") for line in wrong)

@@ -11,6 +11,7 @@ from packaging.version import Version
 ALLOW_UNTESTED_VLLM = "SERE_ALLOW_UNTESTED_VLLM"
 NO_OVERLAP = "SERE_NO_OVERLAP"
 API_KEY = "SERE_API_KEY"
+EXACT_API_KEY = "SERE_EXACT_API_KEY"
 ADMIN_TOKEN = "SERE_ADMIN_TOKEN"
 FILE = "_FILE"  # The variable of this suffix names a file that holds the secret.
 SHORTEST_SECRET = 16  # characters
@@ -25,7 +26,10 @@ VARIABLES = {
     API_KEY: "API keys of a serving application. If there are any, every request must carry one of them. "
     "Each line is a key of at least 16 characters.",
     API_KEY + FILE: f"File that holds the keys, instead of {API_KEY}. It is read again when it changes.",
-    ADMIN_TOKEN: "Tokens that open the route /sere/settings of a serving application, which is closed without one. "
+    EXACT_API_KEY: "Further API keys, whose requests are answered without re-routing. They neither change other "
+    "requests' answers nor depend on them. Each line is a key of at least 16 characters.",
+    EXACT_API_KEY + FILE: f"File that holds these keys, instead of {EXACT_API_KEY}. It is read again when it changes.",
+    ADMIN_TOKEN: "Tokens that open the routes /sere/ of a serving application, which is closed without one. "
     "Each line is a token of at least 16 characters, and no API key. The clients of that route send the first.",
     ADMIN_TOKEN + FILE: f"File that holds the tokens, instead of {ADMIN_TOKEN}. It is read again when it changes.",
 }

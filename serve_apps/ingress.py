@@ -1,4 +1,4 @@
-"""The HTTP ingress: Ray Serve LLM's OpenAI routes, behind a key, and `/sere/settings` behind a token of its own.
+"""The HTTP ingress: Ray Serve LLM's OpenAI routes, behind a key, and the routes `/sere/` behind a token of their own.
 
 The only place that touches Ray Serve LLM's internals: its routes, its FastAPI application and its model cards, as
 `ray.llm._internal.serve.core.ingress.dev_ingress` does. `pyproject.toml` pins the release that they were tested with.
@@ -8,7 +8,8 @@ import asyncio
 import hmac
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -18,21 +19,27 @@ from fastapi.responses import JSONResponse
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sere_dist.admin import SETTINGS_PATH
+from sere_dist.admin import ADMIN_PATH, SETTINGS_PATH, TRIAL_PATH
 from sere_dist.config import CHANGEABLE, ReroutingConfig
-from sere_dist.environment import ADMIN_TOKEN, API_KEY, Secrets, environment_secrets, fingerprint
+from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY, Secrets, fingerprint
+from sere_dist.vllm_plugin.rows import OPT_OUT, opts_out
 from serve_apps.server import EngineDied, EngineIsFull, EngineIsGone
+from serve_apps.settings import Trial
 
 try:
     from ray.llm._internal.common.dict_utils import maybe_apply_llm_deployment_config_defaults
     from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
     from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, init
+    from ray.serve._private.constants import (
+        SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER,
+        SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER,
+    )
 except ImportError as error:
     raise ImportError(
         f"Ray {ray.__version__} lacks what the ingress builds on ({error}); it was tested with 2.60.0"
@@ -43,6 +50,9 @@ REPLICA_DIED = "The replica that worked on this request died. Send the request a
 AGAIN_SECONDS = 0.2  # before a request goes to another replica
 RETRY_SECONDS = 1  # what clients are told to wait when no replica can take their request
 QUOTED = 100  # characters of a model's name that errors quote
+HEADER = "x-sere-rerouting"  # says as a request's `vllm_xargs` do whether it opts out; a gateway can set it
+# With these, Ray Serve's proxy lets a request turn its timeout off, and go on when its client has gone.
+OPERATORS = (SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER, SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER)
 
 logger = logging.getLogger("ray.serve")
 
@@ -85,12 +95,50 @@ def count_prompts(prompt: Any) -> int:
     return len(prompt) if isinstance(prompt, list) and not all(isinstance(each, int) for each in prompt) else 1
 
 
+class Keys:
+    """The API keys that open the door, and those of them whose requests are not re-routed."""
+
+    def __init__(self):
+        self.ordinary, self.exact = Secrets(API_KEY), Secrets(EXACT_API_KEY)
+
+    def __call__(self) -> tuple[str, ...]:
+        return self.ordinary() + self.exact()
+
+
+async def read_or_cancel(answer: DeploymentResponseGenerator) -> AsyncIterator[Any]:
+    """Yields a replica's answer. When nobody reads it any more, the replica and its engine stop as well.
+
+    Ray Serve stops a call when the request that made it is cancelled. The router's own timeout does not cancel: it
+    answers 408, and the engine would go on.
+    """
+    try:
+        async for part in answer:
+            yield part
+    except (asyncio.CancelledError, GeneratorExit):
+        answer.cancel()
+        raise
+
+
+class ReadOrCancel:
+    """A deployment's handle, as the ingress uses it, whose answers are read by `read_or_cancel`."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self.handle = handle
+
+    def options(self, **options: Any) -> "ReadOrCancel":
+        return ReadOrCancel(self.handle.options(**options))
+
+    def __getattr__(self, method: str) -> SimpleNamespace:
+        call = getattr(self.handle, method)
+        return SimpleNamespace(remote=lambda *args, **kwargs: read_or_cancel(call.remote(*args, **kwargs)))
+
+
 class Guard:
     """Outermost around the ingress: asks for a key, takes no body that is too large, and lets no traceback out."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int):
         self.app, self.max_body_bytes = app, max_body_bytes
-        self.keys = Secrets(API_KEY)
+        self.keys = Keys()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))  # of an application not at /
@@ -98,9 +146,12 @@ class Guard:
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})  # the API has no such route
-        elif (keys := self.keys()) and path != SETTINGS_PATH and not secret_of(scope["headers"], keys):
+        elif (keys := self.keys()) and not path.startswith(ADMIN_PATH) and not secret_of(scope["headers"], keys):
             message = "Incorrect or missing API key: send it as 'Authorization: Bearer KEY'."
             await error_response(401, message, code="invalid_api_key")(scope, receive, send)
+        elif given := [name for name in OPERATORS if name.encode() in dict(scope["headers"])]:
+            message = f"A request may not set {', '.join(given)}."
+            await error_response(400, message, code="invalid_header")(scope, receive, send)
         else:
             await self._take(scope, receive, send)
 
@@ -156,10 +207,10 @@ class Guard:
 
 
 class SereIngress(OpenAiIngress):
-    """Ray Serve LLM's ingress with the route `/sere/settings`.
+    """Ray Serve LLM's ingress with the routes `/sere/settings` and `/sere/trial`.
 
     `keeper` is the application's `SettingsKeeper`, if it has one. `bounds` has the most answers that a request may ask
-    for (`n`), and the most prompts that it may bring.
+    for (`n`), and the most prompts that it may bring. `cache_per_key`: see `AppConfig`.
 
     Raises:
         ValueError: a key is required and the environment of this process has none, or what it has can't be used.
@@ -170,12 +221,14 @@ class SereIngress(OpenAiIngress):
         *args: Any,
         keeper: DeploymentHandle | None = None,
         require_api_key: bool = False,
+        cache_per_key: bool = False,
         bounds: dict[str, int] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.bounds = bounds or {}
-        keys = environment_secrets(API_KEY)
+        self.bounds, self.cache_per_key = bounds or {}, cache_per_key
+        self.keys = Keys()
+        keys = self.keys()
         if require_api_key and not keys:
             raise ValueError(
                 f"require_api_key is on, but this node's environment has neither {API_KEY} nor {API_KEY}_FILE: set one "
@@ -184,7 +237,7 @@ class SereIngress(OpenAiIngress):
         self.keeper = keeper
         self.admin_tokens = Secrets(ADMIN_TOKEN)
         if set(keys) & set(self.admin_tokens()):
-            raise ValueError(f"{API_KEY} and {ADMIN_TOKEN} share a secret: clients could change settings. Use others")
+            raise ValueError(f"{ADMIN_TOKEN} is an API key as well: clients could change settings. Use another secret")
 
     async def _get_model_id(self, model: str | None) -> str:
         """Ray Serve LLM takes `NAME:ADAPTER` as well, and keeps a handle of every such name for ever. Nothing here has
@@ -192,6 +245,19 @@ class SereIngress(OpenAiIngress):
         if model is not None and model not in self._model_cards:
             raise HTTPException(404, f"There is no model {model[:QUOTED]!r}; there is {', '.join(self._model_cards)}.")
         return await super()._get_model_id(model)
+
+    def _get_configured_serve_handle(self, model_id: str) -> Any:
+        return ReadOrCancel(super()._get_configured_serve_handle(model_id))
+
+    def _mark(self, body: Any, request: Request) -> None:
+        """Lets the key and the header of a request decide what its body may leave open."""
+        key = secret_of(request.scope["headers"], self.keys())
+        if hasattr(body, "vllm_xargs") and (
+            key in self.keys.exact() or opts_out({OPT_OUT: request.headers.get(HEADER, "")})
+        ):
+            body.vllm_xargs = {**(body.vllm_xargs or {}), OPT_OUT: "off"}
+        if self.cache_per_key and key is not None and hasattr(body, "cache_salt"):
+            body.cache_salt = hmac.new(key.encode(), (body.cache_salt or "").encode(), "sha256").hexdigest()
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
@@ -202,6 +268,8 @@ class SereIngress(OpenAiIngress):
         for name, most in self.bounds.items():
             if asked[name] > most:
                 raise HTTPException(400, f"{name}: {asked[name]} are more than the {most} that a request may have.")
+        if raw_request is not None:
+            self._mark(body, raw_request)
         begun = False
         while True:
             try:
@@ -223,29 +291,49 @@ class SereIngress(OpenAiIngress):
                 return
 
     async def get_settings(self, request: Request) -> JSONResponse:
-        """The settings in force, and the replicas that run them."""
+        """The settings in force, the replicas that run them, the trial if there is one, and what was measured."""
         if refused := self._refused(request):
             return refused
         assert self.keeper is not None  # without, it is refused
         return JSONResponse(await self.keeper.state.remote())
 
     async def change_settings(self, request: Request) -> JSONResponse:
-        """Changes settings on every replica, from the next step on.
+        """Changes settings on every replica, from the next step on. A trial is over then.
 
         202 instead of 200 says that some replicas, `pending`, have not confirmed yet; they are told until they do.
         """
+        return await self._tell_keeper(request, "change", CHANGEABLE)
+
+    async def start_trial(self, request: Request) -> JSONResponse:
+        """Changes settings on some replicas or all, until a limit is exceeded. A trial that is there is over then.
+
+        202 as for a change of settings.
+        """
+        return await self._tell_keeper(request, "try_out", tuple(Trial.model_fields))
+
+    async def end_trial(self, request: Request) -> JSONResponse:
+        """Ends the trial, if there is one: the settings in force hold on every replica.
+
+        202 as for a change of settings.
+        """
+        return await self._tell_keeper(request, "try_out", None)
+
+    async def _tell_keeper(self, request: Request, method: str, fields: tuple[str, ...] | None) -> JSONResponse:
+        """Calls a method of the keeper with the body, an object of these fields; or with None, if it has no fields."""
         if refused := self._refused(request):
             return refused
-        try:
-            changes = json.loads(await request.body())
-        except (ValueError, RecursionError):
-            return error_response(400, "The body is not JSON.")
-        if not isinstance(changes, dict):
-            return error_response(400, f"The body must be an object with some of: {', '.join(CHANGEABLE)}.")
-        assert self.keeper is not None  # without, it is refused
+        told = None
+        if fields is not None:
+            try:
+                told = json.loads(await request.body())
+            except (ValueError, RecursionError):
+                return error_response(400, "The body is not JSON.")
+            if not isinstance(told, dict):
+                return error_response(400, f"The body must be an object with some of: {', '.join(fields)}.")
         token = secret_of(request.scope["headers"], self.admin_tokens()) or ""
-        request_id = request.headers.get("x-request-id", "none")
-        state = await self.keeper.change.remote(changes, by=f"token {fingerprint(token)}, request {request_id}")
+        by = f"token {fingerprint(token)}, request {request.headers.get('x-request-id', 'none')}"
+        assert self.keeper is not None  # without, it is refused
+        state = await getattr(self.keeper, method).remote(told, by=by)
         if "error" in state:
             return error_response(400, state["error"])
         return JSONResponse(state, 202 if state["pending"] or not state["replicas"] else 200)
@@ -262,10 +350,13 @@ class SereIngress(OpenAiIngress):
         return None
 
 
+def _body(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"content": {"application/json": {"schema": schema | {"additionalProperties": False}}}}}
+
+
 def _settings_schema() -> dict[str, Any]:
     properties = ReroutingConfig.model_json_schema()["properties"]
-    schema = {"type": "object", "properties": {name: properties[name] for name in CHANGEABLE}}
-    return {"requestBody": {"content": {"application/json": {"schema": schema | {"additionalProperties": False}}}}}
+    return {"type": "object", "properties": {name: properties[name] for name in CHANGEABLE}}
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -283,8 +374,12 @@ ENDPOINTS: dict[str, Callable[[FastAPI], Callable]] = {
     **DEFAULT_ENDPOINTS,
     "get_settings": lambda app: app.get(SETTINGS_PATH, responses=_errors(401, 403, 404)),
     "change_settings": lambda app: app.patch(
-        SETTINGS_PATH, responses=_errors(202, 400, 401, 403, 404), openapi_extra=_settings_schema()
+        SETTINGS_PATH, responses=_errors(202, 400, 401, 403, 404), openapi_extra=_body(_settings_schema())
     ),
+    "start_trial": lambda app: app.put(
+        TRIAL_PATH, responses=_errors(202, 400, 401, 403, 404), openapi_extra=_body(Trial.model_json_schema())
+    ),
+    "end_trial": lambda app: app.delete(TRIAL_PATH, responses=_errors(202, 401, 403, 404)),
 }
 
 
@@ -295,6 +390,7 @@ def build_ingress(
     keeper: Application | None = None,
     *,
     require_api_key: bool,
+    cache_per_key: bool,
     max_body_bytes: int,
     bounds: dict[str, int],
 ) -> Application:
@@ -313,5 +409,6 @@ def build_ingress(
         model_cards={llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config)},
         keeper=keeper,
         require_api_key=require_api_key,
+        cache_per_key=cache_per_key,
         bounds=bounds,
     )

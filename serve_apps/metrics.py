@@ -1,8 +1,11 @@
-"""What re-routing does, as Prometheus metrics beside Ray's and vLLM's own."""
+"""What re-routing does, as Prometheus metrics beside Ray's and vLLM's own; and what a replica's clients wait for."""
 
+from collections import Counter as Totals
 from typing import Any
 
 from ray.serve.metrics import Counter, Gauge
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import IterationStats
 
 from sere_dist.config import RECOMMENDED, ReroutingConfig
 from sere_dist.method.counters import COUNTERS
@@ -20,7 +23,7 @@ DESCRIPTIONS = {
     "remote_domains": "Domains of a token's experts other than its own, summed over the tokens.",
     "remote_slots": "Slots whose expert is in another domain than the token.",
 }
-SETTINGS = ("enabled", "select_top_k", "threshold", "expert_price", "traffic_price", "min_rows")
+SETTINGS = ("enabled", "select_top_k", "threshold", "expert_price", "traffic_price", "min_rows", "share")
 
 
 class ReroutingMetrics:
@@ -67,3 +70,33 @@ class ReroutingMetrics:
                 continue
             gauge.set(float(settings[name]), {"model": self.model})
         self.info.set(1, {"model": self.model, "policy": settings["policy"], **self.artifact})
+
+
+def totals_of(workers: list[dict[str, Any]]) -> dict[str, int]:
+    """Returns the counters of `rerouting.COUNTERS` summed over workers and layers, of what `sere_counters` returned."""
+    totals: Totals[str] = Totals()
+    for worker in workers:
+        for layer in worker["layers"].values():
+            totals.update({name: layer[name] for name in COUNTERS})
+    return dict(totals)
+
+
+class Latencies(StatLoggerBase):
+    """Seconds that the requests of an engine waited for their first token and for each further one, in total; and how
+    many of these tokens there were. vLLM calls `record` for every step."""
+
+    def __init__(self):
+        self.totals = dict.fromkeys(("first_tokens", "first_token_s", "next_tokens", "next_token_s"), 0.0)
+
+    def record(self, scheduler_stats: Any, iteration_stats: IterationStats | None, *_args: Any, **_kwargs: Any) -> None:
+        if iteration_stats is None:
+            return
+        for kind, seconds in (
+            ("first", iteration_stats.time_to_first_tokens_iter),
+            ("next", iteration_stats.inter_token_latencies_iter),
+        ):
+            self.totals[f"{kind}_tokens"] += len(seconds)
+            self.totals[f"{kind}_token_s"] += sum(seconds)
+
+    def log_engine_initialized(self) -> None:
+        """Says nothing."""

@@ -18,7 +18,7 @@ from ray.serve.llm import LLMConfig, build_dp_deployment, build_llm_deployment
 
 from sere_dist.artifact.reference import load_artifact_of
 from sere_dist.config import ReroutingConfig
-from sere_dist.environment import ADMIN_TOKEN, API_KEY, PLUGIN, plugin_is_disabled
+from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY, PLUGIN, plugin_is_disabled
 from serve_apps.ingress import build_ingress
 from serve_apps.server import DECODE_SERVERS, PREFILL_SERVERS, SERVERS
 from serve_apps.settings import KEEPER, DeployedKeeper
@@ -29,7 +29,7 @@ DECODE_NIXL_PORT = 22000  # where Ray Serve LLM puts it too: its default, 20000,
 # as long for the answers that they have begun; Ray Serve's own default, 20 s, cuts them off.
 LONGEST_ANSWER_SECONDS = 600
 ENGINE_REQUESTS = 4096  # that an engine takes, to run or to wait; more are refused, so that clients know
-SECRETS = {API_KEY, ADMIN_TOKEN, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "api_key"}
+SECRETS = {API_KEY, EXACT_API_KEY, ADMIN_TOKEN, "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "RAY_AUTH_TOKEN", "api_key"}
 
 # What has an argument of its own, and so may not be given in another place too.
 OF_ENGINE = {
@@ -82,7 +82,9 @@ class Pool(Arguments):
                 "autoscaling has no target_ongoing_requests, without which no replica is ever added: set it, for "
                 "instance to half of the engine's max_num_seqs"
             )
-        if unread := sorted({f"{API_KEY}_FILE", f"{ADMIN_TOKEN}_FILE"} & self.environment.keys()):
+        if unread := sorted(
+            {f"{name}_FILE" for name in (API_KEY, EXACT_API_KEY, ADMIN_TOKEN)} & self.environment.keys()
+        ):
             raise ValueError(
                 f"environment has {', '.join(unread)}, but is the replicas'; the ingress reads it. Set it in "
                 "ingress.ray_actor_options.runtime_env.env_vars, or in the environment in which Ray starts"
@@ -119,6 +121,11 @@ class AppConfig(Pool):
     )
     max_body_bytes: int = Field(
         default=4 * 2**20, ge=1, description="Size of the largest request; a larger one is answered by 413."
+    )
+    cache_per_key: bool = Field(
+        default=False,
+        description="Whether requests of different API keys share nothing of vLLM's prefix cache, so that its speed "
+        "tells nobody what others have sent.",
     )
     max_answers: int = Field(default=64, ge=1, description="Most answers that one request may ask for (`n`).")
     max_prompts: int = Field(default=128, ge=1, description="Most prompts that one request may bring.")
@@ -238,7 +245,9 @@ def build_app(args: dict[str, Any]) -> Application:
             name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
         )
         settings = config.rerouting.resolved().model_dump(mode="json")
-        keeper = deployed(DeployedKeeper).bind(settings, artifact.config.num_experts_per_token, NAME_PREFIX)
+        keeper = deployed(DeployedKeeper).bind(
+            settings, artifact.config.num_experts_per_token, NAME_PREFIX, is_group=config.data_parallel_size > 1
+        )
         arguments |= {
             "keeper": keeper,
             "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
@@ -256,6 +265,7 @@ def build_app(args: dict[str, Any]) -> Application:
         {"graceful_shutdown_timeout_s": LONGEST_ANSWER_SECONDS, **config.ingress},
         keeper,
         require_api_key=config.require_api_key,
+        cache_per_key=config.cache_per_key,
         max_body_bytes=config.max_body_bytes,
         bounds={"n": config.max_answers, "prompt": config.max_prompts},
     )

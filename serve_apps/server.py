@@ -15,7 +15,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import DPServer, LLMServer, PDDecodeServer, PDPrefillServer
 from vllm.exceptions import GracefulHTTPError
 
-from serve_apps.metrics import ReroutingMetrics
+from serve_apps.metrics import Latencies, ReroutingMetrics, totals_of
 from serve_apps.settings import HEARTBEAT_SECONDS, Follower
 
 METRICS_SECONDS = 10.0  # between two readings of the counters
@@ -61,6 +61,7 @@ class EndsWithEngine(Server):
     async def __init__(self, llm_config: LLMConfig, *, engine_timeout_s: float, **kwargs):
         await super().__init__(llm_config, **kwargs)
         self.engine_timeout_s = engine_timeout_s
+        self.requests = {"requests": 0, "refused": 0}
         self.watches = [
             asyncio.create_task(self._end_with_engine()),
             asyncio.create_task(self._end_if_engine_hangs()),
@@ -73,10 +74,14 @@ class EndsWithEngine(Server):
             return False
         return not self._lost_coordinator()
 
+    def _client(self) -> Any:
+        """Returns vLLM's `AsyncLLM`, which Ray Serve LLM's engine keeps to itself."""
+        return getattr(self.engine, "_engine_client", None)
+
     def _lost_coordinator(self) -> bool:
         """Says whether the process is gone that wakes the ranks of a data-parallel group. vLLM watches it only while it
         starts; without it, the ranks that a request wakes wait for the others for ever."""
-        core = getattr(getattr(self.engine, "_engine_client", None), "engine_core", None)
+        core = getattr(self._client(), "engine_core", None)
         coordinator = getattr(getattr(core, "resources", None), "coordinator", None)
         return coordinator is not None and not coordinator.proc.is_alive()
 
@@ -125,6 +130,7 @@ class EndsWithEngine(Server):
     async def _accept(self, method: Callable[..., Awaitable], *args, **kwargs):
         if not await self._has_engine():
             raise EngineIsGone
+        self.requests["requests"] += 1
         return self._while_it_lives(await method(*args, **kwargs))
 
     async def _while_it_lives(self, answer: AsyncIterator[Any]) -> AsyncIterator[Any]:
@@ -132,6 +138,7 @@ class EndsWithEngine(Server):
             async for part in answer:
                 yield part
         except GracefulHTTPError as refusal:
+            self.requests["refused"] += 1
             raise EngineIsFull(refusal.message) from None
         except Exception as error:
             if await self._has_engine():
@@ -149,8 +156,11 @@ class Rerouting(EndsWithEngine):
         await super().__init__(llm_config, **kwargs)
         settings = llm_config.engine_kwargs["additional_config"]["sere"]
         replica = serve.get_replica_context().replica_id.unique_id
-        self.follower = Follower(replica, settings, keeper.follow.remote, self._apply_settings)
+        self.follower = Follower(replica, settings, keeper.follow.remote, self._apply_settings, self._count)
         self.metrics = ReroutingMetrics(llm_config.model_id, artifact)
+        self.latencies = Latencies()
+        if (vllm_loggers := getattr(self._client(), "logger_manager", None)) is not None:  # none if it logs nothing
+            vllm_loggers.stat_loggers.append(self.latencies)
         await self.follower.once(wait_s=0)  # before the first request: a replica that starts later is like the others
         self.tasks = [
             asyncio.create_task(repeat_forever("follow the settings", lambda: self.follower.once(HEARTBEAT_SECONDS))),
@@ -159,6 +169,10 @@ class Rerouting(EndsWithEngine):
 
     async def _apply_settings(self, settings: dict[str, Any]) -> None:
         await self._of_workers("sere_settings", settings)
+
+    async def _count(self) -> dict[str, float]:
+        """Returns what the settings in force are judged by: requests, latencies, and what re-routing did, in total."""
+        return self.requests | self.latencies.totals | totals_of(await self._of_workers("sere_counters"))
 
     async def _report(self) -> None:
         settings = await self._of_workers("sere_settings")

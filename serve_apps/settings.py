@@ -5,21 +5,54 @@ import contextlib
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ray
 import ray.util
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.experimental import internal_kv
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
-from sere_dist.config import CHANGEABLE, RECOMMENDED, ReroutingConfig
+from sere_dist.config import CHANGEABLE, RECOMMENDED, ReroutingConfig, explain
 
 KEEPER = "SereSettings"  # the deployment's name
 HEARTBEAT_SECONDS = 10.0  # a replica asks again at least this often
 CONFIRM_SECONDS = 20.0  # a change waits this long for replicas to confirm it
+FEWEST_REQUESTS = 16  # of a replica, before a limit of a trial is compared with what was measured
 
 logger = logging.getLogger("ray.serve")
+
+Limited = Literal["inter_token_ms", "first_token_ms", "refused_share", "rerouted_share"]
+
+
+class Trial(BaseModel):
+    """Settings that some replicas try, or all of them, until a limit is exceeded. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    changes: dict[str, Any] = Field(min_length=1, description="The settings to try, and their values.")
+    replicas: int | None = Field(default=None, ge=1, description="Number of replicas that try them; all by default.")
+    take_back_if: dict[Limited, float] = Field(
+        default_factory=dict,
+        description="Limits. The trial ends as soon as a replica that takes part measures more, over at least "
+        f"{FEWEST_REQUESTS} requests.",
+    )
+
+
+def measures(totals: dict[str, float], num_experts_per_token: int) -> dict[str, float]:
+    """Returns what a replica's totals since its settings last changed amount to: `requests`, the share of them that it
+    refused, mean latencies, experts per layer and step, and the share of slots that were re-routed. What nothing was
+    counted for is left out."""
+    of = {
+        "inter_token_ms": (1000 * totals.get("next_token_s", 0.0), totals.get("next_tokens", 0)),
+        "first_token_ms": (1000 * totals.get("first_token_s", 0.0), totals.get("first_tokens", 0)),
+        "refused_share": (totals.get("refused", 0), totals.get("requests", 0)),
+        "active_experts": (totals.get("active_experts_after", 0), totals.get("steps", 0)),
+        "rerouted_share": (totals.get("rerouted_slots", 0), totals.get("rows", 0) * num_experts_per_token),
+    }
+    means = {name: total / count for name, (total, count) in of.items() if count}
+    return {"requests": totals.get("requests", 0), **means}
 
 
 class Cluster(Protocol):
@@ -68,35 +101,54 @@ class SettingsKeeper:
     They are told all settings that may change, not what a change is about: whatever a replica ran before, it then runs
     the same as the others. What is in force is saved in the cluster before any replica is told.
 
-    `changes` maps settings to values, `revision` counts the changes.
+    `changes` maps settings to values. `trial` has further ones, which `triers` run, and which end by themselves when a
+    limit is exceeded. `revision` counts the changes of all three.
+
+    `is_group` says that replicas are the ranks of data-parallel groups, which can't run different settings.
     """
 
-    def __init__(self, settings: dict[str, Any], num_experts_per_token: int, cluster: Cluster):
+    def __init__(
+        self, settings: dict[str, Any], num_experts_per_token: int, cluster: Cluster, *, is_group: bool = False
+    ):
         self.initial = ReroutingConfig.model_validate(settings)
         self.num_experts_per_token = num_experts_per_token
         self.cluster = cluster
+        self.is_group = is_group
         self.changes: dict[str, Any] = {}
+        self.trial: Trial | None = None
+        self.triers: set[str] = set()
+        self.taken_back: str | None = None  # why the last trial ended by itself
         self.revision = 0
         self.confirmed: dict[str, int] = {}  # replica -> the revision it said it runs
+        self.measured: dict[str, dict[str, float]] = {}  # replica -> its totals since that revision
         self.news = asyncio.Condition()
         kept = cluster.load()
         if kept is not None:
             self.revision = kept["revision"]
             if kept["initial"] == self.initial.model_dump(mode="json"):
-                self.changes = kept["changes"]
+                self.changes, self.triers, self.taken_back = kept["changes"], set(kept["triers"]), kept["taken_back"]
+                self.trial = kept["trial"] and Trial.model_validate(kept["trial"])
             else:  # deployed anew with other settings, which hold from now on
                 self.revision += 1
         self._save()
 
     def _save(self) -> None:
-        initial = self.initial.model_dump(mode="json")
-        self.cluster.save({"initial": initial, "changes": self.changes, "revision": self.revision})
+        self.cluster.save(
+            {
+                "initial": self.initial.model_dump(mode="json"),
+                "changes": self.changes,
+                "trial": None if self.trial is None else self.trial.model_dump(),
+                "triers": sorted(self.triers),
+                "taken_back": self.taken_back,
+                "revision": self.revision,
+            }
+        )
 
     async def follow(
-        self, replica: str, settings: dict[str, Any], revision: int, wait_s: float
+        self, replica: str, settings: dict[str, Any], revision: int, totals: dict[str, float], wait_s: float
     ) -> tuple[int, dict[str, Any]]:
-        """Takes note that `replica` runs `revision`. Returns the revision and settings in force: at once if they are
-        another revision's, else after `wait_s` at most.
+        """Takes note that `replica` runs `revision`, and of its totals since. Returns revision and settings in force
+        for it: at once if they are another revision's, else after `wait_s` at most.
 
         A replica that started with other `settings`, of an application before or after an upgrade, is left alone.
         """
@@ -105,17 +157,20 @@ class SettingsKeeper:
             return revision, {}
         async with self.news:
             self.confirmed[replica] = revision
+            self.measured[replica] = totals if revision == self.revision else {}
+            self._judge(replica)
+            self._choose_triers()
             self.news.notify_all()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.news.wait_for(lambda: self.revision != revision), wait_s)
-            return self.revision, self._changeable()
+            return self.revision, self._changeable(replica)
 
     async def change(
         self, changes: dict[str, Any], by: str = "nobody", wait_s: float = CONFIRM_SECONDS
     ) -> dict[str, Any]:
         """Changes the settings, waits until every living replica runs them, and returns `state`; or {"error": why not}.
 
-        The log says what was changed `by` whom.
+        A trial is over then. The log says what was changed `by` whom.
         """
         async with self.news:
             before = self._settings()
@@ -127,30 +182,109 @@ class SettingsKeeper:
             was = {name: value for name, value in before if value != getattr(after, name)}
             now = {name: getattr(after, name) for name in was}
             logger.warning("audit: settings change from %s to %s, by %s", was, now, by)
-            self.changes, self.revision = {**self.changes, **changes}, self.revision + 1
-            self._save()
-            self.news.notify_all()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.news.wait_for(lambda: not self._pending()), wait_s)
+            self.changes = {**self.changes, **changes}
+            self._put_trial(None)
+            await self._confirmed(wait_s)
+        return await self.state()
+
+    async def try_out(
+        self, trial: dict[str, Any] | None, by: str = "nobody", wait_s: float = CONFIRM_SECONDS
+    ) -> dict[str, Any]:
+        """Starts a trial, of the fields of `Trial`, in place of the one that there is; with None, ends that.
+
+        Otherwise as `change`.
+        """
+        async with self.news:
+            started = None
+            try:
+                if trial is not None:
+                    started = Trial.model_validate(trial)
+                    self.initial.changed({**self.changes, **started.changes}, self.num_experts_per_token)
+                    if self.is_group and started.replicas is not None:
+                        raise ValueError(
+                            "the ranks of data-parallel groups run the same settings: leave out `replicas`"
+                        )
+            except ValueError as error:
+                message = explain(error) if isinstance(error, ValidationError) else str(error)
+                logger.warning("audit: no trial: %s; asked for by %s", message, by)
+                return {"error": message}
+            logger.warning("audit: trial %s, by %s", started or "ends", by)
+            self._put_trial(started)
+            await self._confirmed(wait_s)
         return await self.state()
 
     async def state(self) -> dict[str, Any]:
         """Returns the `settings` in force, their `revision`, the living `replicas`, and those that have not confirmed
-        that they run them: they are starting, stuck, or of another version of the application."""
+        that they run them: they are starting, stuck, or of another version of the application.
+
+        And the `trial`, if there is one, with its `triers`; why the last one ended, if by itself; and what replicas
+        `measured` since their settings last changed, as `measures` returns it.
+        """
+        living = self.cluster.replicas()
         return {
             "settings": self._settings().model_dump(mode="json"),
             "revision": self.revision,
-            "replicas": sorted(self.cluster.replicas()),
+            "replicas": sorted(living),
             "pending": sorted(self._pending()),
+            "trial": None if self.trial is None else self.trial.model_dump() | {"triers": sorted(self.triers)},
+            "taken_back": self.taken_back,
+            "measured": {
+                replica: measures(totals, self.num_experts_per_token)
+                for replica, totals in sorted(self.measured.items())
+                if replica in living
+            },
         }
 
-    def _settings(self) -> ReroutingConfig:
-        return self.initial.changed(self.changes, self.num_experts_per_token)
+    def _settings(self, replica: str | None = None) -> ReroutingConfig:
+        """Returns the settings in force for a replica; without one, for those that try nothing."""
+        tried = self.trial.changes if self.trial is not None and replica in self.triers else {}
+        return self.initial.changed({**self.changes, **tried}, self.num_experts_per_token)
 
-    def _changeable(self) -> dict[str, Any]:
+    def _changeable(self, replica: str) -> dict[str, Any]:
         """Returns all settings in force that a replica may be told."""
         taken = RECOMMENDED if self.initial.policy == "recommended" else ()
-        return self._settings().model_dump(mode="json", include=set(CHANGEABLE) - set(taken))
+        return self._settings(replica).model_dump(mode="json", include=set(CHANGEABLE) - set(taken))
+
+    def _put_trial(self, trial: Trial | None, taken_back: str | None = None) -> None:
+        self.trial, self.triers, self.taken_back = trial, set(), taken_back
+        self._choose_triers()
+        self._renew()
+
+    def _renew(self) -> None:
+        self.revision += 1
+        self.measured.clear()
+        self._save()
+        self.news.notify_all()
+
+    def _choose_triers(self) -> None:
+        """Keeps those that live, and lets others take the place of those that don't."""
+        if self.trial is None:
+            return
+        living = sorted(self.cluster.replicas())
+        most = len(living) if self.trial.replicas is None else self.trial.replicas
+        staying = [replica for replica in living if replica in self.triers]
+        triers = set((staying + [replica for replica in living if replica not in self.triers])[:most])
+        if triers != self.triers:
+            self.triers = triers
+            self._renew()
+
+    def _judge(self, replica: str) -> None:
+        """Ends the trial if what this replica measured exceeds a limit."""
+        if self.trial is None or replica not in self.triers:
+            return
+        measured = measures(self.measured[replica], self.num_experts_per_token)
+        if measured["requests"] < FEWEST_REQUESTS:
+            return
+        for name, limit in self.trial.take_back_if.items():
+            if measured.get(name, limit) > limit:
+                why = f"{name} {measured[name]:.4g} > {limit:g} on replica {replica} with {self.trial.changes}"
+                logger.warning("audit: the trial is taken back: %s", why)
+                self._put_trial(None, taken_back=why)
+                return
+
+    async def _confirmed(self, wait_s: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.news.wait_for(lambda: not self._pending()), wait_s)
 
     def _pending(self) -> set[str]:
         living = self.cluster.replicas()
@@ -161,14 +295,15 @@ class SettingsKeeper:
 class DeployedKeeper(SettingsKeeper):
     """The keeper as Ray Serve starts it, for the replicas of deployments whose names have this prefix."""
 
-    def __init__(self, settings: dict[str, Any], num_experts_per_token: int, deployment_prefix: str):
-        super().__init__(settings, num_experts_per_token, ServeCluster(deployment_prefix))
+    def __init__(self, settings: dict[str, Any], num_experts_per_token: int, deployment_prefix: str, is_group: bool):
+        super().__init__(settings, num_experts_per_token, ServeCluster(deployment_prefix), is_group=is_group)
 
 
 class Follower:
     """A replica's side: asks the keeper, and has the replica's workers apply what is new.
 
-    `follow` is the keeper's method of this name, `apply` changes the settings of all workers.
+    `follow` is the keeper's method of this name, `apply` changes the settings of all workers, `count` returns totals
+    since the replica started; see `measures`.
     """
 
     def __init__(
@@ -177,13 +312,17 @@ class Follower:
         settings: dict[str, Any],
         follow: Callable[..., Awaitable[tuple[int, dict[str, Any]]]],
         apply: Callable[[dict[str, Any]], Awaitable[Any]],
+        count: Callable[[], Awaitable[dict[str, float]]],
     ):
         self.replica, self.settings = replica, settings
-        self.follow, self.apply = follow, apply
+        self.follow, self.apply, self.count = follow, apply, count
         self.revision = -1  # none: it starts with the file's settings, which may no longer be those in force
+        self.before: dict[str, float] = {}  # totals when the settings last changed
 
     async def once(self, wait_s: float) -> None:
-        revision, settings = await self.follow(self.replica, self.settings, self.revision, wait_s)
+        totals = {name: total - self.before.get(name, 0) for name, total in (await self.count()).items()}
+        revision, settings = await self.follow(self.replica, self.settings, self.revision, totals, wait_s)
         if revision != self.revision:
             await self.apply(settings)
+            self.before = await self.count()
             self.revision = revision

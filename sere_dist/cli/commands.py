@@ -165,42 +165,95 @@ def get(url: Url = "http://127.0.0.1:8000") -> None:
     show_settings(url)
 
 
+Assignments = Annotated[
+    list[str], typer.Argument(help="New values, such as select_top_k=4 enabled=false.", metavar="NAME=VALUE")
+]
+
+
 @settings_app.command(name="set")
-def set_settings(
-    settings: Annotated[
-        list[str], typer.Argument(help="New values, such as select_top_k=4 enabled=false.", metavar="NAME=VALUE")
-    ],
+def set_settings(settings: Assignments, url: Url = "http://127.0.0.1:8000") -> None:
+    """Change settings on every replica, without a restart. A trial is over then."""
+    show_settings(url, pairs(settings))
+
+
+@settings_app.command(name="try")
+def try_settings(
+    settings: Assignments,
+    replicas: Annotated[
+        int | None, typer.Option(help="Number of replicas that try the settings. All do by default.", min=1)
+    ] = None,
+    take_back_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Limit of what a replica that takes part may measure, such as inter_token_ms=40. The trial ends by "
+            "itself beyond it. Give the option once for each limit.",
+            metavar="MEASURE=LIMIT",
+        ),
+    ] = None,
     url: Url = "http://127.0.0.1:8000",
 ) -> None:
-    """Change settings on every replica, without a restart."""
-    pairs = [setting.partition("=") for setting in settings]
-    if wrong := [name for name, equals, _value in pairs if not equals]:
-        raise SystemExit(f"error: {', '.join(wrong)}: write each setting as NAME=VALUE")
+    """Try settings on some replicas, or on all until a limit is exceeded. `set` makes them the settings of all."""
+    trial: dict[str, Any] = {"changes": pairs(settings), "take_back_if": pairs(take_back_if or [])}
+    show_settings(url, trial=trial | ({} if replicas is None else {"replicas": replicas}))
+
+
+@settings_app.command()
+def end_trial(url: Url = "http://127.0.0.1:8000") -> None:
+    """End the trial: every replica runs the settings in force."""
+    show_settings(url, ends_trial=True)
+
+
+def pairs(assignments: list[str]) -> dict[str, Any]:
+    """Returns what NAME=VALUE say."""
+    parts = [assignment.partition("=") for assignment in assignments]
+    if wrong := [name for name, equals, _value in parts if not equals]:
+        raise SystemExit(f"error: {', '.join(wrong)}: write each as NAME=VALUE")
     try:
-        changes = {name: yaml.safe_load(value) for name, _equals, value in pairs}
+        return {name: yaml.safe_load(value) for name, _equals, value in parts}
     except yaml.YAMLError as error:
         raise SystemExit(f"error: a value can't be read: {error}") from error
-    show_settings(url, changes)
 
 
-def show_settings(url: str, changes: dict[str, Any] | None = None) -> None:
-    from sere_dist.admin import AdminError, request_settings
+def show_settings(
+    url: str,
+    changes: dict[str, Any] | None = None,
+    *,
+    trial: dict[str, Any] | None = None,
+    ends_trial: bool = False,
+) -> None:
+    from sere_dist.admin import AdminError, request_settings, request_trial
 
     try:
-        state = request_settings(url, changes)
+        state = request_trial(url, trial) if trial or ends_trial else request_settings(url, changes)
     except AdminError as error:
         raise SystemExit(f"error: {error}") from error
     table = Table("setting", "value")
+    tried = (state["trial"] or {}).get("changes", {})
     for name, value in state["settings"].items():
-        table.add_row(name, str(value))
+        table.add_row(name, f"{value} (on trial: {tried[name]})" if name in tried else str(value))
     console = Console()
     console.print(table)
+    if state["measured"]:
+        console.print(measured_table(state))
+    if state["taken_back"]:
+        console.print(f"the last trial was taken back: {state['taken_back']}")
     running = len(state["replicas"]) - len(state["pending"])
     console.print(f"{running} of {len(state['replicas'])} replicas run these settings")
     if state["pending"]:
         raise SystemExit(
             f"pending: {', '.join(state['pending'])}; they will follow; ask again with `sere-dist settings get`"
         )
+
+
+def measured_table(state: dict[str, Any]) -> Table:
+    """Returns what the replicas measured since their settings last changed, those of a trial beside the others."""
+    names = list(dict.fromkeys(name for measured in state["measured"].values() for name in measured))
+    triers = (state["trial"] or {}).get("triers", ())
+    table = Table("replica", "on trial", *names)
+    for replica, measured in state["measured"].items():
+        values = (f"{measured[name]:.4g}" if name in measured else "" for name in names)
+        table.add_row(replica, "yes" if replica in triers else "", *values)
+    return table
 
 
 @app.command()

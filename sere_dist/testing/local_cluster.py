@@ -131,6 +131,17 @@ class LocalCluster:
         self.head.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def add_node(self, num_cpus: int) -> subprocess.Popen:
+        """Starts a further node of the cluster, which ends with this process. Ray knows it a while later."""
+        ports = free_ports(3)
+        command = [
+            *("ray", "start", f"--address={self.address}", "--block", "--node-ip-address=127.0.0.1"),
+            *(f"--num-cpus={num_cpus}", f"--dashboard-agent-listen-port={ports[0]}", "--disable-usage-stats"),
+            *(f"--dashboard-agent-grpc-port={ports[1]}", f"--metrics-export-port={ports[2]}"),
+        ]
+        with (self.folder / f"node-{ports[0]}.log").open("w") as log:
+            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+
     def processes(self) -> list[psutil.Process]:
         """Returns every living process that was started in this cluster."""
         return _processes(self.token, self.head.pid)

@@ -1,5 +1,6 @@
 """Which rows of a step may be re-routed, read from vLLM's model runner before each step."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,10 +31,11 @@ class Rows:
         self.count = torch.zeros(2, dtype=torch.int64)
         self.is_of_this_step = False
         self.which: str = "decode"
+        self.share = 1.0
         self.opted_out: set[str] = set()
 
     def set_settings(self, settings: ReroutingConfig) -> None:
-        self.which = settings.rows
+        self.which, self.share = settings.rows, settings.share
 
     def follow(self, runner: Any) -> None:
         """Keeps up with the batch of vLLM's model runner, V1 or V2, from now on."""
@@ -93,6 +95,8 @@ class Rows:
         if self.opted_out:
             self.opted_out.intersection_update(live)
             valid = valid & [request not in self.opted_out for request in requests]
+        if self.share < 1:
+            valid = valid & [is_in_share(request, self.share) for request in requests]
         rows = np.repeat(valid, scheduled_tokens)
         if len(rows) > len(self.valid):
             raise RuntimeError(f"a step has {len(rows)} rows, re-routing expected {len(self.valid)} at most")
@@ -103,6 +107,12 @@ class Rows:
             _copy(self.speculation.chances[places], self.chance)
         self.count[0], self.count[1] = len(rows), int(rows.sum())
         self.is_of_this_step = True
+
+
+def is_in_share(request: str, share: float) -> bool:
+    """Returns whether a request, by its id, is in a share of all of them: the same on every rank, and in every larger
+    share as well. vLLM's ids have a random part, so no client can choose."""
+    return zlib.crc32(request.encode()) < share * 2**32
 
 
 def places_in_drafts(scheduled_tokens: np.ndarray, drafted_tokens: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from examples import demo
-from sere_dist.admin import request_settings
+from sere_dist.admin import change_settings, request_settings
 from sere_dist.config import CHANGEABLE
 from sere_dist.environment import ADMIN_TOKEN, API_KEY
 from sere_dist.testing.local_cluster import free_ports
@@ -67,8 +67,8 @@ def url(request, cluster, artifact_path, key_file, pools):
 
 @pytest.fixture
 def admin(cluster, url, monkeypatch):
-    """Reads and changes the settings over HTTP; leaves them as the application started."""
+    """Reads and changes the settings over HTTP, on every replica; leaves them as the application started."""
     monkeypatch.setenv(ADMIN_TOKEN, cluster.environment[ADMIN_TOKEN])
     as_started = request_settings(url)["settings"]
-    yield lambda **changes: request_settings(url, changes or None)
-    request_settings(url, {name: as_started[name] for name in CHANGEABLE})
+    yield lambda **changes: change_settings(url, changes) if changes else request_settings(url)
+    change_settings(url, {name: as_started[name] for name in CHANGEABLE})

@@ -1,6 +1,7 @@
 """The example model behind Ray Serve: real replicas, real HTTP, the official client."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -10,8 +11,9 @@ import pytest
 
 from examples import demo
 from examples.tiny_moe.data import MODEL, example_texts
-from sere_dist.admin import AdminError, request_settings
+from sere_dist.admin import AdminError, request_settings, request_trial
 from sere_dist.environment import ADMIN_TOKEN
+from serve_apps.settings import FEWEST_REQUESTS
 from tests.soak.load import REPLICA, processes
 from tests.support import engines
 from tests.support.metrics import metrics
@@ -98,7 +100,7 @@ def test_off_is_off_while_serving(admin, client, prompts):
 
 
 def test_settings_out_of_range_change_nothing(admin):
-    before = admin()
+    before = admin()["settings"]
     for changes in (
         {"select_top_k": 0},
         {"select_top_k": 9},
@@ -108,7 +110,7 @@ def test_settings_out_of_range_change_nothing(admin):
     ):
         with pytest.raises(AdminError, match=f"answered 400: .*{next(iter(changes))}"):
             admin(**changes)
-    assert admin() == before
+    assert admin()["settings"] == before
 
 
 def test_the_admin_route_needs_its_token(url, monkeypatch):
@@ -127,7 +129,11 @@ def test_the_settings_from_a_terminal(cluster, url, admin):
     changed = run("set", "select_top_k=3", "enabled=off", "max_rows=64")
     assert changed.returncode == 0 and "1 of 1 replicas run these settings" in changed.stdout
     assert [admin()["settings"][name] for name in ("select_top_k", "enabled", "max_rows")] == [3, False, 64]
-    assert run("get").stdout == changed.stdout
+    tried = run("try", "select_top_k=1", "--replicas", "1", "--take-back-if", "refused_share=0.5")
+    assert tried.returncode == 0 and "3 (on trial: 1)" in tried.stdout, tried.stderr
+    assert admin()["trial"]["take_back_if"] == {"refused_share": 0.5}
+    assert "3 (on trial: 1)" in run("get").stdout
+    assert "on trial: " not in run("end-trial").stdout
     refused = run("set", "select_top_k=99")
     assert refused.returncode == 1 and "select_top_k (99) must be between" in refused.stderr
     assert "Traceback" not in run("set", "select_top_k").stderr
@@ -135,6 +141,27 @@ def test_the_settings_from_a_terminal(cluster, url, admin):
         ["sere-dist", "settings", "get", "--url", "http://127.0.0.1:9"], capture_output=True, text=True
     )
     assert nobody.returncode == 1 and "error: no answer from http://127.0.0.1:9/sere/settings" in nobody.stderr
+
+
+def test_a_trial_that_reroutes_too_much_is_taken_back(url, admin, client, prompts):
+    """The replica's own measurements end it, and are there to be read."""
+    (replica,) = admin(select_top_k=8)["replicas"]
+    stock = greedy(client, prompts)
+
+    def measured() -> dict[str, float]:
+        return admin()["measured"].get(replica, {})
+
+    request_trial(url, {"changes": {"select_top_k": 1}, "take_back_if": {"rerouted_share": 0.1}})
+    assert greedy(client, prompts) != stock
+    assert admin()["trial"] is not None, "these were too few requests"
+    for _ in range(FEWEST_REQUESTS // len(prompts)):
+        greedy(client, prompts)
+    eventually(lambda: admin()["trial"] is None and not admin()["pending"])
+    assert re.match(rf"rerouted_share 0\.\d+ > 0.1 on replica {replica} with", admin()["taken_back"])
+    assert greedy(client, prompts) == stock
+    eventually(lambda: measured().get("requests") == len(prompts))
+    assert min(measured()[name] for name in ("inter_token_ms", "first_token_ms")) > 0
+    assert measured()["refused_share"] == measured()["rerouted_share"] == 0 and measured()["active_experts"] == 8
 
 
 def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):

@@ -53,7 +53,7 @@ def test_what_differs_from_layer_to_layer_is_not_shown_as_one_number(monkeypatch
     monkeypatch.setattr(metrics, "Gauge", Gauge)
     ours = metrics.ReroutingMetrics("tiny-moe", {"artifact": "0fceb5430c7d", "method": "frobenius"})
     ours.update([], ReroutingConfig(artifact="a", policy="recommended", min_rows=3).model_dump(mode="json"))
-    assert seen == {"sere_enabled": 1, "sere_min_rows": 3, "sere_info": 1}
+    assert seen == {"sere_enabled": 1, "sere_min_rows": 3, "sere_share": 1, "sere_info": 1}
     ours.update([], ReroutingConfig(artifact="a", select_top_k=3).model_dump(mode="json"))
     assert seen.keys() == {f"sere_{name}" for name in (*metrics.SETTINGS, "info")} and seen["sere_select_top_k"] == 3
 

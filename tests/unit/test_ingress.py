@@ -1,13 +1,14 @@
 """The ingress in this process: its guard, its errors, and its admin route, on a keeper that is not far away."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pickle
 from types import SimpleNamespace
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from hypothesis import given
@@ -15,11 +16,24 @@ from hypothesis import strategies as st
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.exceptions import HTTPException
 from starlette.websockets import WebSocketDisconnect
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
 from vllm.exceptions import QueueOverflowError
 
 from sere_dist.config import CHANGEABLE
-from sere_dist.environment import ADMIN_TOKEN, API_KEY
-from serve_apps.ingress import ENDPOINTS, SETTINGS_PATH, Guard, SereIngress, count_prompts, http_error
+from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY
+from sere_dist.vllm_plugin.rows import OPT_OUT, opts_out
+from serve_apps.ingress import (
+    ENDPOINTS,
+    SETTINGS_PATH,
+    TRIAL_PATH,
+    Guard,
+    ReadOrCancel,
+    SereIngress,
+    count_prompts,
+    http_error,
+)
 from serve_apps.server import EndsWithEngine, EngineIsFull
 from serve_apps.settings import SettingsKeeper
 
@@ -44,13 +58,15 @@ class Nobody:
 
 def near(keeper: SettingsKeeper) -> SimpleNamespace:
     """A keeper that is called as a deployment's handle is; it has no replica to wait for."""
-    return SimpleNamespace(**{name: SimpleNamespace(remote=getattr(keeper, name)) for name in ("state", "change")})
+    return SimpleNamespace(
+        **{name: SimpleNamespace(remote=getattr(keeper, name)) for name in ("state", "change", "try_out")}
+    )
 
 
 def client(keeper: SettingsKeeper | None = None, **options) -> TestClient:
     ingress = SereIngress({}, {}, keeper=near(keeper) if keeper else None, **options)
     app = FastAPI()
-    for name in ("get_settings", "change_settings"):
+    for name in ("get_settings", "change_settings", "start_trial", "end_trial"):
         ENDPOINTS[name](app)(getattr(ingress, name))
 
     @app.get("/v1/models")
@@ -146,6 +162,13 @@ def test_the_admin_route_needs_no_key(admin, monkeypatch, keeper):
         assert prefixed.get(prefix + "/v1/models", headers=ADMIN).status_code == 401
 
 
+@pytest.mark.parametrize("name", ["x-request-timeout-seconds", "X-Request-Disconnect-Disabled"])
+def test_a_request_cannot_turn_timeouts_off(name):
+    """Ray Serve's proxy reads these headers."""
+    answer = client().get("/v1/models", headers={name: "0"})
+    assert answer.status_code == 400 and name.lower() in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("path", ["/broken", "/quoted"])
 def test_no_traceback_leaves(admin, path):
     answer = admin.get(path, headers={"x-request-id": "abc"})
@@ -164,6 +187,20 @@ def test_reads_and_changes(admin):
     assert changed.status_code == 202, "no replica has confirmed"
     assert changed.json()["settings"]["select_top_k"] == 3
     assert admin.get(SETTINGS_PATH).json() == changed.json()
+
+
+def test_starts_and_ends_a_trial(admin, keeper):
+    trial = {"changes": {"select_top_k": 3}, "replicas": 1}
+    started = admin.put(TRIAL_PATH, json=trial)
+    assert started.status_code == 202, "no replica has confirmed"
+    assert started.json()["trial"] == trial | {"take_back_if": {}, "triers": []}
+    refused = admin.put(TRIAL_PATH, json={"changes": {"select_top_k": 99}})
+    assert refused.status_code == 400 and "select_top_k (99)" in refused.json()["error"]["message"]
+    assert admin.get(SETTINGS_PATH).json() == started.json()
+    admin.headers.pop("Authorization")
+    assert admin.delete(TRIAL_PATH).status_code == admin.put(TRIAL_PATH, json=trial).status_code == 401
+    ended = admin.delete(TRIAL_PATH, headers=ADMIN)
+    assert ended.status_code == 202 and ended.json()["trial"] is None and keeper.trial is None
 
 
 json_values = st.recursive(
@@ -241,8 +278,86 @@ def test_secrets_that_are_easily_guessed_stop_the_start(monkeypatch, secret):
 def test_no_secret_is_both_key_and_token(monkeypatch):
     monkeypatch.setenv(ADMIN_TOKEN, TOKEN)
     monkeypatch.setenv(API_KEY, f"{KEY}\n{TOKEN}")
-    with pytest.raises(ValueError, match="share a secret"):
+    with pytest.raises(ValueError, match="is an API key as well"):
         client()
+
+
+def asking(key: str = "none", **headers: str) -> Request:
+    """A request as the ingress sees it."""
+    named = {"authorization": f"Bearer {key}"} | {name.replace("_", "-"): value for name, value in headers.items()}
+    pairs = [(name.encode(), value.encode()) for name, value in named.items()]
+    return Request({"type": "http", "headers": pairs})
+
+
+def test_keys_and_headers_that_opt_out(monkeypatch):
+    """The requests of some keys are not re-routed, nor those that a gateway marks, whatever their bodies say."""
+    monkeypatch.setenv(API_KEY, KEY)
+    monkeypatch.setenv(EXACT_API_KEY, "the-key-of-the-exact")
+    ingress = SereIngress({}, {}, require_api_key=True)
+
+    def is_out(request: Request) -> bool:
+        body = CompletionRequest(prompt="a", vllm_xargs={OPT_OUT: "on", "other": 1})
+        ingress._mark(body, request)
+        assert body.vllm_xargs is not None and body.vllm_xargs["other"] == 1 and body.cache_salt is None
+        return opts_out(body.vllm_xargs)
+
+    assert not is_out(asking(KEY)) and not is_out(asking(KEY, x_sere_rerouting="on"))
+    assert is_out(asking("the-key-of-the-exact")) and is_out(asking(KEY, x_sere_rerouting="off"))
+    ingress._mark(TokenizeCompletionRequest(prompt="a"), asking("the-key-of-the-exact"))  # it has nothing to mark
+    opened = client().get("/v1/models", headers={"Authorization": "Bearer the-key-of-the-exact"})
+    assert opened.status_code == 200
+
+
+def test_a_prefix_cache_per_key(monkeypatch):
+    """A salt depends on the key and on the client's own, and tells nothing of either."""
+    monkeypatch.setenv(API_KEY, f"{KEY}\nanother-key-of-it")
+    ingress = SereIngress({}, {}, cache_per_key=True)
+
+    def salt(key: str, own: str | None = None) -> str | None:
+        body = ChatCompletionRequest(messages=[{"role": "user", "content": "a"}], cache_salt=own)
+        ingress._mark(body, asking(key))
+        return body.cache_salt
+
+    salts = [salt(KEY), salt("another-key-of-it"), salt(KEY, "own"), salt("another-key-of-it", "own")]
+    assert len(set(salts)) == 4 and salt(KEY) == salts[0]
+    assert not any(secret in str(salts) for secret in (KEY, "own"))
+
+
+class Answer:
+    """A replica's answer of three parts, the last of which never comes."""
+
+    def __init__(self):
+        self.cancelled = False
+
+    async def __aiter__(self):
+        yield 1
+        yield 2
+        await asyncio.sleep(1000)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@pytest.mark.parametrize("why", ["timeout", "left"])
+def test_an_answer_that_nobody_reads_is_cancelled(why):
+    """The router's own timeout does not: the engine would go on."""
+    answer = Answer()
+    handle = SimpleNamespace(chat=SimpleNamespace(remote=lambda body: answer))
+    handle.options = lambda session_id: handle
+
+    async def read() -> list[int]:
+        parts = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.05):
+                async with contextlib.aclosing(ReadOrCancel(handle).options(session_id="a").chat.remote("b")) as got:
+                    async for part in got:
+                        parts.append(part)
+                        if why == "left":
+                            break
+        return parts
+
+    assert asyncio.run(read()) == ([1] if why == "left" else [1, 2])
+    assert answer.cancelled
 
 
 def test_the_log_says_who_changed_what(admin, caplog):
@@ -295,8 +410,11 @@ def test_a_full_engine_is_no_error_of_the_server(monkeypatch):
         raise QueueOverflowError
         yield
 
+    replica = object.__new__(Replica)
+    replica.requests = {"refused": 0}
+
     async def response(*_args, **_named):
-        async for part in object.__new__(Replica)._while_it_lives(refuses()):
+        async for part in replica._while_it_lives(refuses()):
             yield part
 
     async def ask() -> None:
@@ -307,6 +425,7 @@ def test_a_full_engine_is_no_error_of_the_server(monkeypatch):
     monkeypatch.setattr(OpenAiIngress, "_get_response", response)
     with pytest.raises(HTTPException, match="currently busy") as refused:
         asyncio.run(ask())
+    assert replica.requests["refused"] == 1
     answer = http_error(None, refused.value)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
     crossed = pickle.loads(pickle.dumps(EngineIsFull("busy")))

@@ -7,7 +7,7 @@ import pytest
 from vllm import SamplingParams
 
 from sere_dist.config import ReroutingConfig
-from sere_dist.vllm_plugin.rows import Rows, opts_out, places_in_drafts
+from sere_dist.vllm_plugin.rows import Rows, is_in_share, opts_out, places_in_drafts
 from sere_dist.vllm_plugin.speculation import Speculation
 
 # Four requests: decoding, within its prompt, at its beginning, and one prompt token before decoding.
@@ -134,6 +134,25 @@ def test_rows_of_a_request_that_opts_out(runner):
     del (runner.requests if hasattr(runner, "requests") else runner.req_states.req_id_to_index)["b"]
     runner.step([1, 4, 6, 1])
     assert not rows.opted_out, "a finished request is forgotten"
+
+
+def test_a_share_of_the_requests(runner):
+    """The same requests in every step, and more of them the larger the share; all rows of a request, or none."""
+    by_share = {}
+    for share in (0.0, 0.3, 0.6, 1.0):
+        rows = follow(runner, rows="all", share=share)
+        runner.step([1, 4, 6, 1])
+        by_share[share] = set(valid(rows))
+        assert all(by_share[share] >= fewer for fewer in by_share.values())
+        for request in ({0}, set(range(1, 5)), set(range(5, 11)), {11}):
+            assert request <= by_share[share] or not request & by_share[share]
+    assert by_share[0.0] == set() and by_share[1.0] == set(range(12))
+
+
+def test_a_share_has_that_many():
+    requests = [f"cmpl-{number:032x}" for number in range(10_000)]
+    for share in (0.1, 0.5, 0.9):
+        assert sum(is_in_share(request, share) for request in requests) == pytest.approx(share * 10_000, abs=200)
 
 
 def test_a_step_that_is_too_long_is_an_error(runner):

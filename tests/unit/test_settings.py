@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from serve_apps.settings import Follower, SettingsKeeper
+from serve_apps.settings import Follower, SettingsKeeper, measures
 
 TOP_K = 8
 SETTINGS = {"artifact": "an/artifact", "select_top_k": 2}
@@ -34,11 +34,14 @@ class Replica(Follower):
     """One whose workers run what they were told last."""
 
     def __init__(self, name: str, keeper: SettingsKeeper, settings=SETTINGS):
-        super().__init__(name, settings, keeper.follow, self.tell_workers)
-        self.runs = settings
+        super().__init__(name, settings, keeper.follow, self.tell_workers, self.count)
+        self.runs, self.totals = settings, {"requests": 0}
 
     async def tell_workers(self, settings):
         self.runs = self.runs | settings
+
+    async def count(self):
+        return dict(self.totals)
 
     async def forever(self):
         while True:
@@ -186,7 +189,132 @@ def test_what_an_artifact_recommends_is_not_changed_piecemeal(here):
         return refused, state, replica.runs
 
     refused, state, runs = asyncio.run(scenario())
-    assert runs == recommended | {"enabled": False, "min_rows": 4, "max_rows": None, "rows": "decode"}
+    assert runs == recommended | {"enabled": False, "min_rows": 4, "max_rows": None, "rows": "decode", "share": 1}
     assert all("recommended leaves no choice of" in answer["error"] for answer in refused)
     changed = [state["settings"][name] for name in ("enabled", "min_rows", "select_top_k")]
     assert changed == [False, 4, None]
+
+
+TRIAL = {"changes": {"select_top_k": 1}, "replicas": 1, "take_back_if": {"inter_token_ms": 40}}
+
+
+def served_by(replica: Replica, requests: int = 16, tokens: int = 100, ms: float = 20.0) -> None:
+    """Lets a replica have answered further requests."""
+    added = {"requests": requests, "next_tokens": tokens, "next_token_s": tokens * ms / 1000}
+    replica.totals = {name: replica.totals.get(name, 0) + value for name, value in added.items()}
+
+
+async def both(replicas: tuple[Replica, ...], times: int = 2) -> None:
+    for _ in range(times):
+        for replica in replicas:
+            await replica.once(wait_s=0)
+
+
+def test_a_trial_runs_on_as_many_replicas_as_it_says(keeper, here):
+    """What both sides measured since then stands beside each other. If the replica dies, another one goes on."""
+    replicas = Replica("a", keeper), Replica("b", keeper)
+
+    async def scenario():
+        for replica in replicas:
+            served_by(replica, ms=99)  # before the trial, so no part of it
+        await both(replicas)
+        await keeper.try_out(TRIAL, wait_s=0)
+        await both(replicas)
+        served_by(replicas[0], ms=30)
+        served_by(replicas[1], ms=20)
+        await both(replicas)
+        state, ran = await keeper.state(), [replica.runs["select_top_k"] for replica in replicas]
+        here.living = {"b", "c"}
+        others = replicas[1], Replica("c", keeper)
+        await both(others)
+        return state, ran, await keeper.state(), [replica.runs["select_top_k"] for replica in others]
+
+    state, ran, later, run_later = asyncio.run(scenario())
+    assert ran == [1, 2] and run_later == [1, 2]
+    assert state["trial"]["triers"] == ["a"] and later["trial"]["triers"] == ["b"]
+    assert state["settings"]["select_top_k"] == 2 and state["pending"] == later["pending"] == []
+    assert {name: each["inter_token_ms"] for name, each in state["measured"].items()} == pytest.approx(
+        {"a": 30, "b": 20}
+    )
+
+
+@pytest.mark.parametrize(
+    ("ms", "requests", "is_over"), [(41, 16, True), (41, 15, False), (40, 16, False)], ids=["slow", "few", "fast"]
+)
+def test_a_trial_beyond_its_limit_ends_by_itself(keeper, here, caplog, ms, requests, is_over):
+    replicas = Replica("a", keeper), Replica("b", keeper)
+
+    async def scenario():
+        await keeper.change({"threshold": 0.5}, wait_s=0)
+        await keeper.try_out(TRIAL, wait_s=0)
+        await both(replicas)
+        served_by(replicas[0], requests, ms=ms)
+        await both(replicas)
+        return await keeper.state()
+
+    state = asyncio.run(scenario())
+    assert [replica.runs["select_top_k"] for replica in replicas] == [2 if is_over else 1, 2]
+    assert (state["trial"] is None) == is_over and state["settings"]["threshold"] == 0.5
+    assert state["taken_back"] == ("inter_token_ms 41 > 40 on replica a with {'select_top_k': 1}" if is_over else None)
+    assert ("audit: the trial is taken back: inter_token_ms" in caplog.text) == is_over
+    kept = asyncio.run(SettingsKeeper(SETTINGS, TOP_K, here).state())
+    assert (kept["trial"], kept["taken_back"]) == (state["trial"], state["taken_back"])
+
+
+@pytest.mark.parametrize("end", ["try_out", "change"])
+def test_a_trial_of_all_replicas_ends_when_told_to(keeper, end):
+    """Or when settings are changed: those hold everywhere."""
+    replicas = Replica("a", keeper), Replica("b", keeper)
+
+    async def scenario():
+        await keeper.try_out({"changes": {"select_top_k": 1}}, wait_s=0)
+        await both(replicas)
+        tried = [replica.runs["select_top_k"] for replica in replicas]
+        await getattr(keeper, end)(None if end == "try_out" else {"threshold": 0.5}, wait_s=0)
+        await both(replicas)
+        return tried, await keeper.state()
+
+    tried, state = asyncio.run(scenario())
+    assert tried == [1, 1] and state["trial"] is None
+    assert [replica.runs["select_top_k"] for replica in replicas] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("trial", "message"),
+    [
+        ({}, "changes: Field required"),
+        ({"changes": {}}, "changes: .* at least 1 item"),
+        ({"changes": {"select_top_k": 9}}, r"select_top_k \(9\) must be between 1 and"),
+        (TRIAL | {"replicas": 0}, "replicas: .* greater than or equal to 1"),
+        (TRIAL | {"take_back_if": {"mood": 1}}, "take_back_if.mood.*: Input should be 'inter_token_ms', "),
+        (TRIAL | {"until": 3}, "until: Extra inputs"),
+    ],
+)
+def test_a_trial_that_cannot_be_changes_nothing(keeper, trial, message):
+    async def scenario():
+        before = await keeper.state()
+        answer = await keeper.try_out(trial)
+        return answer["error"], before, await keeper.state()
+
+    error, before, after = asyncio.run(scenario())
+    assert re.search(message, error) and before == after
+
+
+def test_ranks_of_a_group_run_the_same(here):
+    keeper = SettingsKeeper(SETTINGS, TOP_K, here, is_group=True)
+    assert "leave out `replicas`" in asyncio.run(keeper.try_out(TRIAL))["error"]
+    assert asyncio.run(keeper.try_out({"changes": {"select_top_k": 1}}, wait_s=0))["trial"]["triers"] == ["a", "b"]
+
+
+def test_measures():
+    totals = {"requests": 8, "refused": 2, "first_tokens": 4, "first_token_s": 2.0, "next_tokens": 100}
+    totals |= {"next_token_s": 3.0, "steps": 10, "active_experts_after": 320, "rows": 20, "rerouted_slots": 40}
+    assert measures(totals, TOP_K) == {
+        "requests": 8,
+        "refused_share": 0.25,
+        "first_token_ms": 500,
+        "inter_token_ms": 30,
+        "active_experts": 32,
+        "rerouted_share": 0.25,
+    }
+    assert measures({}, TOP_K) == {"requests": 0}
