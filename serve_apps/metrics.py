@@ -4,7 +4,7 @@ from collections import Counter as Totals
 from typing import Any
 
 from ray.serve.metrics import Counter, Gauge
-from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats
 
 from sere_dist.config import RECOMMENDED, ReroutingConfig
@@ -81,7 +81,7 @@ def totals_of(workers: list[dict[str, Any]]) -> dict[str, int]:
     return dict(totals)
 
 
-class Latencies(StatLoggerBase):
+class Latencies(AggregateStatLoggerBase):
     """Seconds that the requests of an engine waited for their first token and for each further one, in total; and how
     many of these tokens there were. vLLM calls `record` for every step."""
 

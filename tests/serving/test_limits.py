@@ -1,7 +1,5 @@
 """What clients may send and queue, and what becomes of an engine that hangs, where an engine takes few requests."""
 
-import contextlib
-import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,32 +54,6 @@ def test_an_overloaded_engine_refuses_and_answers_the_rest(cluster, url):
             assert answer.json()["usage"]["completion_tokens"] == NEW
         else:
             assert answer.headers["retry-after"] == "1" and "try again" in answer.json()["error"]["message"]
-    assert complete(url).status_code == 200
-
-
-@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
-def test_the_engine_stops_when_a_client_leaves(cluster, url, streams):
-    """Its answers would take minutes: two at a time of 60."""
-    (core,) = processes(cluster, "VLLM::EngineCore")
-    endless = {"model": demo.MODEL_ID, "prompt": "In the beginning", "max_tokens": 480, "ignore_eos": True, "n": 60}
-
-    def seconds_worked() -> float:
-        """CPU time of half a second of the engine's life."""
-        before = sum(core.cpu_times()[:2])
-        time.sleep(0.5)
-        return sum(core.cpu_times()[:2]) - before
-
-    with (
-        httpx.Client(timeout=httpx.Timeout(300, read=5)) as client,
-        contextlib.suppress(httpx.ReadTimeout),
-        client.stream("POST", f"{url}/completions", json=endless | {"stream": streams}) as answer,
-    ):
-        if streams:
-            next(answer.iter_lines())
-            assert seconds_worked() > 0.1
-    left = time.monotonic()
-    eventually(lambda: seconds_worked() < 0.1)
-    print(f"the engine was idle {time.monotonic() - left:.1f} s later")
     assert complete(url).status_code == 200
 
 

@@ -1,11 +1,14 @@
 """The example model behind Ray Serve: real replicas, real HTTP, the official client."""
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 
+import httpx
 import openai
 import pytest
 
@@ -17,7 +20,7 @@ from serve_apps.settings import FEWEST_REQUESTS
 from tests.soak.load import REPLICA, processes
 from tests.support import engines
 from tests.support.metrics import metrics
-from tests.support.polling import eventually
+from tests.support.polling import PATIENCE, eventually
 
 NEW = 24
 pytestmark = pytest.mark.parametrize("url", ["one worker"], indirect=True)
@@ -182,6 +185,34 @@ def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
     assert 3 * rows <= added["active_experts_total after"] < 8 * rows
     assert 0 < added["rerouted_slots_total"] <= 5 * rows
     assert after["ray_sere_threshold"] == pytest.approx(0.1) and after["ray_sere_enabled"] == 1
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+def test_the_engine_stops_when_a_client_leaves(cluster, url, client, streams):
+    """Its answers would take minutes."""
+    (core,) = processes(cluster, "VLLM::EngineCore")
+    request = {"model": demo.MODEL_ID, "prompt": ["In the beginning"] * 16, "n": 64, "max_tokens": 480}
+
+    def worked() -> float:
+        return sum(core.cpu_times()[:2])
+
+    def is_idle() -> bool:
+        before = worked()
+        time.sleep(0.5)
+        return worked() - before < 0.05
+
+    before = worked()
+    with (
+        httpx.Client(timeout=httpx.Timeout(PATIENCE, read=None if streams else 5)) as leaving,
+        contextlib.nullcontext() if streams else pytest.raises(httpx.ReadTimeout),
+        leaving.stream("POST", f"{url}/completions", json=request | {"stream": streams, "ignore_eos": True}) as answer,
+    ):
+        assert next(answer.iter_lines()) and not is_idle()
+    left = time.monotonic()
+    assert worked() - before > 0.05
+    eventually(is_idle)
+    print(f"the engine was idle {time.monotonic() - left:.1f} s after its client had left")
+    assert client.completions.create(model=demo.MODEL_ID, prompt="a", max_tokens=1).choices
 
 
 @pytest.mark.slow
