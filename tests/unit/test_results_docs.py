@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from sere_dist.provenance import rounded
 from studies.common import RESULTS, ROOT
 from studies.tables import MARKED, PAGES, PRICED, TABLES, field_rows, load, written
 
@@ -55,6 +56,18 @@ def test_survival():
     found = load(ROOT / "tests/soak/results/survival.json")["survival"]
     sent, answered = sum(found["sent"].values()), sum(found["answered"].values())
     assert f"Of {sent:,} requests in {found['seconds']:.0f} s, {answered:,} were answered" in PROSE
+
+
+def test_what_one_request_tells_of_another():
+    """The table says what was found, and its four rows are all that there is."""
+    found = load(RESULTS / "side_channel.json")
+    closed = [each for each in found["found"] if "off" in each["policy"] or "attacker" in each["policy"]]
+    closed += [each for each in found["found"] if "victim" in each["policy"] and not each["others"]]
+    open_ = [each for each in found["found"] if each["policy"].startswith("S = ") and "opts" not in each["policy"]]
+    assert all((each["bits"], each["identified"]) == (0, rounded(1 / found["victims"])) for each in closed)
+    assert all((each["bits"], each["identified"]) == (6, 1) for each in open_ if not each["others"])
+    blurred = [each["identified"] for each in open_ if each["others"]]
+    assert f"| {min(blurred):.0%} to {max(blurred):.0%} |" in PROSE and len(closed) + len(open_) == 11
 
 
 def test_time_at_equal_quality():
