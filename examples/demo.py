@@ -56,15 +56,22 @@ def calibrate(cluster: LocalCluster, artifact: Path = ARTIFACT) -> None:
 
 @contextmanager
 def served(
-    cluster: LocalCluster, port: int, artifact: Path = ARTIFACT, key: str = "none", **arguments: Any
+    cluster: LocalCluster,
+    port: int,
+    artifact: Path = ARTIFACT,
+    key: str = "none",
+    proxy_location: str = "EveryNode",
+    **arguments: Any,
 ) -> Generator[str]:
     """Runs `serve run` on the example's application at this port; yields the base URL once the model answers.
 
-    `arguments` are the application's, instead of the file's or beside them; `key` is what it asks its clients for.
+    `arguments` are the application's, instead of the file's or beside them; `key` is what it asks its clients for, and
+    `proxy_location` says which nodes of the cluster listen.
     """
     console.rule("serve: serve run")
     app = yaml.safe_load(APP.read_text())
     app["http_options"]["port"] = port
+    app["proxy_location"] = proxy_location
     app["applications"][0]["args"]["rerouting"]["artifact"] = str(artifact)
     app["applications"][0]["args"] |= arguments
     app_file, log = cluster.folder / "app.yaml", cluster.folder / "serve.log"

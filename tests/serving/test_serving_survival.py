@@ -5,19 +5,17 @@ import pytest
 from examples import demo
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 from tests.soak import survival
-from tests.soak.load import ENVIRONMENT
 
 pytestmark = pytest.mark.slow
 
 
 def test_clients_of_what_dies_get_answers_or_clean_errors(artifact_path, monkeypatch):
     monkeypatch.setattr(survival, "HUNG_SECONDS", 600)  # this machine may be busy: `make soak` is told to find it idle
-    arguments = {"num_replicas": survival.REPLICAS, "environment": ENVIRONMENT}
     # On the cluster of the run, another test's application may be up. Serve would keep that one's HTTP port.
     with (
         LocalCluster(num_cpus=12) as cluster,
-        demo.served(cluster, free_ports(1)[0], artifact_path, **arguments) as url,
+        demo.served(cluster, free_ports(1)[0], artifact_path, **survival.ARGUMENTS) as url,
     ):
-        survived = survival.survive(cluster, url.removesuffix("/v1"), seconds=60, deploys=False)
+        survived = survival.survive(cluster, url.removesuffix("/v1"), seconds=60)
     assert all(survived["checks"].values()), survived
     assert survived["failed"] < 0.1 * sum(survived["sent"].values())

@@ -1,11 +1,12 @@
-"""What a served model's clients see while its processes are killed and replaced.
+"""What a served model's clients see while its processes die, hang and are replaced.
 
-    make soak                                # 5 minutes; beside it the fuzzing of tests.soak.fuzz
-    python -m tests.soak.survival --seconds 60
+    make soak                                # an hour; beside it overload and the fuzzing of tests.soak.fuzz
+    python -m tests.soak.survival --seconds 600
 
-Serves two replicas of the example model. 16 clients ask, streaming or not, and never ask again for what failed.
-The settings change every 10 seconds. Meanwhile a replica is killed, then the engine of one, then the application is
-deployed again with other settings. Afterwards greedy tokens without re-routing must be those of before.
+Serves two replicas of the example model on a head and a further node. Clients ask and never ask again for what failed:
+most for short answers, streamed or not, some for eight long ones at once, which take a minute. Some leave in the middle
+of an answer. The settings change every 10 seconds. Meanwhile one disturbance after the other is made, again and again.
+Afterwards greedy tokens without re-routing must be those of before.
 
 Exits with 1 if a check failed.
 """
@@ -13,6 +14,7 @@ Exits with 1 if a check failed.
 import asyncio
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
@@ -22,6 +24,7 @@ from typing import Annotated, Any
 
 import httpx
 import openai
+import psutil
 import typer
 import yaml
 from rich.table import Table
@@ -45,11 +48,23 @@ from tests.soak.load import (
     seeded,
 )
 
-CLIENTS, REPLICAS = 16, 2
+CLIENTS, LONG_CLIENTS, REPLICAS = 12, 4, 2
+LONG = {"prompt": "In the beginning", "max_tokens": 480, "n": 8}  # all that the model's context holds
+LEAVES = 0.1  # share of the short streams whose client leaves
 CHANGE_SECONDS = 10  # between changes of settings
-HUNG_SECONDS = 60  # a request that takes longer
-FAST_SECONDS = 5  # after a death its requests have failed
-RECOVERY_SECONDS = 240
+HUNG_SECONDS = 300  # a request that takes longer
+FAST_SECONDS = 10  # after a death its requests have failed
+ENGINE_TIMEOUT_SECONDS = 30  # the application's
+RECOVERY_SECONDS = 400
+REPLICA_CPUS = 2  # its own, and its worker's
+KEEPER, INGRESS = (f"ray::ServeReplica:sere:{name}" for name in ("SereSettings", "SereIngress"))
+CONTROLLER, WORKER = "ray::SERVE_CONTROLLER_ACTOR", "VLLM::Worker"
+ARGUMENTS = {
+    "num_replicas": REPLICAS,
+    "environment": ENVIRONMENT,
+    "engine_timeout_s": ENGINE_TIMEOUT_SECONDS,
+    "ingress": {"num_replicas": 2},
+}
 
 
 @dataclass(frozen=True)
@@ -58,18 +73,19 @@ class Failure:
 
     began: float
     ended: float  # seconds since the load began
-    streams: bool
+    kind: str
     tokens: int  # that had come
     error: str
 
 
 @dataclass(frozen=True)
 class Event:
-    """A disturbance: when, and until the application was whole again."""
+    """A disturbance: when, until the application was whole again, and how long after it requests may fail, if ever."""
 
     name: str
     at: float
-    recovered: float | None = None
+    recovered: float | None
+    fails_for: float
 
 
 class Load:
@@ -77,8 +93,8 @@ class Load:
 
     def __init__(self, cluster: LocalCluster, url: str, seconds: float):
         self.cluster, self.url, self.seconds = cluster, url, seconds
-        self.sent, self.answered, self.changes = Counter(), Counter(), Counter()
-        self.latencies: list[float] = []
+        self.sent, self.answered, self.left, self.changes = Counter(), Counter(), Counter(), Counter()
+        self.latencies: dict[str, list[float]] = {"short": [], "long": []}
         self.failures: list[Failure] = []
         self.failed_changes: list[dict[str, Any]] = []
         self.events: list[Event] = []
@@ -101,43 +117,48 @@ class Load:
             return self.now < self.seconds or not disturbing.done()
 
         async with asyncio.TaskGroup() as group:
-            for _client in range(CLIENTS):
-                group.create_task(self._ask(goes_on))
+            for client in range(CLIENTS + LONG_CLIENTS):
+                group.create_task(self._ask(goes_on, is_long=client < LONG_CLIENTS))
             group.create_task(self._change(goes_on))
             group.create_task(self._watch(goes_on))
         await disturbing
 
-    async def _ask(self, goes_on: Callable[[], bool]) -> None:
+    async def _ask(self, goes_on: Callable[[], bool], *, is_long: bool) -> None:
         while goes_on():
-            asked, streams, began, came = random.randint(4, 48), random.random() < 0.5, self.now, 0
-            kind = "streamed" if streams else "whole"
+            streams = is_long or random.random() < 0.5
+            leaves_after = random.randint(1, 4) if not is_long and streams and random.random() < LEAVES else None
+            prompt = random.choice(PROMPTS) * random.randint(1, 8)
+            request = LONG if is_long else {"prompt": prompt, "max_tokens": random.randint(4, 48)}
+            kind = "long" if is_long else "streamed" if streams else "whole"
+            began, came, error = self.now, 0, ""
             self.sent[kind] += 1
             options = {"stream_options": {"include_usage": True}} if streams else {}
             try:
                 answer = await self.openai.completions.create(
-                    model=MODEL_ID,
-                    prompt=random.choice(PROMPTS) * random.randint(1, 8),
-                    max_tokens=asked,
-                    stream=streams,
-                    extra_body={"ignore_eos": True},
-                    **options,
+                    model=MODEL_ID, stream=streams, extra_body={"ignore_eos": True}, **request, **options
                 )
+                usage = answer.usage if not streams else None
                 if streams:
-                    usage = None
-                    async for chunk in answer:
-                        came += bool(chunk.choices)
-                        usage = chunk.usage or usage
-                else:
-                    usage = answer.usage
-                error = "" if usage and usage.completion_tokens == asked else f"the answer ended early: {usage}"
+                    async with answer:
+                        async for chunk in answer:
+                            came += bool(chunk.choices)
+                            usage = chunk.usage or usage
+                            if came == leaves_after:
+                                break
+                if came != leaves_after and (
+                    not usage or usage.completion_tokens != request["max_tokens"] * request.get("n", 1)
+                ):
+                    error = f"the answer ended early: {usage}"
             except (openai.APIError, httpx.HTTPError) as caught:
                 status = getattr(caught, "status_code", "")
                 error = f"{type(caught).__name__} {status}: {caught}"
             if error:
-                self.failures.append(Failure(began, self.now, streams, came, error))
+                self.failures.append(Failure(began, self.now, kind, came, error))
+            elif leaves_after is not None and came == leaves_after:
+                self.left[kind] += 1
             else:
                 self.answered[kind] += 1
-                self.latencies.append(self.now - began)
+                self.latencies["long" if is_long else "short"].append(self.now - began)
 
     async def _change(self, goes_on: Callable[[], bool]) -> None:
         while goes_on():
@@ -159,73 +180,138 @@ class Load:
             await asyncio.to_thread(self.memory.sample)
             await asyncio.sleep(2)
 
-    async def disturb(self, name: str, act: Callable[[], None]) -> None:
-        """Acts, and waits until all replicas are whole again."""
-        before = self.engines()
-        event = Event(name, self.now)
-        await asyncio.to_thread(act)
+    async def disturb(self, name: str, act: Callable[[], list[psutil.Process]], fails_for: float = 0.0) -> None:
+        """Acts, and waits until the processes that `act` returns are gone and everything is whole again."""
+        at = self.now
+        ending = await asyncio.to_thread(act)
         deadline = self.now + RECOVERY_SECONDS
-        while self.now < deadline and not (self.engines() != before and await self._is_whole()):
+        while self.now < deadline and (any(process.is_running() for process in ending) or not await self._is_whole()):
             await asyncio.sleep(0.5)
-        self.events.append(Event(name, event.at, self.now - event.at if self.now < deadline else None))
-
-    def engines(self) -> set[int]:
-        return {process.pid for process in processes(self.cluster, ENGINE)}
+        self.events.append(Event(name, at, self.now - at if self.now < deadline else None, fails_for))
 
     async def _is_whole(self) -> bool:
         """Whether Serve says that everything runs, and there is an engine for each replica, no more."""
         address = f"{self.cluster.environment['RAY_API_SERVER_ADDRESS']}/api/serve/applications/"
         headers = {"Authorization": f"Bearer {self.cluster.environment['RAY_AUTH_TOKEN']}"}
-        answer = await self.admin.get(address, headers=headers)
-        deployments = answer.raise_for_status().json()["applications"]["sere"]["deployments"].values()
+        try:
+            answer = (await self.admin.get(address, headers=headers)).raise_for_status().json()
+        except httpx.HTTPError:  # the controller is what died
+            return False
+        deployments = answer["applications"]["sere"]["deployments"].values()
         states = [replica["state"] for deployment in deployments for replica in deployment["replicas"]]
         healthy = all(deployment["status"] == "HEALTHY" for deployment in deployments)
-        return healthy and set(states) == {"RUNNING"} and len(self.engines()) == REPLICAS
-
-    def killer(self, title: str) -> Callable[[], None]:
-        def kill() -> None:
-            processes(self.cluster, title)[0].send_signal(signal.SIGKILL)
-
-        return kill
+        return healthy and set(states) == {"RUNNING"} and len(processes(self.cluster, ENGINE)) == REPLICAS
 
 
-def deploy_with(cluster: LocalCluster, **rerouting: Any) -> None:
-    """Deploys the running application again, with these settings of re-routing."""
-    file = cluster.folder / "app.yaml"
-    app = yaml.safe_load(file.read_text())
-    app["applications"][0]["args"]["rerouting"] |= rerouting
-    file.write_text(yaml.safe_dump(app))
-    command = ["serve", "deploy", str(file), "--address", cluster.environment["RAY_API_SERVER_ADDRESS"]]
-    done = cluster.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"serve deploy failed:\n{done.stdout}{done.stderr}")
+def sender(cluster: LocalCluster, title: str, number: signal.Signals = signal.SIGKILL) -> Callable:
+    """Returns what sends a signal to a process of this title, which is to end by it."""
+
+    def send() -> list[psutil.Process]:
+        process = random.choice(processes(cluster, title))
+        process.send_signal(number)
+        return [process]
+
+    return send
 
 
-def survive(cluster: LocalCluster, url: str, seconds: float, deploys: bool = True) -> dict[str, Any]:
-    """Returns what clients saw for `seconds`, or for as long as the disturbances took to be overcome."""
+def deployer(cluster: LocalCluster) -> Callable:
+    """Returns what deploys the running application again, with other settings of re-routing each time."""
 
-    async def disturbances(load: Load) -> None:
-        pause = seconds / 20
+    def deploy() -> list[psutil.Process]:
+        old = processes(cluster, ENGINE)
+        file = cluster.folder / "app.yaml"
+        app = yaml.safe_load(file.read_text())
+        rerouting = app["applications"][0]["args"]["rerouting"]
+        rerouting["select_top_k"] = rerouting["select_top_k"] % 4 + 1
+        file.write_text(yaml.safe_dump(app))
+        command = ["serve", "deploy", str(file), "--address", cluster.environment["RAY_API_SERVER_ADDRESS"]]
+        done = cluster.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"serve deploy failed:\n{done.stdout}{done.stderr}")
+        return old
+
+    return deploy
+
+
+class Nodes:
+    """The nodes beside the head, of which there is one, with one replica."""
+
+    def __init__(self, cluster: LocalCluster):
+        self.cluster = cluster
+        self.id, self.process = self._start()
+
+    def _start(self) -> tuple[str, Any]:
+        before, process = self._living(), self.cluster.add_node(REPLICA_CPUS)
+        deadline = time.monotonic() + RECOVERY_SECONDS
+        while time.monotonic() < deadline and not (new := self._living() - before):
+            time.sleep(0.5)
+        (node,) = new
+        return node, process
+
+    def _living(self) -> set[str]:
+        address = f"{self.cluster.environment['RAY_API_SERVER_ADDRESS']}/api/v0/nodes"
+        headers = {"Authorization": f"Bearer {self.cluster.environment['RAY_AUTH_TOKEN']}"}
+        answer = httpx.get(address, headers=headers, timeout=60).raise_for_status().json()
+        return {node["node_id"] for node in answer["data"]["result"]["result"] if node["state"] == "ALIVE"}
+
+    def replace(self) -> list[psutil.Process]:
+        """Starts another node, drains the first one, and ends it."""
+        old, self.id, self.process = (self.id, self.process), *self._start()
+        command = [sys.executable, "-m", "serve_apps.drain", "--node-id", old[0], "--seconds", str(RECOVERY_SECONDS)]
+        done = self.cluster.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the node was not drained:\n{done.stdout}{done.stderr}")
+        old[1].terminate()
+        old[1].wait()
+        return []
+
+
+def survive(cluster: LocalCluster, url: str, seconds: float, nodes: Nodes | None = None) -> dict[str, Any]:
+    """Returns what clients saw for `seconds`, or for as long as the disturbances took to be overcome.
+
+    Without `nodes` only a replica and an engine are killed, once.
+    """
+    hang_seconds = 2 * (ENGINE_TIMEOUT_SECONDS + 10) + FAST_SECONDS
+    disturbances = [
+        ("a replica killed", sender(cluster, REPLICA), FAST_SECONDS),
+        ("an engine killed", sender(cluster, ENGINE), FAST_SECONDS),
+    ]
+    if nodes is not None:
+        disturbances += [
+            ("the settings' keeper killed", sender(cluster, KEEPER), 0.0),
+            ("deployed again", deployer(cluster), 0.0),
+            ("a worker of an engine killed", sender(cluster, WORKER), FAST_SECONDS),
+            ("Serve's controller killed", sender(cluster, CONTROLLER), 0.0),
+            ("an engine stopped", sender(cluster, ENGINE, signal.SIGSTOP), hang_seconds),
+            ("a node drained", nodes.replace, 0.0),
+            ("an ingress killed", sender(cluster, INGRESS), FAST_SECONDS),
+        ]
+
+    async def disturb(load: Load) -> None:
+        pause = min(60, seconds / 20)
         await asyncio.sleep(2 * pause)
-        await load.disturb("a replica killed", load.killer(REPLICA))
-        await asyncio.sleep(pause)
-        await load.disturb("an engine killed", load.killer(ENGINE))
-        await asyncio.sleep(pause)
-        if deploys:
-            await load.disturb("deployed again", lambda: deploy_with(cluster, select_top_k=3))
-            await asyncio.sleep(4 * pause)
+        while True:
+            for name, act, fails_for in disturbances:
+                await load.disturb(name, act, fails_for)
+                await asyncio.sleep(pause)
+            if nodes is None or load.now > seconds:
+                return
 
     tokens = greedy_without_rerouting(cluster, url)
     load = Load(cluster, url, seconds)
-    asyncio.run(load.run(disturbances))
+    asyncio.run(load.run(disturb))
     same = greedy_without_rerouting(cluster, url) == tokens
     memory, causes = load.memory.growth(), why(load.failures, load.events)
+    sent, answered, left = (sum(count.values()) for count in (load.sent, load.answered, load.left))
+    slowest = max(latency for latencies in load.latencies.values() for latency in latencies)
     return {
         "seconds": rounded(load.now),
         "sent": dict(load.sent),
         "answered": dict(load.answered),
-        "answered_in_seconds": spread(load.latencies),
+        "left": dict(load.left),
+        "answered_in_seconds": {kind: spread(latencies) for kind, latencies in load.latencies.items() if latencies},
         "failed": len(load.failures),
+        "lost": sent - answered - left - len(load.failures),
         "why": causes,
         "changes_of_settings": dict(load.changes),
         "failed_changes": load.failed_changes,
@@ -237,8 +323,9 @@ def survive(cluster: LocalCluster, url: str, seconds: float, deploys: bool = Tru
         "checks": {
             "every disturbance overcome": all(event.recovered is not None for event in load.events),
             "nothing hangs": all(failure.ended - failure.began < HUNG_SECONDS for failure in load.failures)
-            and max(load.latencies) < HUNG_SECONDS,
-            "failures are fast": all(row["seconds_later"]["max"] < FAST_SECONDS for row in causes),
+            and slowest < HUNG_SECONDS,
+            "nothing is lost": sent == answered + left + len(load.failures),
+            "requests fail by deaths alone, and soon": all(row["in_time"] for row in causes),
             "memory flat": is_flat(memory),
             "greedy tokens as before": same,
         },
@@ -247,21 +334,30 @@ def survive(cluster: LocalCluster, url: str, seconds: float, deploys: bool = Tru
 
 def why(failures: list[Failure], events: list[Event]) -> list[dict[str, Any]]:
     """Returns the failures by what had happened, how far the answer was, and the error."""
-    found: dict[tuple[str, str, str], list[float]] = {}
+    found: dict[tuple[str, str, str], list[tuple[float, bool]]] = {}
+    nothing = Event("nothing", 0.0, None, 0.0)
     for failure in failures:
-        before = [event for event in events if event.at <= failure.ended]
-        name, at = (before[-1].name, before[-1].at) if before else ("nothing", 0.0)
-        way = ("streamed, " if failure.streams else "whole, ") + ("begun" if failure.tokens else "not begun")
-        found.setdefault((name, way, failure.error[:200]), []).append(failure.ended - at)
+        event = next((event for event in reversed(events) if event.at <= failure.ended), nothing)
+        way = f"{failure.kind}, {'begun' if failure.tokens else 'not begun'}"
+        later = failure.ended - event.at
+        found.setdefault((event.name, way, failure.error[:200]), []).append((later, later <= event.fails_for))
     return [
-        {"after": name, "request": way, "error": error, "times": len(ends), "seconds_later": spread(ends)}
+        {
+            "after": name,
+            "request": way,
+            "error": error,
+            "times": len(ends),
+            "seconds_later": spread([later for later, _in_time in ends]),
+            "in_time": all(in_time for _later, in_time in ends),
+        }
         for (name, way, error), ends in found.items()
     ]
 
 
 def details(result: dict[str, Any]) -> Iterator[Table]:
-    sent, answered = (sum(result[what].values()) for what in ("sent", "answered"))
-    title = f"{sent} requests sent, {answered} answered, {result['failed']} failed in {result['seconds']} s"
+    sent, answered, left = (sum(result[what].values()) for what in ("sent", "answered", "left"))
+    title = f"{sent} requests sent, {answered} answered, {left} left by their clients, {result['failed']} failed, "
+    title += f"{result['lost']} lost in {result['seconds']} s"
     table = Table("after", "request", "error", "times", "seconds later", title=title)
     for row in result["why"]:
         later = row["seconds_later"]
@@ -275,16 +371,18 @@ def details(result: dict[str, Any]) -> Iterator[Table]:
 
 
 def main(
-    seconds: Annotated[int, typer.Option(help="Seconds of load, at least.", min=20)] = 300,
+    seconds: Annotated[int, typer.Option(help="Seconds of load, at least.", min=20)] = 3600,
     seed: Annotated[int | None, typer.Option(help="Seed of the requests. By default, it is drawn.")] = None,
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "tests" / "soak" / "results" / "survival.json",
 ) -> None:
     seed = seeded(seed)
-    with LocalCluster(num_cpus=12) as cluster:
+    # Room for two ingresses and one replica; the other replica is on a node of its own.
+    with LocalCluster(num_cpus=2 + REPLICA_CPUS) as cluster:
         artifact = cluster.folder / "artifact"
         calibrate(cluster, artifact)
-        with served(cluster, free_ports(1)[0], artifact, num_replicas=REPLICAS, environment=ENVIRONMENT) as base_url:
-            result = survive(cluster, base_url.removesuffix("/v1"), seconds)
+        nodes = Nodes(cluster)
+        with served(cluster, free_ports(1)[0], artifact, proxy_location="HeadOnly", **ARGUMENTS) as base_url:
+            result = survive(cluster, base_url.removesuffix("/v1"), seconds, nodes)
     command = f"python -m tests.soak.survival --seconds {seconds} --seed {seed}"
     finish("survival", command, result, details(result), results)
 
