@@ -70,7 +70,7 @@ soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS) ## kill, hang, replace, ove
 	$(BIN)/python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st
 
 check-deploy: .venv/.ready ## deploy/kubernetes against Kubernetes' schemas and the definitions in CRDS=FOLDER
-	$(BIN)/pip install -q --no-deps kubernetes-validate==$(KUBERNETES)
+	$(BIN)/pip install -q kubernetes-validate==$(KUBERNETES)
 	$(BIN)/python -m deploy.check $(CRDS)
 
 .venv-soak/.ready-%:
