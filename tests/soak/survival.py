@@ -48,22 +48,22 @@ from tests.soak.load import (
     seeded,
 )
 
-CLIENTS, LONG_CLIENTS, REPLICAS = 12, 4, 2
+CLIENTS, LONG_CLIENTS, REPLICAS, INGRESSES = 12, 4, 2, 2
 LONG = {"prompt": "In the beginning", "max_tokens": 480, "n": 8}  # all that the model's context holds
 LEAVES = 0.1  # share of the short streams whose client leaves
 CHANGE_SECONDS = 10  # between changes of settings
-HUNG_SECONDS = 300  # a request that takes longer
+HUNG_SECONDS = 600  # a request that takes longer
 FAST_SECONDS = 10  # after a death its requests have failed
 ENGINE_TIMEOUT_SECONDS = 30  # the application's
-RECOVERY_SECONDS = 400
+RECOVERY_SECONDS = 1200  # old replicas end once their long answers have
 REPLICA_CPUS = 2  # its own, and its worker's
 KEEPER, INGRESS = (f"ray::ServeReplica:sere:{name}" for name in ("SereSettings", "SereIngress"))
-CONTROLLER, WORKER = "ray::SERVE_CONTROLLER_ACTOR", "VLLM::Worker"
+CONTROLLER, WORKER = "ray::ServeController", "VLLM::Worker"
 ARGUMENTS = {
     "num_replicas": REPLICAS,
     "environment": ENVIRONMENT,
     "engine_timeout_s": ENGINE_TIMEOUT_SECONDS,
-    "ingress": {"num_replicas": 2},
+    "ingress": {"num_replicas": INGRESSES},
 }
 
 
@@ -188,9 +188,11 @@ class Load:
         while self.now < deadline and (any(process.is_running() for process in ending) or not await self._is_whole()):
             await asyncio.sleep(0.5)
         self.events.append(Event(name, at, self.now - at if self.now < deadline else None, fails_for))
+        answered, failed = sum(self.answered.values()), len(self.failures)
+        print(f"{name}: {self.now - at:.0f} s until whole; {answered} answered, {failed} failed so far", flush=True)
 
     async def _is_whole(self) -> bool:
-        """Whether Serve says that everything runs, and there is an engine for each replica, no more."""
+        """Whether Serve says that everything runs, and all processes are there, no more: Serve may not have noticed."""
         address = f"{self.cluster.environment['RAY_API_SERVER_ADDRESS']}/api/serve/applications/"
         headers = {"Authorization": f"Bearer {self.cluster.environment['RAY_AUTH_TOKEN']}"}
         try:
@@ -200,7 +202,8 @@ class Load:
         deployments = answer["applications"]["sere"]["deployments"].values()
         states = [replica["state"] for deployment in deployments for replica in deployment["replicas"]]
         healthy = all(deployment["status"] == "HEALTHY" for deployment in deployments)
-        return healthy and set(states) == {"RUNNING"} and len(processes(self.cluster, ENGINE)) == REPLICAS
+        counts = [len(processes(self.cluster, title)) for title in (ENGINE, INGRESS, KEEPER)]
+        return healthy and set(states) == {"RUNNING"} and counts == [REPLICAS, INGRESSES, 1]
 
 
 def sender(cluster: LocalCluster, title: str, number: signal.Signals = signal.SIGKILL) -> Callable:
@@ -376,8 +379,8 @@ def main(
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "tests" / "soak" / "results" / "survival.json",
 ) -> None:
     seed = seeded(seed)
-    # Room for two ingresses and one replica; the other replica is on a node of its own.
-    with LocalCluster(num_cpus=2 + REPLICA_CPUS) as cluster:
+    # Room for the ingresses and one replica; the other replica is on a node of its own.
+    with LocalCluster(num_cpus=INGRESSES + REPLICA_CPUS) as cluster:
         artifact = cluster.folder / "artifact"
         calibrate(cluster, artifact)
         nodes = Nodes(cluster)
