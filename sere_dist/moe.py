@@ -204,4 +204,8 @@ def load_model(
     name: str, device: str, dtype: torch.dtype | Literal["auto"] = torch.float32, revision: str | None = None
 ) -> PreTrainedModel:
     """Returns a whole model, ready to run; `auto` is the checkpoint's own dtype."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision).to(device).eval()
+    return (
+        AutoModelForCausalLM.from_pretrained(name, dtype=dtype, revision=revision, trust_remote_code=False)
+        .to(device)
+        .eval()
+    )

@@ -23,6 +23,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sere_dist.admin import ADMIN_PATH, SETTINGS_PATH, TRIAL_PATH
@@ -383,6 +384,17 @@ ENDPOINTS: dict[str, Callable[[FastAPI], Callable]] = {
 }
 
 
+def guard(app: FastAPI, allow_origins: list[str], max_body_bytes: int) -> None:
+    """Puts the guard around an application, and lets web pages of some origins use it, no others.
+
+    Ray Serve LLM would let pages of all origins. What a browser asks first, whether it may ask, has no key.
+    """
+    app.user_middleware = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
+    app.add_middleware(Guard, max_body_bytes=max_body_bytes)
+    if allow_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
+
+
 def build_ingress(
     llm_config: LLMConfig,
     servers: Application,
@@ -391,17 +403,19 @@ def build_ingress(
     *,
     require_api_key: bool,
     cache_per_key: bool,
+    allow_origins: list[str],
     max_body_bytes: int,
     bounds: dict[str, int],
 ) -> Application:
-    """Returns the application: an ingress before `servers`, with Ray Serve's deployment options.
+    """Returns the application: an ingress before `servers`, with Ray Serve's deployment options. Web pages of
+    `allow_origins` may use it.
 
     As `ray.serve.llm.build_openai_app`, which takes another class for its ingress but no other route.
     """
     app: FastAPI = init()
     app.exception_handler(HTTPException)(http_error)
     app.exception_handler(RequestValidationError)(invalid_request)
-    app.add_middleware(Guard, max_body_bytes=max_body_bytes)
+    guard(app, allow_origins, max_body_bytes)
     ingress = make_fastapi_ingress(SereIngress, endpoint_map=ENDPOINTS, app=app)
     options = maybe_apply_llm_deployment_config_defaults(SereIngress.get_deployment_options([llm_config]), options)
     return serve.deployment(**options)(ingress).bind(

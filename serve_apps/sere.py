@@ -127,6 +127,10 @@ class AppConfig(Pool):
         description="Whether requests of different API keys share nothing of vLLM's prefix cache, so that its speed "
         "tells nobody what others have sent.",
     )
+    allow_origins: list[str] = Field(
+        default_factory=list,
+        description="Origins of the web pages that may use the API, such as https://chat.example; none by default.",
+    )
     max_answers: int = Field(default=64, ge=1, description="Most answers that one request may ask for (`n`).")
     max_prompts: int = Field(default=128, ge=1, description="Most prompts that one request may bring.")
 
@@ -266,6 +270,7 @@ def build_app(args: dict[str, Any]) -> Application:
         keeper,
         require_api_key=config.require_api_key,
         cache_per_key=config.cache_per_key,
+        allow_origins=config.allow_origins,
         max_body_bytes=config.max_body_bytes,
         bounds={"n": config.max_answers, "prompt": config.max_prompts},
     )

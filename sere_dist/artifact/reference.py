@@ -68,7 +68,7 @@ def load_artifact_of(path: Path, model: str) -> Artifact:
         ValueError: the model's configuration can't be read.
     """
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"model: no configuration of {model!r} could be read: {error}") from error
     shape = MoeShape.from_config(config)

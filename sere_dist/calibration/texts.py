@@ -73,7 +73,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedT
         ValueError: the model has none that transformers knows.
         OSError: it can't be fetched.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     if tokenizer is None:
         raise ValueError(f"--model {name} has no tokenizer that transformers knows")
     return tokenizer

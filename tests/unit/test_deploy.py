@@ -271,6 +271,7 @@ def test_pods_share_a_volume_and_read_secrets_from_files(application):
         assert mounts["/mnt/shared"]["persistentVolumeClaim"] == {"claimName": "sere-shared"}
         assert artifact.is_relative_to("/mnt/shared")
         assert PurePosixPath(environment.pop("HF_HOME")).is_relative_to("/mnt/shared")
+        assert (environment.pop("RAY_USAGE_STATS_ENABLED"), environment.pop("DO_NOT_TRACK")) == ("0", "1")
         if container["name"] == "ray-head":
             assert not environment
             continue

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pickle
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ray.serve.llm.ingress import OpenAiIngress
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.websockets import WebSocketDisconnect
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
@@ -28,10 +30,10 @@ from serve_apps.ingress import (
     ENDPOINTS,
     SETTINGS_PATH,
     TRIAL_PATH,
-    Guard,
     ReadOrCancel,
     SereIngress,
     count_prompts,
+    guard,
     http_error,
 )
 from serve_apps.server import EndsWithEngine, EngineIsFull
@@ -63,7 +65,7 @@ def near(keeper: SettingsKeeper) -> SimpleNamespace:
     )
 
 
-def client(keeper: SettingsKeeper | None = None, **options) -> TestClient:
+def client(keeper: SettingsKeeper | None = None, origins: Sequence[str] = (), **options) -> TestClient:
     ingress = SereIngress({}, {}, keeper=near(keeper) if keeper else None, **options)
     app = FastAPI()
     for name in ("get_settings", "change_settings", "start_trial", "end_trial"):
@@ -85,7 +87,8 @@ def client(keeper: SettingsKeeper | None = None, **options) -> TestClient:
     def quoted() -> JSONResponse:
         return JSONResponse({"error": {"message": "Traceback (most recent call last): secret"}}, 500)
 
-    app.add_middleware(Guard, max_body_bytes=LARGEST)
+    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_credentials=True)  # as Ray Serve LLM's has it
+    guard(app, origins, max_body_bytes=LARGEST)
     return TestClient(app, raise_server_exceptions=False)
 
 
@@ -382,6 +385,23 @@ def test_a_body_that_is_too_large_is_refused():
     for content in (too_large, iter([too_large[:9], too_large[9:]])):
         answer = app.post("/v1/completions", content=content)
         assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_web_pages_may_use_the_api_from_the_origins_that_are_named(monkeypatch):
+    """A browser asks first, without a key."""
+    monkeypatch.setenv(API_KEY, KEY)
+    ours, evil = "https://chat.example", "http://evil.example"
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    for origins in ([], [ours]):
+        app = client(origins=origins)
+        for origin in (ours, evil):
+            headers = {"Origin": origin}
+            first = app.options("/v1/completions", headers=headers | asked)
+            then = app.get("/v1/models", headers=headers | {"Authorization": f"Bearer {KEY}"})
+            allowed = [answer.headers.get("access-control-allow-origin") for answer in (first, then)]
+            assert allowed == ([ours, ours] if origin in origins else [None, None])
+            assert first.status_code == (200 if origin in origins else 400 if origins else 401)
+            assert then.status_code == 200
 
 
 def test_websockets_are_closed():
