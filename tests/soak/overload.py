@@ -12,6 +12,7 @@ Exits with 1 if a check failed.
 
 import asyncio
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ async def overload(cluster: LocalCluster, url: str, seconds: float) -> dict[str,
         over.took.get(200, []),
         over.took.get(503, []),
     )
-    slower = sorted(admitted)[len(admitted) // 2] / sorted(unloaded)[len(unloaded) // 2]
+    slower = statistics.median(admitted) / statistics.median(unloaded)
     return {
         "seconds": seconds,
         "requests_per_second": {"capacity": rounded(capacity), "asked": rounded(TIMES * capacity)},
@@ -109,7 +110,7 @@ async def overload(cluster: LocalCluster, url: str, seconds: float) -> dict[str,
         "checks": {
             "all are answered or told to come again": over.took.keys() <= {200, 503} and not over.wrong,
             "those admitted take as long as before": slower < SLOWER,
-            "the others are told at once": sorted(refused)[len(refused) // 2] < AT_ONCE_SECONDS,
+            "the others are told at once": statistics.median(refused) < AT_ONCE_SECONDS,
             "memory flat": is_flat(growth),
         },
     }
