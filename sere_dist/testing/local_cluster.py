@@ -56,10 +56,14 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Ray keeps as many idle workers as the cluster has logical CPUs, with all that they have imported: with
+            # vLLM, 670 MB each.
+            "RAY_num_workers_soft_limit": "2",
             # Opens the settings of applications on this cluster: to whoever set it, too.
             ADMIN_TOKEN: os.environ.get(ADMIN_TOKEN, self.token),
         }
-        for other in (API_KEY, f"{API_KEY}_FILE", f"{ADMIN_TOKEN}_FILE"):  # meant for another cluster
+        # Meant for another cluster, or for engines that say nothing of it themselves.
+        for other in (API_KEY, f"{API_KEY}_FILE", f"{ADMIN_TOKEN}_FILE", "VLLM_CPU_KVCACHE_SPACE"):
             self.environment.pop(other, None)
         command = [
             *("ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--num-cpus={self.num_cpus}"),

@@ -54,7 +54,7 @@ def url(request, cluster, artifact_path, key_file, pools):
             "one worker": {},
             "two pools": pools,
             "few at a time": {
-                "engine": {"max_model_len": 512, "enforce_eager": True, **FEW},
+                "engine": {"max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 2**27, **FEW},
                 "environment": ENVIRONMENT,
                 "max_body_bytes": 100_000,
                 "engine_timeout_s": 15,

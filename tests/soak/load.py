@@ -25,7 +25,7 @@ PROMPTS = ("In the beginning", "sea lion (noun):", ".. function:: sorted(", "And
 GREEDY = {"max_tokens": 32, "temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
 GROWTH = 1.05, 16  # memory may grow under load by this factor and so many MiB
 # Two engines that spin on the same cores slow each other tenfold.
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 REPLICA, ENGINE = f"ray::ServeReplica:sere:LLMServer:{MODEL_ID}", "VLLM::EngineCore"
 
 
