@@ -133,7 +133,7 @@ def leaves(command: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 def metrics() -> str:
     rows = [
-        (code(f"ray_sere_{name}_total"), "rank, when" if f"{name}_before" in COUNTERS else "rank", description)
+        (code(f"ray_sere_{name}_total"), "rank, drafts" + ", when" * (f"{name}_before" in COUNTERS), description)
         for name, description in DESCRIPTIONS.items()
     ]
     meanings = {name: description for name, _, _, description in fields(ReroutingConfig)}

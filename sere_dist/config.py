@@ -1,7 +1,7 @@
 """What a user may set: `additional_config={"sere": {...}}` in vLLM. It is checked once, here."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,12 +27,17 @@ RECOMMENDED = ("policy", "select_top_k", "threshold", "expert_price", "traffic_p
 MAX_ROWS = 2**31 - 1  # Rows of a step, as the kernel counts them.
 
 
-class ReroutingConfig(BaseModel):
-    """Settings of re-routing in one engine. Unknown keys are refused."""
+class PolicyConfig(BaseModel):
+    """What the experts of one model are re-routed by. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     artifact: FilePath = Field(description="Folder of the artifact that a calibration wrote.")
+    policy: Literal["sere", "projection", "recommended"] = Field(
+        default="sere",
+        description="`sere` is the paper's policy. `projection` changes each slot as cheaply as possible, and needs an "
+        "artifact of `--method projection`. `recommended` is what a tuning added to the artifact, per layer.",
+    )
     select_top_k: int | None = Field(
         default=None,
         ge=1,
@@ -45,6 +50,40 @@ class ReroutingConfig(BaseModel):
         description="rho: lowest similarity of a substitute. An expert that no primary expert is as similar to stays; "
         "with 0, every expert is replaced.",
     )
+    expert_price: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Error that running one expert less is worth, for policy projection. With 0, S alone decides.",
+    )
+
+    @model_validator(mode="after")
+    def _has_what_the_policy_needs(self) -> Self:
+        if self.policy == "recommended":
+            if given := [name for name in RECOMMENDED[1:] if getattr(self, name, None)]:
+                raise ValueError(
+                    f"policy: recommended leaves no choice of {', '.join(given)}: set another policy for it"
+                )
+            return self
+        if self.select_top_k is None:
+            raise ValueError("select_top_k is missing; only policy: recommended brings its own")
+        for name in ("expert_price", "traffic_price"):
+            if (price := getattr(self, name, 0)) and self.policy != "projection":
+                raise ValueError(f"{name} ({price}) needs policy: projection, not {self.policy}")
+        return self
+
+    def check_top_k(self, num_experts_per_token: int) -> None:
+        """Raises ValueError if `select_top_k` is more than the experts that the model uses per token."""
+        if self.select_top_k is not None and self.select_top_k > num_experts_per_token:
+            raise ValueError(
+                f"select_top_k ({self.select_top_k}) must be between 1 and the model's experts per token "
+                f"({num_experts_per_token})"
+            )
+
+
+class ReroutingConfig(PolicyConfig):
+    """Settings of re-routing in one engine. Unknown keys are refused."""
+
     rows: Literal["decode", "all"] = Field(
         default="decode", description="Rows to re-route: those that decode, or all, which includes prompts."
     )
@@ -63,17 +102,6 @@ class ReroutingConfig(BaseModel):
         le=1.0,
         description="Share of the sequences that are re-routed, by chance. The others are answered as if they opted "
         "out.",
-    )
-    policy: Literal["sere", "projection", "recommended"] = Field(
-        default="sere",
-        description="`sere` is the paper's policy. `projection` changes each slot as cheaply as possible, and needs an "
-        "artifact of `--method projection`. `recommended` is what a tuning added to the artifact, per layer.",
-    )
-    expert_price: float = Field(
-        default=0.0,
-        ge=0.0,
-        allow_inf_nan=False,
-        description="Error that running one expert less is worth, for policy projection. With 0, S alone decides.",
     )
     traffic_price: float = Field(
         default=0.0,
@@ -103,24 +131,18 @@ class ReroutingConfig(BaseModel):
         default=None,
         description="File of `sere-dist place`, which says which rank holds which expert under expert parallelism.",
     )
+    draft: PolicyConfig | None = Field(
+        default=None,
+        description="Settings for the experts of the draft model, in speculative decoding with `draft_model`: "
+        "its own `artifact`, `policy`, `select_top_k`, `threshold` and `expert_price`. Without it they are left alone.",
+    )
 
     @model_validator(mode="after")
-    def _fits_together(self) -> "ReroutingConfig":
+    def _fits_together(self) -> Self:
         if self.max_rows is not None and self.max_rows < self.min_rows:
             raise ValueError(f"max_rows ({self.max_rows}) must not be less than min_rows ({self.min_rows})")
         if self.exact_cache and self.rows == "all":
             raise ValueError("exact_cache keeps prompts, which rows: all re-routes too: set rows: decode, or remove it")
-        if self.policy == "recommended":
-            if given := [name for name in RECOMMENDED[1:] if getattr(self, name)]:
-                raise ValueError(
-                    f"policy: recommended leaves no choice of {', '.join(given)}: set another policy for it"
-                )
-            return self
-        if self.select_top_k is None:
-            raise ValueError("select_top_k is missing; only policy: recommended brings its own")
-        for name in ("expert_price", "traffic_price"):
-            if getattr(self, name) and self.policy != "projection":
-                raise ValueError(f"{name} ({getattr(self, name)}) needs policy: projection, not {self.policy}")
         return self
 
     @property
@@ -130,16 +152,18 @@ class ReroutingConfig(BaseModel):
 
     def resolved(self) -> "ReroutingConfig":
         """Returns the same with absolute paths: other processes may run elsewhere."""
-        paths = {name: path.resolve() for name in ("artifact", "placement") if (path := getattr(self, name))}
+        paths: dict[str, Any] = {
+            name: path.resolve() for name in ("artifact", "placement") if (path := getattr(self, name))
+        }
+        if self.draft is not None:
+            paths["draft"] = self.draft.model_copy(update={"artifact": self.draft.artifact.resolve()})
         return self.model_copy(update=paths)
 
-    def check_top_k(self, num_experts_per_token: int) -> None:
-        """Raises ValueError if `select_top_k` is more than the experts that the model uses per token."""
-        if self.select_top_k is not None and self.select_top_k > num_experts_per_token:
-            raise ValueError(
-                f"select_top_k ({self.select_top_k}) must be between 1 and the model's experts per token "
-                f"({num_experts_per_token})"
-            )
+    def of_draft(self) -> "ReroutingConfig | None":
+        """Returns what the draft model is re-routed by, if it is."""
+        if self.draft is None:
+            return None
+        return ReroutingConfig(**self.draft.model_dump(), enabled=self.enabled)
 
     def changed(self, changes: Mapping[str, Any], num_experts_per_token: int) -> "ReroutingConfig":
         """Returns these settings with others of `CHANGEABLE`, for a model that uses so many experts per token.

@@ -30,17 +30,17 @@ class ReroutingMetrics:
     """A replica's: counters as in `rerouting.COUNTERS`, gauges of the settings, and one that names the artifact.
 
     Pairs of counters, before and after re-routing, are one metric with the label `when`. Counters have the labels
-    `model` and `rank`, all metrics those that Ray Serve adds: application, deployment, replica.
+    `model`, `rank` and `drafts`, all metrics those that Ray Serve adds: application, deployment, replica.
     """
 
     def __init__(self, model: str, artifact: dict[str, str]):
         """`artifact` has labels of `sere_info`: `artifact` and `method`."""
         self.model, self.artifact = model, artifact
-        self.seen: dict[tuple[int, str], int] = {}  # (rank, counter) -> its total when last read
+        self.seen: dict[tuple[int, str, str], int] = {}  # (rank, counter, drafts) -> its total when last read
         self.counters = {}
         for name, description in DESCRIPTIONS.items():
             is_pair = f"{name}_before" in COUNTERS
-            labels = ("model", "rank", "when") if is_pair else ("model", "rank")
+            labels = ("model", "rank", "drafts", *(("when",) if is_pair else ()))
             # Ray Serve's annotation of labels is a tuple of one.
             counter = Counter(f"sere_{name}", description, labels)  # ty: ignore[invalid-argument-type]
             self.counters |= {f"{name}_{when}": (counter, {"when": when}) for when in ("before", "after") if is_pair}
@@ -58,12 +58,15 @@ class ReroutingMetrics:
         for worker in workers:
             for name, (counter, labels) in self.counters.items():
                 total = sum(layer[name] for layer in worker["layers"].values())
-                place = worker["rank"], name
-                before = self.seen.get(place, 0)
-                added = total - before if total >= before else total  # they were set to 0 meanwhile
-                self.seen[place] = total
-                if added:
-                    counter.inc(added, {"model": self.model, "rank": str(worker["rank"]), **labels})
+                verifying = sum(layer.get("verifying", {}).get(name, 0) for layer in worker["layers"].values())
+                for drafts, counted in (("none", total - verifying), ("verified", verifying)):
+                    place = worker["rank"], name, drafts
+                    before = self.seen.get(place, 0)
+                    added = counted - before if counted >= before else counted  # they were set to 0 meanwhile
+                    self.seen[place] = counted
+                    if added:
+                        own = {"model": self.model, "rank": str(worker["rank"]), "drafts": drafts, **labels}
+                        counter.inc(added, own)
         is_recommended = settings["policy"] == "recommended"  # some settings differ from layer to layer
         for name, gauge in self.settings.items():
             if is_recommended and name in RECOMMENDED:

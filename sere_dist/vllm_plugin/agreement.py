@@ -19,22 +19,30 @@ from sere_dist.config import ReroutingConfig
 TIMEOUT = timedelta(minutes=5)  # ranks start together, and have only read the artifact by then
 
 
-def what_must_agree(settings: ReroutingConfig, artifact: Artifact, placement: Placement | None) -> dict[str, str]:
+def what_must_agree(
+    settings: ReroutingConfig, artifact: Artifact, placement: Placement | None, draft_artifact: Artifact | None = None
+) -> dict[str, str]:
     """Returns what a rank re-routes by: as text, and without the paths, which may differ between nodes."""
+    recommended = artifact.recommended
+    return {
+        "version of sere_dist": sere_dist.__version__,
+        "settings": settings.model_dump_json(exclude={"artifact": True, "placement": True, "draft": {"artifact"}}),
+        "artifact": _digest(artifact),
+        "recommended settings": "none" if recommended is None else recommended.model_dump_json(),
+        "placement": "none" if placement is None else placement.model_dump_json(),
+        "artifact of the draft model": "none" if draft_artifact is None else _digest(draft_artifact),
+    }
+
+
+def _digest(artifact: Artifact) -> str:
+    """Returns a digest of what is in an artifact's tables."""
     digest = hashlib.sha256()
     for layer, tables in artifact.tables.items():
         for table in tables:
             if table is not None:
                 digest.update(f"{layer} {tuple(table.shape)}".encode())
                 digest.update(table.contiguous().view(torch.uint8).numpy().tobytes())
-    recommended = artifact.recommended
-    return {
-        "version of sere_dist": sere_dist.__version__,
-        "settings": settings.model_dump_json(exclude={"artifact", "placement"}),
-        "artifact": digest.hexdigest(),
-        "recommended settings": "none" if recommended is None else recommended.model_dump_json(),
-        "placement": "none" if placement is None else placement.model_dump_json(),
-    }
+    return digest.hexdigest()
 
 
 def check_agreement(own: dict[str, str], timeout: timedelta = TIMEOUT) -> None:

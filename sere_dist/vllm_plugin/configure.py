@@ -4,7 +4,7 @@ from pathlib import Path
 
 import vllm
 from vllm import envs
-from vllm.config import CompilationMode, ParallelConfig, SchedulerConfig, VllmConfig
+from vllm.config import CompilationMode, ParallelConfig, SchedulerConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -46,6 +46,8 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     parallel = vllm_config.parallel_config
     if settings.placement is not None:
         check_placement(settings.placement, shape, set(artifact.layers), vllm_config)
+    if (of_draft := settings.of_draft()) is not None:
+        check_draft(of_draft, vllm_config.speculative_config)
     if settings.exact_cache:
         if vllm_config.kv_transfer_config is not None:
             raise ValueError("exact_cache does not reach what a KV connector stores: remove kv_transfer_config, or it")
@@ -59,6 +61,21 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         logger.warning("sere_dist: no bytes between ranks are saved: %s", advice)
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     vllm_config.additional_config = {**additional, "sere": engine_settings(settings, artifact.policy(settings))}
+
+
+def check_draft(draft: ReroutingConfig, speculation: SpeculativeConfig | None) -> None:
+    """Raises ValueError if these settings are not for what drafts in this engine."""
+    if speculation is None or speculation.method != "draft_model":
+        raise ValueError(
+            "draft is for the experts of a draft model: set method to draft_model in speculative_config, or remove "
+            "'draft'. MTP layers and EAGLE heads can't be calibrated, and always keep their experts"
+        )
+    model = speculation.draft_model_config
+    shape = MoeShape.from_config(model.hf_config)
+    draft.check_top_k(shape.num_experts_per_token)
+    artifact = load_artifact(draft.artifact, shape, model.model)
+    artifact.check_serves(shape, model.model, getattr(model.hf_config, "_commit_hash", None))
+    artifact.settings_by_layer(draft)
 
 
 def check_placement(path: Path, shape: MoeShape, layers: set[int], vllm_config: VllmConfig) -> None:

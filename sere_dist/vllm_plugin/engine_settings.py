@@ -23,7 +23,10 @@ class EngineSettings(str):
 
 def engine_settings(settings: ReroutingConfig, policy: str) -> EngineSettings:
     """Returns the settings for the workers; `policy` is the one that the layers follow, "sere" or "projection"."""
-    text = EngineSettings(f"sere_dist {sere_dist.__version__}: policy {policy}, primary_scope {settings.primary_scope}")
+    what = f"policy {policy}, primary_scope {settings.primary_scope}"
+    if settings.draft is not None:
+        what += ", draft model re-routed"
+    text = EngineSettings(f"sere_dist {sere_dist.__version__}: {what}")
     text.settings = settings.model_dump(mode="json")
     return text
 

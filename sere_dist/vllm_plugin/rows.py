@@ -21,6 +21,8 @@ class Rows:
             behind those of the step are padding, and False.
         chance: float32 [most tokens of a step], that a row's output is used. None: no step verifies drafts.
         count: int64 [2] on the CPU: rows of the step, and valid ones; 0 in profiling and dummy runs.
+        requests: bool, for each request of the step, in the order of its rows, whether its rows are valid.
+        scheduled_tokens: int, for each of them, how many rows it has.
         is_of_this_step: set with every step's batch.
     """
 
@@ -29,6 +31,7 @@ class Rows:
         self.speculation = speculation
         self.chance = None if speculation is None else torch.ones(max_tokens, device=device)
         self.count = torch.zeros(2, dtype=torch.int64)
+        self.requests, self.scheduled_tokens = np.zeros(0, dtype=bool), np.zeros(0, dtype=int)
         self.is_of_this_step = False
         self.which: str = "decode"
         self.share = 1.0
@@ -74,6 +77,7 @@ class Rows:
         """Marks no row: what runs next is no step of requests."""
         self.count.zero_()
         self.valid.zero_()
+        self.requests, self.scheduled_tokens = self.requests[:0], self.scheduled_tokens[:0]
 
     def start_step(
         self,
@@ -97,16 +101,21 @@ class Rows:
             valid = valid & [request not in self.opted_out for request in requests]
         if self.share < 1:
             valid = valid & [is_in_share(request, self.share) for request in requests]
+        self.requests, self.scheduled_tokens = valid, scheduled_tokens.copy()
         rows = np.repeat(valid, scheduled_tokens)
-        if len(rows) > len(self.valid):
-            raise RuntimeError(f"a step has {len(rows)} rows, re-routing expected {len(self.valid)} at most")
-        _copy(rows, self.valid)
-        self.valid[len(rows) :] = False
+        self.mark(rows, len(rows))
         if self.speculation is not None and self.chance is not None:
             places = places_in_drafts(scheduled_tokens, drafted_tokens)
             _copy(self.speculation.chances[places], self.chance)
-        self.count[0], self.count[1] = len(rows), int(rows.sum())
         self.is_of_this_step = True
+
+    def mark(self, valid: np.ndarray, num_rows: int) -> None:
+        """Sets which of a step's rows are valid; `num_rows` counts padding, too, where the step comes with it."""
+        if len(valid) > len(self.valid):
+            raise RuntimeError(f"a step has {len(valid)} rows, re-routing expected {len(self.valid)} at most")
+        _copy(valid, self.valid)
+        self.valid[len(valid) :] = False
+        self.count[0], self.count[1] = num_rows, int(valid.sum())
 
 
 def is_in_share(request: str, share: float) -> bool:

@@ -8,9 +8,11 @@ tensor-parallel group, which must re-route alike, agree about the chances.
 """
 
 from collections import defaultdict, deque
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+import torch
 
 PRIOR = 16  # accepted drafts that a start is taken for: a row counts in full until something is known
 MEMORY = 1024  # drafts after which one counts 1 / e
@@ -66,3 +68,34 @@ class Speculation:
         """Sets the counts to 0; the chances stay."""
         self.drafted[:] = 0
         self.accepted[:] = 0
+
+
+class VerifyingSteps:
+    """What those steps add to counters that verify drafts: by the counters' difference between two steps.
+
+    Steps of one kind in a row cost nothing. Nothing here waits for the device.
+    """
+
+    def __init__(self, counters: Iterable[torch.Tensor]):
+        """`counters`: int64 [N] for each layer, on one device."""
+        self._counters = list(counters)
+        self._before: torch.Tensor | None = None  # the counters when the steps that run now began to verify drafts
+        self._ended = torch.zeros_like(self._now())
+
+    def start_step(self, verifies: bool) -> None:
+        if verifies and self._before is None:
+            self._before = self._now()
+        elif not verifies and self._before is not None:
+            self._ended, self._before = self.totals(), None
+
+    def totals(self) -> torch.Tensor:
+        """Returns int64 [layers, N], on the counters' device."""
+        return self._ended if self._before is None else self._ended + (self._now() - self._before)
+
+    def clear(self) -> None:
+        """Sets the totals to 0; call it where the counters are set to 0."""
+        self._ended.zero_()
+        self._before = None if self._before is None else torch.zeros_like(self._before)
+
+    def _now(self) -> torch.Tensor:
+        return torch.stack(self._counters)

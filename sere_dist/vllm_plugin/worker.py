@@ -10,24 +10,24 @@ process, so `cpu_worker` and `gpu_worker` are modules of their own, and a GPU pr
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from vllm.distributed.parallel_state import get_ep_group
+from vllm.distributed.parallel_state import get_ep_group, get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.placement import Placement
 from sere_dist.artifact.reference import load_artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.method.counters import COUNTERS, dispatch_bytes
-from sere_dist.moe import MoeShape, by_layer
+from sere_dist.moe import MoeShape
 from sere_dist.vllm_plugin.agreement import check_agreement, what_must_agree
 from sere_dist.vllm_plugin.backend import Backend, shares_primary
+from sere_dist.vllm_plugin.draft_model import DraftModel
 from sere_dist.vllm_plugin.engine_settings import returns_routed_experts, settings_of
 from sere_dist.vllm_plugin.expert_kernels import merges_repeats
 from sere_dist.vllm_plugin.expert_map import ExpertMap
+from sere_dist.vllm_plugin.layers import rerouted_layers, settings_by_layer
 from sere_dist.vllm_plugin.rows import Rows
-from sere_dist.vllm_plugin.speculation import Speculation
+from sere_dist.vllm_plugin.speculation import Speculation, VerifyingSteps
 from sere_dist.vllm_plugin.weights import checkpoint_weights
 
 if TYPE_CHECKING:  # vLLM's CPU worker is one, too
@@ -36,43 +36,6 @@ else:
     Worker = object
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
-
-
-def rerouted_layers(model: torch.nn.Module, artifact: Artifact, is_placed: bool = False) -> dict[int, MoERunner]:
-    """Returns what runs every MoE layer of a loaded model, or of one stage of its pipeline, by decoder layer index.
-
-    Raises:
-        ValueError: a layer can't be re-routed, or the artifact's layers are not the model's.
-    """
-    found = by_layer((name, module) for name, module in model.named_modules() if isinstance(module, MoERunner))
-    runners = {layer: runner for layer, (_name, runner) in found.items()}
-    for layer, runner in runners.items():
-        if not isinstance(runner.router, BaseRouter):
-            raise ValueError(f"layer {layer} routes through {type(runner.router).__name__}, not vLLM's BaseRouter")
-        if is_placed and getattr(runner.router, "num_expert_group", None) not in (None, 0, 1):
-            raise ValueError(
-                f"layer {layer} routes within groups of experts, which can't be placed: remove 'placement'"
-            )
-        if runner.do_naive_dispatch_combine:
-            raise ValueError(
-                f"layer {layer} routes the gathered tokens of all ranks, which can't be re-routed: use weights "
-                "that are not quantised, another moe_backend, or data_parallel_size=1"
-            )
-    if runners.keys() != artifact.layers.keys():
-        raise ValueError(
-            f"the model's MoE layers are {sorted(runners)}, the artifact has {sorted(artifact.layers)}: "
-            "calibrate this model"
-        )
-    return runners
-
-
-def scaled(settings: ReroutingConfig, scale: float) -> ReroutingConfig:
-    """Returns settings for a layer whose experts' output vLLM multiplies by `scale`, beyond the router's weights.
-
-    Prices are in the unit of (w w) size, w being all that an expert's output is multiplied by, as in transformers.
-    """
-    prices = {name: getattr(settings, name) / scale**2 for name in ("expert_price", "traffic_price")}
-    return settings.model_copy(update=prices)
 
 
 class Rerouting(Worker):
@@ -87,7 +50,12 @@ class Rerouting(Worker):
         served = self.vllm_config.model_config
         artifact = load_artifact(settings.artifact, MoeShape.from_config(served.hf_config), served.model)
         self.sere_placement = placement = None if settings.placement is None else Placement.load(settings.placement)
-        check_agreement(what_must_agree(settings, artifact, placement))
+        draft_artifact, of_draft = None, settings.of_draft()
+        speculative = self.vllm_config.speculative_config
+        if of_draft is not None and speculative is not None:  # the front end has checked that it is not
+            model = speculative.draft_model_config
+            draft_artifact = load_artifact(of_draft.artifact, MoeShape.from_config(model.hf_config), model.model)
+        check_agreement(what_must_agree(settings, artifact, placement, draft_artifact))
         with checkpoint_weights(placement):
             super().load_model(**kwargs)
         assert self.device is not None  # vLLM's worker has set it
@@ -97,8 +65,7 @@ class Rerouting(Worker):
         model = self.model_runner.get_model()
         self.sere_runners = runners = rerouted_layers(model, artifact, is_placed=placement is not None)
         padding = self.vllm_config.compilation_config.max_cudagraph_capture_size or 0
-        speculative, scheduler = self.vllm_config.speculative_config, self.scheduler_config
-        speculation = None
+        speculation, scheduler = None, self.scheduler_config
         if speculative is not None:
             speculation = Speculation(speculative.num_speculative_tokens, bool(scheduler.async_scheduling))
         self.sere_rows = Rows(scheduler.max_num_batched_tokens + padding, self.device, speculation)
@@ -118,6 +85,13 @@ class Rerouting(Worker):
         )
         routers = {layer: cast(BaseRouter, runner.router) for layer, runner in runners.items()}  # as was checked
         self.sere_layers = {layer: self.sere_backend.attach(router, layer) for layer, router in routers.items()}
+        self.sere_verifying = None
+        if speculation is not None and self.sere_layers:
+            self.sere_verifying = VerifyingSteps(self.sere_layers.values())
+        self.sere_draft = None
+        if of_draft is not None and draft_artifact is not None and get_pp_group().is_last_rank:  # others don't draft
+            proposer = getattr(self.model_runner, "drafter", None)
+            self.sere_draft = DraftModel(proposer, draft_artifact, of_draft, self.sere_rows, self.sere_backend)
         self.sere_top_k = artifact.config.num_experts_per_token
         self.sere_seen_rerouting = False
         self._apply_settings(settings)
@@ -139,6 +113,10 @@ class Rerouting(Worker):
             counters.zero_()
         if self.sere_rows.speculation is not None:
             self.sere_rows.speculation.clear()
+        if self.sere_verifying is not None:
+            self.sere_verifying.clear()
+        if self.sere_draft is not None:
+            self.sere_draft.clear()
 
     def reload_weights(self, *args, **kwargs) -> None:
         """Loads weights again, with the experts where the placement has them."""
@@ -152,6 +130,8 @@ class Rerouting(Worker):
         self.sere_rows.is_of_this_step = False
         if self.sere_expert_map is not None and self.sere_expert_map.is_moving:
             self.sere_expert_map.refresh()
+        if self.sere_verifying is not None and scheduler_output.total_num_scheduled_tokens:
+            self.sere_verifying.start_step(bool(scheduler_output.scheduled_spec_decode_tokens))
         output = super().execute_model(scheduler_output, *args, **kwargs)
         if scheduler_output.total_num_scheduled_tokens and not self.sere_rows.is_of_this_step:
             raise RuntimeError(
@@ -169,18 +149,21 @@ class Rerouting(Worker):
         return output
 
     def _apply_settings(self, settings: ReroutingConfig) -> None:
-        of_layers = self.sere_artifact.settings_by_layer(settings)
-        scales = {layer: runner.routed_scaling_factor for layer, runner in self.sere_runners.items()}
+        of_layers = settings_by_layer(settings, self.sere_artifact, self.sere_runners)
         self.sere_config = settings
         self.sere_rows.set_settings(settings)
-        self.sere_backend.set_settings({layer: scaled(own, scales[layer]) for layer, own in of_layers.items()})
+        self.sere_backend.set_settings(of_layers)
+        if self.sere_draft is not None and (of_draft := settings.of_draft()) is not None:
+            self.sere_draft.set_settings(of_draft)
 
     def sere_counters(self, reset: bool = False) -> dict[str, Any]:
         """Returns the counters of every layer of this worker, and sets them to 0 if asked to.
 
         With experts on several ranks a layer has `active_experts_by_rank` too: after re-routing, summed over steps. And
         with data-parallel attention `bytes_by_dispatch`, of re-routed rows; see `counters.dispatch_bytes`. With
-        speculative decoding the worker has `drafted_tokens` and `accepted_tokens`, by their place in a draft.
+        speculative decoding the worker has `drafted_tokens` and `accepted_tokens`, by their place in a draft, and every
+        layer has `verifying`: what the steps that verify drafts have added to its counters. A draft model that is
+        re-routed, too, has counters of its own, `draft_layers`, which count its passes as steps.
         """
         expert_map, model = self.sere_expert_map, self.vllm_config.model_config
         assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved its name
@@ -206,6 +189,11 @@ class Rerouting(Worker):
         if (speculation := self.sere_rows.speculation) is not None:
             counted["drafted_tokens"] = speculation.drafted.tolist()
             counted["accepted_tokens"] = speculation.accepted.tolist()
+        if self.sere_verifying is not None:
+            for layer, totals in zip(layers, self.sere_verifying.totals().tolist(), strict=True):
+                layers[layer]["verifying"] = dict(zip(COUNTERS, totals[: len(COUNTERS)], strict=True))
+        if self.sere_draft is not None:
+            counted["draft_layers"] = self.sere_draft.counters()
         if reset:
             self._reset_counters()
         ranks_before = self.parallel_config.data_parallel_rank * self.parallel_config.world_size

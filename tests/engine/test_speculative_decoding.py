@@ -1,4 +1,4 @@
-"""Speculative decoding in real engines: the target is re-routed, the draft model is left alone."""
+"""Speculative decoding in real engines: the target is re-routed, the draft model only where it is asked for."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +68,11 @@ def mtp(folder, _artifact) -> Case:
 def case_and_options(request, tmp_path_factory, artifact_path) -> tuple[Case, dict]:
     make_case, is_eager = request.param
     case = make_case(tmp_path_factory.mktemp("drafts"), str(artifact_path))
-    return case, {
+    return case, options_of(case, is_eager)
+
+
+def options_of(case: Case, is_eager: bool) -> dict:
+    return {
         "model": case.model,
         "skip_tokenizer_init": True,
         "enforce_eager": is_eager,
@@ -139,6 +143,9 @@ def test_rows_that_verify_drafts_are_rerouted_and_counted(fresh, prompts, stock_
         assert layer["rerouted_slots"] > 0 and layer["active_experts_after"] < layer["active_experts_before"]
         # Of the tokens after the first, which is the prompt's: one of a request's is the model's own in each step.
         assert layer["rows"] >= sum(drafted) + BATCH * (NEW - 1) - sum(accepted) - BATCH * DRAFT
+        verifying = layer["verifying"]
+        assert verifying.keys() < layer.keys() and all(0 <= verifying[name] <= layer[name] for name in verifying)
+        assert verifying["rows"] >= verifying["steps"] + sum(drafted), "a step has a row besides the drafts"
 
 
 def test_what_drafts_is_left_alone(case, fresh, prompts):
@@ -148,3 +155,31 @@ def test_what_drafts_is_left_alone(case, fresh, prompts):
     (worker,) = fresh.collective_rpc("sere_counters")
     assert len(rerouted) == sum(layer["steps"] for layer in worker["layers"].values())
     assert (len(kernel_ids) > 2 * len(rerouted)) == case.drafts_have_experts  # which run in the same kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_eager", [True, False], ids=["eager", "compiled"])
+def test_a_draft_model_is_rerouted_by_settings_of_its_own(tmp_path, prompts, artifact_path, is_eager):
+    """It only proposes: while the served model keeps its experts, the answers are the stock engine's."""
+    options = options_of(itself(tmp_path, str(artifact_path)), is_eager)
+    (stock,) = engines.run(options, prompts, NEW, [{}], env={"VLLM_PLUGINS": ""})
+    draft = {"artifact": str(artifact_path), "select_top_k": 2}
+    llm = LLM(**options, additional_config={"sere": {**draft, "select_top_k": 8, "draft": draft}})
+    try:
+        assert greedy(llm, prompts) == stock["tokens"]
+        (worker,) = llm.collective_rpc("sere_counters", kwargs={"reset": True})
+        assert all(layer["rerouted_slots"] == 0 and layer["rows"] > 0 for layer in worker["layers"].values())
+        drafting = worker["draft_layers"]
+        assert drafting.keys() == worker["layers"].keys()
+        for layer in drafting.values():
+            assert layer["rerouted_slots"] > 0 and layer["active_experts_after"] < layer["active_experts_before"]
+            assert layer["steps"] >= DRAFT * (NEW - 1) / (DRAFT + 1), "a pass for every drafted token"
+        rejected = sum(worker["drafted_tokens"]) - sum(worker["accepted_tokens"])
+
+        llm.collective_rpc("sere_settings", kwargs={"enabled": False})
+        assert greedy(llm, prompts) == stock["tokens"]
+        (worker,) = llm.collective_rpc("sere_counters")
+        assert all(layer["rerouted_slots"] == 0 for layer in worker["draft_layers"].values())
+        assert sum(worker["drafted_tokens"]) - sum(worker["accepted_tokens"]) < rejected
+    finally:
+        llm.llm_engine.engine_core.shutdown()

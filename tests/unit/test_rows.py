@@ -7,6 +7,7 @@ import pytest
 from vllm import SamplingParams
 
 from sere_dist.config import ReroutingConfig
+from sere_dist.vllm_plugin.draft_model import DraftRows
 from sere_dist.vllm_plugin.rows import Rows, is_in_share, opts_out, places_in_drafts
 from sere_dist.vllm_plugin.speculation import Speculation
 
@@ -134,6 +135,26 @@ def test_rows_of_a_request_that_opts_out(runner):
     del (runner.requests if hasattr(runner, "requests") else runner.req_states.req_id_to_index)["b"]
     runner.step([1, 4, 6, 1])
     assert not rows.opted_out, "a finished request is forgotten"
+
+
+def test_a_draft_models_rows_are_those_of_the_same_requests(runner):
+    """Its first pass has one row more for every request, each further pass has one row for every request."""
+    served = follow(runner)
+    rows = DraftRows(served)
+    rows.follow_proposer(proposer := SimpleNamespace(_determine_batch_execution_and_padding=lambda n: ("graph", n + 3)))
+    runner.step([3, 4, 6, 2], drafts={"a": [7, 8]})
+    assert proposer._determine_batch_execution_and_padding(19) == ("graph", 22)
+    assert rows.count.tolist() == [22, 4] and valid(rows) == [0, 1, 2, 3]
+    proposer._determine_batch_execution_and_padding(4)
+    assert rows.count.tolist() == [7, 1] and valid(rows) == [0]
+    proposer._determine_batch_execution_and_padding(11)
+    assert rows.count.tolist() == [14, 0] and not valid(rows), "no pass of this step's has 11 rows"
+    runner.step([1, 4, 6, 1], d=SamplingParams(), a=SamplingParams(extra_args={"sere": "off"}))
+    proposer._determine_batch_execution_and_padding(4)
+    assert not valid(rows), "who opts out is answered by stock experts alone"
+    runner._dummy_run(8)
+    proposer._determine_batch_execution_and_padding(8)
+    assert rows.count.tolist() == [11, 0] and not valid(rows)
 
 
 def test_a_share_of_the_requests(runner):

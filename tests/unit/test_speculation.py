@@ -4,8 +4,9 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from sere_dist.vllm_plugin.speculation import PRIOR, Speculation
+from sere_dist.vllm_plugin.speculation import PRIOR, Speculation, VerifyingSteps
 
 DRAFT = 3
 
@@ -91,3 +92,23 @@ def test_requests_that_end_or_come_again_are_forgotten():
     assert not speculation.drafted.any()
     assert speculation.chances.tolist() == [1] * (DRAFT + 1)
     assert PRIOR > 0 and set(speculation._drafts) == set(speculation._expected) == {"b"}
+
+
+def test_what_verifying_steps_count_is_told_apart():
+    layers = [torch.zeros(2, dtype=torch.int64) for _ in range(3)]
+    verifying, expected = VerifyingSteps(layers), torch.zeros(3, 2, dtype=torch.int64)
+    for step, verifies in enumerate((False, True, True, False, True, False, False, True)):
+        verifying.start_step(verifies)
+        for place, counters in enumerate(layers):
+            counters += torch.tensor([1, 10 * step + place])
+            expected[place] += counters.new_tensor([1, 10 * step + place]) * verifies
+        assert verifying.totals().equal(expected)
+    for counters in layers:
+        counters.zero_()
+    verifying.clear()
+    assert not verifying.totals().any()
+    layers[1] += 5
+    assert verifying.totals().tolist() == [[0, 0], [5, 5], [0, 0]], "the steps that verify go on"
+    verifying.start_step(False)
+    layers[1] += 7
+    assert verifying.totals().tolist() == [[0, 0], [5, 5], [0, 0]]

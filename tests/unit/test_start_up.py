@@ -8,7 +8,7 @@ import pytest
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
-from examples.tiny_moe.data import MODEL
+from examples.tiny_moe.data import DRAFT, MODEL
 from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ALLOW_UNTESTED_VLLM
 from sere_dist.vllm_plugin import configure as plugin
@@ -17,6 +17,10 @@ from sere_dist.vllm_plugin.engine_settings import settings_of
 from tests.support.artifacts import small_artifact
 
 TOP_K = 8
+
+
+DRAFTS_ITSELF = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}
+DRAFTS_DENSE = DRAFTS_ITSELF | {"model": str(DRAFT)}
 
 
 def configure(sere: dict, **arguments) -> VllmConfig:
@@ -209,3 +213,36 @@ def test_which_speculative_decoding_is_refused(artifact_path, speculation, cure)
     config.speculative_config = SimpleNamespace(**speculation)
     advice = [advice for is_on, advice in plugin.unsupported_features(config) if is_on]
     assert [cure in each for each in advice] == ([] if cure is None else [True])
+
+
+def test_a_draft_models_experts_have_settings_of_their_own(artifact_path):
+    sere = {"artifact": str(artifact_path), "select_top_k": 2}
+    config = configure(sere | {"draft": sere | {"select_top_k": 3}}, **speculative(DRAFTS_ITSELF))
+    own = settings_of(pickle.loads(pickle.dumps(config)).additional_config["sere"]).draft
+    assert own is not None and (own.select_top_k, own.artifact) == (3, artifact_path.resolve())
+    alone = configure(sere, **speculative(DRAFTS_ITSELF))
+    assert config.compute_hash() != alone.compute_hash(), "a draft model that is re-routed is other code"
+
+
+@pytest.mark.parametrize(
+    ("drafts", "draft", "message"),
+    [
+        (None, {}, "set method to draft_model in speculative_config, or remove 'draft'"),
+        ({"method": "ngram", "num_speculative_tokens": 2}, {}, "set method to draft_model"),
+        (DRAFTS_DENSE, {}, "qwen3 has no routed experts"),
+        (DRAFTS_ITSELF, {"artifact": "nowhere"}, "no artifact at .*nowhere"),
+        (DRAFTS_ITSELF, {"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be between 1 and the model's"),
+        (DRAFTS_ITSELF, {"select_top_k": None}, "draft\n.*select_top_k is missing"),
+        (DRAFTS_ITSELF, {"policy": "projection"}, "artifact of method projection"),
+        (DRAFTS_ITSELF, {"min_rows": 2}, "draft.min_rows\n.*Extra inputs"),
+    ],
+)
+def test_settings_that_are_not_for_what_drafts_stop_the_start(artifact_path, drafts, draft, message):
+    own = {"artifact": str(artifact_path), "select_top_k": 2}
+    with pytest.raises(ValueError, match=message):
+        configure(own | {"draft": own | draft}, **speculative(drafts))
+
+
+def speculative(config: dict | None) -> dict:
+    """The engine's argument: vLLM writes into the dictionary that it is given."""
+    return {} if config is None else {"speculative_config": dict(config)}

@@ -12,8 +12,9 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.method.counters import COUNTERS
 from sere_dist.method.projection import reroute_projection
 from sere_dist.method.records import ExpertPlaces, LayerTables, Step
+from sere_dist.vllm_plugin.layers import scaled
 from sere_dist.vllm_plugin.rows import Rows
-from sere_dist.vllm_plugin.worker import Rerouting, scaled
+from sere_dist.vllm_plugin.worker import Rerouting
 
 
 class Vllms:
@@ -51,7 +52,8 @@ class Worker(Rerouting, Vllms):
 
         super().__init__(step)
         self.on_capture, self.sere_placement = capture, None
-        self.sere_rows, self.sere_expert_map, self.sere_seen_rerouting = Rows(4), None, False
+        self.sere_rows, self.sere_expert_map, self.sere_draft = Rows(4), None, None
+        self.sere_verifying, self.sere_seen_rerouting = None, False
         self.sere_layers = {7: torch.zeros(len(COUNTERS), dtype=torch.int64)}
 
 
