@@ -7,6 +7,7 @@ LOCK := requirements/cpu.lock
 TORCH := $(shell grep '^torch==' $(LOCK))
 BIN := .venv/bin
 SCHEMATHESIS := 4.32.5
+PLAYWRIGHT := 1.65.2
 KUBERNETES := 1.37.0
 VERSION ?= 0.31.0
 
@@ -15,7 +16,7 @@ $(1)/pip install -q --no-deps '$(TORCH)' || { $(1)/pip install -q uv && \
   $(1)/uv pip install -q --python $(1)/python --no-deps --torch-backend cpu '$(TORCH)'; }
 endef
 
-.PHONY: help demo serve format lint types unit check test test-all test-vllm test-families bench-calibration soak check-deploy lock clean
+.PHONY: help demo serve format lint types unit check test test-all test-vllm test-families bench-calibration soak browser check-deploy lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -69,6 +70,9 @@ soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS) ## kill, hang, replace, ove
 	$(BIN)/python -m tests.soak.overload
 	$(BIN)/python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st
 
+browser: .venv/.ready .venv-browser/.ready-$(PLAYWRIGHT) ## the served page in Chromium, and its pictures (5 minutes; needs Chromium)
+	$(BIN)/python -m tests.browser.served .venv-browser/bin/python tests/browser/try_page.py
+
 check-deploy: .venv/.ready ## deploy/kubernetes against Kubernetes' schemas and the definitions in CRDS=FOLDER
 	$(BIN)/pip install -q kubernetes-validate==$(KUBERNETES)
 	$(BIN)/python -m deploy.check $(CRDS)
@@ -76,6 +80,11 @@ check-deploy: .venv/.ready ## deploy/kubernetes against Kubernetes' schemas and 
 .venv-soak/.ready-%:
 	$(PYTHON) -m venv .venv-soak
 	.venv-soak/bin/pip install -q schemathesis==$*
+	touch $@
+
+.venv-browser/.ready-%:
+	$(PYTHON) -m venv .venv-browser
+	.venv-browser/bin/pip install -q playwright==$*
 	touch $@
 
 .venv-vllm-%/.ready: requirements/vllm-%.txt $(LOCK) pyproject.toml
@@ -103,4 +112,4 @@ lock: ## rewrite the locks from pyproject.toml
 	  --no-annotate --no-header --generate-hashes -o requirements/gpu.lock
 
 clean: ## remove what the targets here made
-	rm -rf .venv .venv-soak .venv-vllm-* build
+	rm -rf .venv .venv-soak .venv-browser .venv-vllm-* build

@@ -26,6 +26,7 @@ from rich.console import Console
 
 from examples.tiny_moe.data import MODEL
 from examples.tiny_moe.widen import widen
+from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import LocalCluster, port_is_free
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -140,6 +141,9 @@ def main(
         calibrate(cluster)
         with served(cluster, port, model=str(widen(MODEL, WIDE, WIDTH))) as url:
             if keep_serving:
+                # Browsers do not send what is behind the #.
+                page = url.removesuffix("/v1") + f"/#token={cluster.environment[ADMIN_TOKEN]}"
+                console.print(f"look: {page}", soft_wrap=True, highlight=False)
                 console.print(f"try:  curl {url}/completions -H 'Content-Type: application/json' \\")
                 console.print(
                     f'        -d \'{{"model": "{MODEL_ID}", "prompt": "In the beginning", "max_tokens": 40}}\''

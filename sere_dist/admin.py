@@ -8,7 +8,7 @@ import httpx
 from sere_dist.environment import ADMIN_TOKEN, environment_secrets
 
 ADMIN_PATH = "/sere/"
-SETTINGS_PATH, TRIAL_PATH = f"{ADMIN_PATH}settings", f"{ADMIN_PATH}trial"
+SETTINGS_PATH, TRIAL_PATH, ACTIVITY_PATH = (f"{ADMIN_PATH}{name}" for name in ("settings", "trial", "activity"))
 SECONDS = 60.0  # the server waits for its replicas before it answers
 FOLLOW_SECONDS = 120.0  # for replicas that were busy then
 

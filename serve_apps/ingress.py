@@ -8,14 +8,16 @@ import asyncio
 import hmac
 import json
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import ray
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
@@ -26,9 +28,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sere_dist.admin import ADMIN_PATH, SETTINGS_PATH, TRIAL_PATH
+from sere_dist.admin import ACTIVITY_PATH, ADMIN_PATH, SETTINGS_PATH, TRIAL_PATH
 from sere_dist.config import CHANGEABLE, ReroutingConfig
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY, Secrets, fingerprint
+from sere_dist.method.counters import COUNTERS
 from sere_dist.vllm_plugin.rows import OPT_OUT, opts_out
 from serve_apps.server import EngineDied, EngineIsFull, EngineIsGone
 from serve_apps.settings import Trial
@@ -46,12 +49,20 @@ except ImportError as error:
         f"Ray {ray.__version__} lacks what the ingress builds on ({error}); it was tested with 2.60.0"
     ) from error
 
+NOT_REROUTED = "The model is served without re-routing."
 UNAVAILABLE = "service_unavailable"  # kind of an error
 REPLICA_DIED = "The replica that worked on this request died. Send the request again."
+ACTIVITY_SECONDS = 5  # that replicas may take to say what they run
 AGAIN_SECONDS = 0.2  # before a request goes to another replica
 RETRY_SECONDS = 1  # what clients are told to wait when no replica can take their request
 QUOTED = 100  # characters of a model's name that errors quote
 HEADER = "x-sere-rerouting"  # says as a request's `vllm_xargs` do whether it opts out; a gateway can set it
+PAGE_PATH, PAGE = "/", Path(__file__).with_name("page.html")
+# What the page may do: nothing but run what is in it, and ask the server that it came from.
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 # With these, Ray Serve's proxy lets a request turn its timeout off, and go on when its client has gone.
 OPERATORS = (SERVE_HTTP_REQUEST_DISCONNECT_DISABLED_HEADER, SERVE_HTTP_REQUEST_TIMEOUT_S_HEADER)
 
@@ -135,10 +146,13 @@ class ReadOrCancel:
 
 
 class Guard:
-    """Outermost around the ingress: asks for a key, takes no body that is too large, and lets no traceback out."""
+    """Outermost around the ingress: asks for a key, takes no body that is too large, and lets no traceback out.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int):
-        self.app, self.max_body_bytes = app, max_body_bytes
+    `open_paths` need no API key.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, open_paths: frozenset[str] = frozenset()):
+        self.app, self.max_body_bytes, self.open_paths = app, max_body_bytes, open_paths
         self.keys = Keys()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,7 +161,7 @@ class Guard:
             await self.app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})  # the API has no such route
-        elif (keys := self.keys()) and not path.startswith(ADMIN_PATH) and not secret_of(scope["headers"], keys):
+        elif (keys := self.keys()) and not self._is_open(path) and not secret_of(scope["headers"], keys):
             message = "Incorrect or missing API key: send it as 'Authorization: Bearer KEY'."
             await error_response(401, message, code="invalid_api_key")(scope, receive, send)
         elif given := [name for name in OPERATORS if name.encode() in dict(scope["headers"])]:
@@ -155,6 +169,9 @@ class Guard:
             await error_response(400, message, code="invalid_header")(scope, receive, send)
         else:
             await self._take(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path in self.open_paths or (path.startswith(ADMIN_PATH) and path != ACTIVITY_PATH)
 
     async def _take(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, unless its body is larger than it may be: declared to be, or as it comes."""
@@ -208,9 +225,10 @@ class Guard:
 
 
 class SereIngress(OpenAiIngress):
-    """Ray Serve LLM's ingress with the routes `/sere/settings` and `/sere/trial`.
+    """Ray Serve LLM's ingress with the routes `/sere/settings`, `/sere/trial` and `/sere/activity`, and a page.
 
-    `keeper` is the application's `SettingsKeeper`, if it has one. `bounds` has the most answers that a request may ask
+    `keeper` is the application's `SettingsKeeper`, if it has one. `replicas` are the servers of a model that is
+    re-routed, and `shape` says how many experts it has. `bounds` has the most answers that a request may ask
     for (`n`), and the most prompts that it may bring. `cache_per_key`: see `AppConfig`.
 
     Raises:
@@ -221,6 +239,8 @@ class SereIngress(OpenAiIngress):
         self,
         *args: Any,
         keeper: DeploymentHandle | None = None,
+        replicas: DeploymentHandle | None = None,
+        shape: dict[str, int] | None = None,
         require_api_key: bool = False,
         cache_per_key: bool = False,
         bounds: dict[str, int] | None = None,
@@ -235,7 +255,7 @@ class SereIngress(OpenAiIngress):
                 f"require_api_key is on, but this node's environment has neither {API_KEY} nor {API_KEY}_FILE: set one "
                 "before Ray starts on the nodes that run the ingress"
             )
-        self.keeper = keeper
+        self.keeper, self.replicas, self.shape = keeper, replicas, shape or {}
         self.admin_tokens = Secrets(ADMIN_TOKEN)
         if set(keys) & set(self.admin_tokens()):
             raise ValueError(f"{ADMIN_TOKEN} is an API key as well: clients could change settings. Use another secret")
@@ -290,6 +310,28 @@ class SereIngress(OpenAiIngress):
                     raise HTTPException(503, REPLICA_DIED) from error
                 yield f"data: {json.dumps(error_body(503, REPLICA_DIED, UNAVAILABLE))}\n\n"
                 return
+
+    async def page(self) -> HTMLResponse:
+        """A page on which to ask the model with and without re-routing. It has no secrets, and asks for the keys."""
+        return HTMLResponse(PAGE.read_text(), headers={"Content-Security-Policy": PAGE_POLICY})
+
+    async def activity(self) -> JSONResponse:
+        """What every layer has run so far, summed over the replicas: the counters of the reference, by layer."""
+        if self.replicas is None:
+            return error_response(404, NOT_REROUTED, code="not_rerouted")
+        try:
+            asked = self.replicas.broadcast("activity")
+            answers = await asked.results_async(timeout_s=ACTIVITY_SECONDS, return_exceptions=True)
+        except TimeoutError:
+            return error_response(503, "The replicas are too busy to say what they run.", UNAVAILABLE)
+        totals: dict[int, Counter[str]] = {}
+        for layers in answers:
+            if isinstance(layers, Exception):  # of a replica that starts, is busy or dies
+                continue
+            for layer, counters in layers.items():
+                numbers = {name: counters[name] for name in COUNTERS}
+                totals.setdefault(layer, Counter()).update(numbers)
+        return JSONResponse({**self.shape, "layers": totals})
 
     async def get_settings(self, request: Request) -> JSONResponse:
         """The settings in force, the replicas that run them, the trial if there is one, and what was measured."""
@@ -347,7 +389,7 @@ class SereIngress(OpenAiIngress):
             message = "Incorrect or missing admin token: send it as 'Authorization: Bearer TOKEN'."
             return error_response(401, message, code="invalid_admin_token")
         if self.keeper is None:
-            return error_response(404, "The model is served without re-routing.", code="not_rerouted")
+            return error_response(404, NOT_REROUTED, code="not_rerouted")
         return None
 
 
@@ -366,7 +408,8 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
         400: "A setting is unknown or out of range.",
         401: "The admin token is missing or wrong.",
         403: "The server has no admin token.",
-        404: "The model is served without re-routing.",
+        404: NOT_REROUTED,
+        503: "The replicas are too busy to say it.",
     }
     return {status: {"description": meanings[status]} for status in statuses}
 
@@ -381,16 +424,20 @@ ENDPOINTS: dict[str, Callable[[FastAPI], Callable]] = {
         TRIAL_PATH, responses=_errors(202, 400, 401, 403, 404), openapi_extra=_body(Trial.model_json_schema())
     ),
     "end_trial": lambda app: app.delete(TRIAL_PATH, responses=_errors(202, 401, 403, 404)),
+    "activity": lambda app: app.get(ACTIVITY_PATH, responses=_errors(404, 503)),
+}
+PAGE_ENDPOINT: dict[str, Callable[[FastAPI], Callable]] = {
+    "page": lambda app: app.get(PAGE_PATH, include_in_schema=False),
 }
 
 
-def guard(app: FastAPI, allow_origins: list[str], max_body_bytes: int) -> None:
+def guard(app: FastAPI, allow_origins: list[str], max_body_bytes: int, *, has_page: bool = False) -> None:
     """Puts the guard around an application, and lets web pages of some origins use it, no others.
 
     Ray Serve LLM would let pages of all origins. What a browser asks first, whether it may ask, has no key.
     """
     app.user_middleware = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
-    app.add_middleware(Guard, max_body_bytes=max_body_bytes)
+    app.add_middleware(Guard, max_body_bytes=max_body_bytes, open_paths=frozenset([PAGE_PATH] if has_page else []))
     if allow_origins:
         app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
 
@@ -400,7 +447,9 @@ def build_ingress(
     servers: Application,
     options: dict[str, Any],
     keeper: Application | None = None,
+    shape: dict[str, int] | None = None,
     *,
+    has_page: bool,
     require_api_key: bool,
     cache_per_key: bool,
     allow_origins: list[str],
@@ -408,20 +457,23 @@ def build_ingress(
     bounds: dict[str, int],
 ) -> Application:
     """Returns the application: an ingress before `servers`, with Ray Serve's deployment options. Web pages of
-    `allow_origins` may use it.
+    `allow_origins` may use it, and one of its own if it has that.
 
     As `ray.serve.llm.build_openai_app`, which takes another class for its ingress but no other route.
     """
     app: FastAPI = init()
     app.exception_handler(HTTPException)(http_error)
     app.exception_handler(RequestValidationError)(invalid_request)
-    guard(app, allow_origins, max_body_bytes)
-    ingress = make_fastapi_ingress(SereIngress, endpoint_map=ENDPOINTS, app=app)
+    guard(app, allow_origins, max_body_bytes, has_page=has_page)
+    endpoints = ENDPOINTS | PAGE_ENDPOINT if has_page else ENDPOINTS
+    ingress = make_fastapi_ingress(SereIngress, endpoint_map=endpoints, app=app)
     options = maybe_apply_llm_deployment_config_defaults(SereIngress.get_deployment_options([llm_config]), options)
     return serve.deployment(**options)(ingress).bind(
         llm_deployments={llm_config.model_id: servers},
         model_cards={llm_config.model_id: to_model_metadata(llm_config.model_id, llm_config)},
         keeper=keeper,
+        replicas=None if keeper is None else servers,
+        shape=shape,
         require_api_key=require_api_key,
         cache_per_key=cache_per_key,
         bounds=bounds,

@@ -131,6 +131,11 @@ class AppConfig(Pool):
         default_factory=list,
         description="Origins of the web pages that may use the API, such as https://chat.example; none by default.",
     )
+    page: bool = Field(
+        default=True,
+        description="Whether `/` is a page on which to ask the model with and without re-routing. It holds no secret, "
+        "and what it asks needs the same keys.",
+    )
     max_answers: int = Field(default=64, ge=1, description="Most answers that one request may ask for (`n`).")
     max_prompts: int = Field(default=128, ge=1, description="Most prompts that one request may bring.")
 
@@ -238,13 +243,15 @@ def build_app(args: dict[str, Any]) -> Application:
         ValueError: an argument is unknown or out of range, or the artifact is not for the model.
     """
     config = AppConfig.model_validate(args)
-    keeper, watched = None, {"engine_timeout_s": config.engine_timeout_s}
+    keeper, shape, watched = None, None, {"engine_timeout_s": config.engine_timeout_s}
     arguments: dict[str, Any] = dict(watched)
     if config.rerouting is not None:
         check_plugin_loads(config)
         artifact = load_artifact_of(config.rerouting.artifact, config.model)
         config.rerouting.check_top_k(artifact.config.num_experts_per_token)
         artifact.settings_by_layer(config.rerouting)
+        of_model = artifact.config
+        shape = {name: getattr(of_model, name) for name in ("num_experts", "num_experts_per_token")}
         deployed = serve.deployment(
             name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
         )
@@ -268,6 +275,8 @@ def build_app(args: dict[str, Any]) -> Application:
         servers,
         {"graceful_shutdown_timeout_s": LONGEST_ANSWER_SECONDS, **config.ingress},
         keeper,
+        shape,
+        has_page=config.page,
         require_api_key=config.require_api_key,
         cache_per_key=config.cache_per_key,
         allow_origins=config.allow_origins,

@@ -14,7 +14,7 @@ import pytest
 
 from examples import demo
 from examples.tiny_moe.data import MODEL, example_texts
-from sere_dist.admin import AdminError, request_settings, request_trial
+from sere_dist.admin import ACTIVITY_PATH, AdminError, request_settings, request_trial
 from sere_dist.environment import ADMIN_TOKEN
 from serve_apps.settings import FEWEST_REQUESTS
 from tests.soak.load import REPLICA, processes
@@ -59,6 +59,19 @@ def test_rerouting_acts_in_the_serving_workers(cluster, url):
     assert report["on"]["active_experts"] < 0.75 * report["off"]["active_experts"]
     assert report["on"]["perplexity"] > 1 and report["off"]["perplexity"] > 1
     assert "on, S = 2" in done.stdout
+
+
+def test_the_page_shows_what_the_layers_run(url, client, prompts):
+    origin = url.removesuffix("/v1")
+    assert "Re-routing off" in httpx.get(f"{origin}/").text
+    before = httpx.get(origin + ACTIVITY_PATH).json()
+    assert (before["num_experts"], before["num_experts_per_token"]) == (64, 8)
+    greedy(client, prompts)
+    after = httpx.get(origin + ACTIVITY_PATH).json()["layers"]
+    assert after.keys() == before["layers"].keys()
+    for layer, counters in after.items():
+        added = {name: total - before["layers"][layer][name] for name, total in counters.items()}
+        assert added["steps"] > 0 and 0 < added["active_experts_after"] < added["active_experts_before"]
 
 
 def test_requests_over_the_models_limits(client):

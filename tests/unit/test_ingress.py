@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -23,11 +24,15 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
 from vllm.exceptions import QueueOverflowError
 
+from sere_dist.admin import ACTIVITY_PATH
 from sere_dist.config import CHANGEABLE
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY
+from sere_dist.method.counters import COUNTERS
 from sere_dist.vllm_plugin.rows import OPT_OUT, opts_out
 from serve_apps.ingress import (
     ENDPOINTS,
+    PAGE,
+    PAGE_ENDPOINT,
     SETTINGS_PATH,
     TRIAL_PATH,
     ReadOrCancel,
@@ -65,11 +70,15 @@ def near(keeper: SettingsKeeper) -> SimpleNamespace:
     )
 
 
-def client(keeper: SettingsKeeper | None = None, origins: Sequence[str] = (), **options) -> TestClient:
+def client(
+    keeper: SettingsKeeper | None = None, origins: Sequence[str] = (), *, has_page: bool = False, **options
+) -> TestClient:
     ingress = SereIngress({}, {}, keeper=near(keeper) if keeper else None, **options)
     app = FastAPI()
-    for name in ("get_settings", "change_settings", "start_trial", "end_trial"):
+    for name in ("get_settings", "change_settings", "start_trial", "end_trial", "activity"):
         ENDPOINTS[name](app)(getattr(ingress, name))
+    if has_page:
+        PAGE_ENDPOINT["page"](app)(ingress.page)
 
     @app.get("/v1/models")
     def models() -> list[str]:
@@ -88,7 +97,7 @@ def client(keeper: SettingsKeeper | None = None, origins: Sequence[str] = (), **
         return JSONResponse({"error": {"message": "Traceback (most recent call last): secret"}}, 500)
 
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_credentials=True)  # as Ray Serve LLM's has it
-    guard(app, origins, max_body_bytes=LARGEST)
+    guard(app, origins, max_body_bytes=LARGEST, has_page=has_page)
     return TestClient(app, raise_server_exceptions=False)
 
 
@@ -402,6 +411,57 @@ def test_web_pages_may_use_the_api_from_the_origins_that_are_named(monkeypatch):
             assert allowed == ([ours, ours] if origin in origins else [None, None])
             assert first.status_code == (200 if origin in origins else 400 if origins else 401)
             assert then.status_code == 200
+
+
+def test_the_page_is_open_and_asks_nobody_else(monkeypatch):
+    monkeypatch.setenv(API_KEY, KEY)
+    answer = client(has_page=True).get("/")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    assert answer.text == PAGE.read_text()
+    allowed = dict(each.strip().split(" ", 1) for each in answer.headers["content-security-policy"].split(";"))
+    assert allowed["default-src"] == "'none'" and allowed["connect-src"] == "'self'"
+    assert set(re.findall(r"https?://[\w.]+", answer.text)) == {"http://host", "http://www.w3.org"}, (
+        "an example, a name"
+    )
+    assert client(has_page=True).get("/v1/models").status_code == 401
+    assert client().get("/").status_code == 401, "switched off"
+
+
+class Replicas:
+    """A deployment's handle whose replicas return these."""
+
+    def __init__(self, *returned):
+        self.returned = returned
+
+    def broadcast(self, method: str) -> "Replicas":
+        assert method == "activity"
+        return self
+
+    async def results_async(self, *, timeout_s: float, return_exceptions: bool) -> list:
+        assert timeout_s > 0 and return_exceptions
+        if TimeoutError in self.returned:
+            raise TimeoutError
+        return list(self.returned)
+
+
+def test_activity_is_summed_over_the_replicas(monkeypatch, keeper):
+    def layers(**steps):
+        return {int(name[1:]): dict.fromkeys(COUNTERS, 3 * n) | {"steps": n, "other": []} for name, n in steps.items()}
+
+    monkeypatch.setenv(API_KEY, KEY)
+    shape = {"num_experts": 64, "num_experts_per_token": 8}
+    replicas = Replicas(layers(_0=1, _1=2), RuntimeError("it is starting"), layers(_0=10, _1=20))
+    asking = client(keeper, replicas=replicas, shape=shape)
+    assert asking.get(ACTIVITY_PATH).status_code == 401, "what others' requests run is for clients alone"
+    found = asking.get(ACTIVITY_PATH, headers={"Authorization": f"Bearer {KEY}"}).json()
+    assert found.keys() == {*shape, "layers"} and found["num_experts"] == 64
+    assert {layer: of["steps"] for layer, of in found["layers"].items()} == {"0": 11, "1": 22}
+    assert found["layers"]["1"]["active_experts_after"] == 66 and found["layers"]["1"].keys() == set(COUNTERS)
+
+
+def test_replicas_that_do_not_say_what_they_run(keeper):
+    assert client(keeper, replicas=Replicas(TimeoutError)).get(ACTIVITY_PATH).status_code == 503
+    assert client().get(ACTIVITY_PATH).status_code == 404
 
 
 def test_websockets_are_closed():
