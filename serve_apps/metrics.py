@@ -22,6 +22,8 @@ DESCRIPTIONS = {
     "domains": "Domains (ranks or nodes) that hold a token's experts, summed over the tokens.",
     "remote_domains": "Domains of a token's experts other than its own, summed over the tokens.",
     "remote_slots": "Slots whose expert is in another domain than the token.",
+    "estimated_error": "Squared error that re-routing is estimated to make, in the unit of the prices, summed over "
+    "rows and layers. It is 0 under the paper's policy, which has no estimate.",
 }
 SETTINGS = ("enabled", "select_top_k", "threshold", "expert_price", "traffic_price", "min_rows", "share")
 
@@ -36,7 +38,7 @@ class ReroutingMetrics:
     def __init__(self, model: str, artifact: dict[str, str]):
         """`artifact` has labels of `sere_info`: `artifact` and `method`."""
         self.model, self.artifact = model, artifact
-        self.seen: dict[tuple[int, str, str], int] = {}  # (rank, counter, drafts) -> its total when last read
+        self.seen: dict[tuple[int, str, str], float] = {}  # (rank, counter, drafts) -> its total when last read
         self.counters = {}
         for name, description in DESCRIPTIONS.items():
             is_pair = f"{name}_before" in COUNTERS
@@ -75,7 +77,7 @@ class ReroutingMetrics:
         self.info.set(1, {"model": self.model, "policy": settings["policy"], **self.artifact})
 
 
-def totals_of(workers: list[dict[str, Any]]) -> dict[str, int]:
+def totals_of(workers: list[dict[str, Any]]) -> dict[str, float]:
     """Returns the counters of `rerouting.COUNTERS` summed over workers and layers, of what `sere_counters` returned."""
     totals: Totals[str] = Totals()
     for worker in workers:

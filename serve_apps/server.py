@@ -174,7 +174,7 @@ class Rerouting(EndsWithEngine):
         """Returns what the settings in force are judged by: requests, latencies, and what re-routing did, in total."""
         return self.requests | self.latencies.totals | totals_of(await self._of_workers("sere_counters"))
 
-    async def activity(self) -> dict[int, dict[str, int]]:
+    async def activity(self) -> dict[int, dict[str, float]]:
         """Returns the counters of every layer, in total. The workers of a replica count the same, but for layers that
         only some of them have."""
         workers = await self._of_workers("sere_counters")

@@ -23,7 +23,7 @@ FEWEST_REQUESTS = 16  # of a replica, before a limit of a trial is compared with
 
 logger = logging.getLogger("ray.serve")
 
-Limited = Literal["inter_token_ms", "first_token_ms", "refused_share", "rerouted_share"]
+Limited = Literal["inter_token_ms", "first_token_ms", "refused_share", "rerouted_share", "estimated_error"]
 
 
 class Trial(BaseModel):
@@ -42,14 +42,15 @@ class Trial(BaseModel):
 
 def measures(totals: dict[str, float], num_experts_per_token: int) -> dict[str, float]:
     """Returns what a replica's totals since its settings last changed amount to: `requests`, the share of them that it
-    refused, mean latencies, experts per layer and step, and the share of slots that were re-routed. What nothing was
-    counted for is left out."""
+    refused, mean latencies, experts per layer and step, the share of slots that were re-routed, and the error that this
+    is estimated to make per row and layer. What nothing was counted for is left out."""
     of = {
         "inter_token_ms": (1000 * totals.get("next_token_s", 0.0), totals.get("next_tokens", 0)),
         "first_token_ms": (1000 * totals.get("first_token_s", 0.0), totals.get("first_tokens", 0)),
         "refused_share": (totals.get("refused", 0), totals.get("requests", 0)),
         "active_experts": (totals.get("active_experts_after", 0), totals.get("steps", 0)),
         "rerouted_share": (totals.get("rerouted_slots", 0), totals.get("rows", 0) * num_experts_per_token),
+        "estimated_error": (totals.get("estimated_error", 0.0), totals.get("rows", 0)),
     }
     means = {name: total / count for name, (total, count) in of.items() if count}
     return {"requests": totals.get("requests", 0), **means}
@@ -204,6 +205,8 @@ class SettingsKeeper:
                         raise ValueError(
                             "the ranks of data-parallel groups run the same settings: leave out `replicas`"
                         )
+                    if "estimated_error" in started.take_back_if and self.initial.policy == "sere":
+                        raise ValueError("policy sere estimates no error: leave that limit out, or serve projection")
             except ValueError as error:
                 message = explain(error) if isinstance(error, ValidationError) else str(error)
                 logger.warning("audit: no trial: %s; asked for by %s", message, by)

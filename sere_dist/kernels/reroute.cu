@@ -64,7 +64,8 @@ struct Settings {
 
 enum Counter {  // COUNTERS of counters.py; of a pair, the second is AFTER
     STEPS, ROWS, REROUTED, CRITICAL, DROPPED, MERGED, ACTIVE, ACTIVE_AFTER, LARGEST_RANK, LARGEST_RANK_AFTER,
-    DOMAINS_VISITED, DOMAINS_AFTER, REMOTE_DOMAINS, REMOTE_DOMAINS_AFTER, REMOTE_SLOTS, REMOTE_SLOTS_AFTER, NUM_COUNTERS
+    DOMAINS_VISITED, DOMAINS_AFTER, REMOTE_DOMAINS, REMOTE_DOMAINS_AFTER, REMOTE_SLOTS, REMOTE_SLOTS_AFTER, ESTIMATED_ERROR,
+    NUM_COUNTERS
 };
 enum When { BEFORE, AFTER };
 
@@ -120,6 +121,7 @@ struct Block {
     float size[MAX_EXPERTS];
     short domain[MAX_EXPERTS], rank[MAX_EXPERTS];
     int totals[NUM_COUNTERS];    // of the block's slots
+    unsigned low_error, high_error;  // that their changes are estimated to make
     int active[2][MAX_RANKS];    // experts on each rank, before and after
     bool is_last;
 };
@@ -198,6 +200,7 @@ __device__ Slot begin(const Step &step, Block &block, int (&neighbors)[EXPERTS_A
         for (int rank = e; rank < step.num_ranks; rank += blockDim.x)
             block.active[BEFORE][rank] = block.active[AFTER][rank] = 0;
     if (e == 0) block.settings = *step.settings, block.rows = 0;
+    if (has(step, PROJECTION) && e == 0) block.low_error = block.high_error = 0;
 
     slot.votes &= slot.column < step.K;
     if (slot.votes) {
@@ -261,13 +264,18 @@ __device__ bool is_for_sale(const Step &step, const Block &block) {
     return has(step, PROJECTION) && block.settings.loss_that_suffices < ALWAYS_PRIMARY;
 }
 
-// 2^24 for a loss of 1; 0 for NaN.
-__device__ Count loss_as_integer(float loss) {
+// A loss times the chance that the token's output is used: 2^24 for 1; 0 for NaN.
+__device__ Count loss_as_integer(const Step &step, const Slot &slot, float loss) {
+    if (has(step, CHANCES)) loss *= slot.chance;
     return static_cast<Count>(fminf(fmaxf(rintf(loss * 0x1p24f), 0.0f), static_cast<float>(ALWAYS_PRIMARY)));
 }
 
+__device__ Count joined(unsigned high, unsigned low) { return (static_cast<Count>(high) << LOW_BITS) + low; }
+__device__ unsigned low_part(Count loss) { return static_cast<unsigned>(loss) & ((1u << LOW_BITS) - 1); }
+__device__ unsigned high_part(Count loss) { return static_cast<unsigned>(loss >> LOW_BITS); }
+
 __device__ Count loss_of(const Block &block, int expert) {
-    return (static_cast<Count>(block.high_loss[expert]) << LOW_BITS) + block.low_loss[expert];
+    return joined(block.high_loss[expert], block.low_loss[expert]);
 }
 
 // Places the slot among its token's, marks what its token chose, and adds what it would lose. Returns whether it marked a primary expert.
@@ -279,10 +287,9 @@ __device__ bool vote(const Step &step, Block &block, Slot &slot) {
     if (slot.expert >= 0) block.chosen[slot.expert] = 1;
     if (marks) block.primary[slot.expert] = 1;
     if (is_for_sale(step, block) && slot.expert >= 0 && !marks && kept > 0) {
-        float error = (slot.weight * slot.weight) * block.size[slot.expert];
-        Count loss = loss_as_integer(has(step, CHANCES) ? error * slot.chance : error);
-        atomicAdd(&block.low_loss[slot.expert], static_cast<unsigned>(loss) & ((1u << LOW_BITS) - 1));
-        atomicAdd(&block.high_loss[slot.expert], static_cast<unsigned>(loss >> LOW_BITS));
+        Count loss = loss_as_integer(step, slot, (slot.weight * slot.weight) * block.size[slot.expert]);
+        atomicAdd(&block.low_loss[slot.expert], low_part(loss));
+        atomicAdd(&block.high_loss[slot.expert], high_part(loss));
     }
     int rows = __popc(__ballot_sync(ALL, slot.votes && slot.column == 0));
     if (lane_index() == 0 && rows) atomicAdd(&block.rows, rows);
@@ -347,13 +354,20 @@ __device__ void find_substitutes(const Step &step, Block &block, int (&neighbors
 
 // Finds out for the tokens of a warp what each settling slot becomes: an expert, or -1 (drop). The slots of a token are
 // settled in order of weight. Only two substitutes can be the cheapest: the most similar expert of all, and the most
-// similar one in a domain that the token visits anyway, since costs rise as similarity falls.
-__device__ int settle_by_price(const Step &step, const Block &block, const Slot &slot, bool settles, int visits) {
+// similar one in a domain that the token visits anyway, since costs rise as similarity falls. `error` is what the change
+// costs, but for traffic; 0 where nothing changes.
+__device__ int settle_by_price(const Step &step, const Block &block, const Slot &slot, bool settles, int visits,
+                               float &error) {
     float price = block.settings.traffic_price;
     int substitute = settles ? block.substitute[slot.expert] : slot.expert;
     float similarity = settles ? step.ranked_similarity_EE[slot.expert * step.E + block.place[slot.expert]] : 0.0f;
     float loss = settles ? (slot.weight * slot.weight) * block.size[slot.expert] : 0.0f;
-    if (!has(step, DOMAINS) || !(price > 0)) return loss < loss * (1 - similarity) ? -1 : substitute;
+    error = loss * (1 - similarity);
+    if (!has(step, DOMAINS) || !(price > 0)) {
+        bool drops = loss < error;
+        if (drops) error = loss;
+        return drops ? -1 : substitute;
+    }
 
     int width = group_width(step.K), lane = lane_index(), first_lane = lane / width * width;
     unsigned group = (width == 32 ? ALL : (1u << width) - 1) << first_lane;
@@ -370,7 +384,7 @@ __device__ int settle_by_price(const Step &step, const Block &block, const Slot 
         float choice_similarity = __shfl_sync(ALL, similarity, from), whole = __shfl_sync(ALL, loss, from);
         int domain = active ? block.domain[choice] : NOWHERE;
         bool visited = is_visited(domain, visits, slot.home, step.K);
-        float least = whole * (1 - choice_similarity) + (visited ? 0.0f : price);
+        float its_error = whole * (1 - choice_similarity), least = its_error + (visited ? 0.0f : price);
 
         bool searching = active && !visited;
 #pragma unroll 1
@@ -385,28 +399,38 @@ __device__ int settle_by_price(const Step &step, const Block &block, const Slot 
                 int its_place = first + __ffs(found) - 1 - first_lane;
                 float cost = whole * (1 - step.ranked_similarity_EE[expert * step.E + its_place]);
                 // Of equal costs the larger similarity wins, then the lower id: the choice so far came first.
-                if (cost < least) least = cost, choice = nearest;
+                if (cost < least) least = its_error = cost, choice = nearest;
                 searching = false;
             }
         }
-        if (whole < least) choice = -1;
+        if (whole < least) its_error = whole, choice = -1;
         if (active && lane == from) {
-            outcome = choice;
+            outcome = choice, error = its_error;
             if (choice >= 0) visits = block.domain[choice];
         }
     }
     return outcome;
 }
 
+// By a warp: adds the errors of its slots.
+__device__ void count_error(Block &block, Count error) {
+    unsigned low = __reduce_add_sync(ALL, low_part(error)), high = __reduce_add_sync(ALL, high_part(error));
+    if (lane_index() == 0 && (low | high)) atomicAdd(&block.low_error, low), atomicAdd(&block.high_error, high);
+}
+
 // Rewrites this thread's slot. Returns its expert, -1 for none.
-__device__ int settle(const Step &step, const Block &block, const Slot &slot, int visits, int (&counts)[NUM_COUNTERS]) {
+__device__ int settle(const Step &step, Block &block, const Slot &slot, int visits, int (&counts)[NUM_COUNTERS]) {
     bool is_heavy = has(step, PROJECTION) ? slot.place < block.settings.select_top_k
                                          : slot.expert >= 0 && block.primary[slot.expert];
     bool settles = slot.expert >= 0 && !is_heavy;
     bool critical = settles && block.substitute[slot.expert] == NO_SUBSTITUTE;
     settles &= !critical;
     int outcome = settles ? block.substitute[slot.expert] : slot.expert;
-    if (has(step, PROJECTION)) outcome = settle_by_price(step, block, slot, settles, visits);
+    if (has(step, PROJECTION)) {
+        float error;
+        outcome = settle_by_price(step, block, slot, settles, visits, error);
+        count_error(block, loss_as_integer(step, slot, error));
+    }
     counts[REROUTED] = outcome != slot.expert && outcome >= 0;
     counts[DROPPED] = outcome != slot.expert && outcome < 0;
     counts[CRITICAL] = critical;
@@ -449,7 +473,7 @@ __device__ void settle_all(const Step &step, Block &block, const Slot &slot, int
         count_visit(stays ? block.domain[outcome] : NOWHERE, slot, step.K, AFTER, counts);
     }
 #pragma unroll
-    for (int i = REROUTED; i < NUM_COUNTERS; ++i) {
+    for (int i = REROUTED; i < ESTIMATED_ERROR; ++i) {
         if (ACTIVE <= i && i <= LARGEST_RANK_AFTER) continue;  // count_experts
         if (i == DROPPED && !has(step, PROJECTION)) continue;
         if (i == MERGED && !has(step, MERGES)) continue;
@@ -460,12 +484,14 @@ __device__ void settle_all(const Step &step, Block &block, const Slot &slot, int
 }
 
 // What a block counted goes to the layer's counters.
-__device__ void add(const Step &step, int counter, int count) {
-    if (count) atomicAdd(&step.counters[counter], static_cast<Count>(count));
+__device__ void add(const Step &step, int counter, Count count) {
+    if (count) atomicAdd(&step.counters[counter], count);
 }
 
 __device__ void add_totals(const Step &step, const Block &block) {
-    if (threadIdx.x < NUM_COUNTERS) add(step, threadIdx.x, block.totals[threadIdx.x]);
+    if (threadIdx.x < ESTIMATED_ERROR) add(step, threadIdx.x, block.totals[threadIdx.x]);
+    if (has(step, PROJECTION) && threadIdx.x == ESTIMATED_ERROR)
+        add(step, ESTIMATED_ERROR, joined(block.high_error, block.low_error));
 }
 
 // Counts the experts that valid tokens chose, and those that run in the end.

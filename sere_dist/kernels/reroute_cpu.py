@@ -45,6 +45,7 @@ MOST = np.float32(ALWAYS_PRIMARY)
     REMOTE_DOMAINS_AFTER,
     REMOTE_SLOTS,
     REMOTE_SLOTS_AFTER,
+    ESTIMATED_ERROR,
 ) = range(len(COUNTERS))
 
 
@@ -99,6 +100,15 @@ def rank_slots(weights_K, ranks_K):
 
 
 @compiled
+def in_fixed_point(error, chance_T, token):
+    """Returns an error times the chance of its token as a whole number; 0 for NaN."""
+    if len(chance_T):
+        error = error * chance_T[token]
+    error = np.rint(error * FIXED)
+    return np.int64(min(error, MOST)) if error > ZERO else np.int64(0)
+
+
+@compiled
 def vote(slots, size_E, numbers, losses_E, chosen_E):
     """Adds each expert's loss to `losses_E`, and marks the experts that valid tokens chose. Returns the valid rows."""
     weights_TK, ids_TK, valid_T, _home_T, chance_T = slots
@@ -124,12 +134,7 @@ def vote(slots, size_E, numbers, losses_E, chosen_E):
                 heaviest_E[expert] = True
             elif counts_losses:
                 weight = weights_TK[token, slot]
-                error = (weight * weight) * size_E[expert]
-                if len(chance_T):
-                    error = error * chance_T[token]
-                error = np.rint(error * FIXED)
-                if error > ZERO:  # not NaN
-                    losses_E[expert] += np.int64(min(error, MOST))
+                losses_E[expert] += in_fixed_point((weight * weight) * size_E[expert], chance_T, token)
     for expert in range(num_experts):
         if heaviest_E[expert]:
             losses_E[expert] = ALWAYS_PRIMARY
@@ -177,9 +182,10 @@ def count_visits(visits_K, home, counters, when):
 
 @compiled
 def cheapest(expert, loss, choice, similarity, tables, primary_E, price, visits_K, home):
-    """Returns the expert that takes a slot, or -1 if dropping costs less. Costs rise as similarity falls, so only two
-    can be the cheapest: the most similar expert, and the most similar one in a domain that is visited anyway."""
-    least = loss * (ONE - similarity)
+    """Returns the expert that takes a slot, or -1 if dropping costs less, and the error that this makes. Costs rise as
+    similarity falls, so only two experts can be the cheapest: the most similar one, and the most similar one in a
+    domain that is visited anyway."""
+    least = error = loss * (ONE - similarity)
     if price > ZERO and len(tables.domain_E) and not is_among(tables.domain_E[choice], visits_K, home):
         least = least + price
         for place in range(len(primary_E)):
@@ -187,9 +193,9 @@ def cheapest(expert, loss, choice, similarity, tables, primary_E, price, visits_
             if primary_E[neighbor] and is_among(tables.domain_E[neighbor], visits_K, home):
                 cost = loss * (ONE - tables.ranked_EE[expert, place])
                 if cost < least:  # of equal costs the larger similarity wins: the choice so far came first
-                    least, choice = cost, np.int64(neighbor)
+                    least, error, choice = cost, cost, np.int64(neighbor)
                 break
-    return np.int64(-1) if loss < least else choice
+    return (np.int64(-1), loss) if loss < least else (choice, error)
 
 
 @compiled
@@ -217,7 +223,7 @@ def merge(weights_K, ids_K):
 @compiled
 def settle(slots, tables, primary_E, numbers, acts, runs_E, counters):
     """Rewrites the valid tokens' slots in place, marks the experts that run, and counts slots and visits."""
-    weights_TK, ids_TK, valid_T, home_T, _chance_T = slots
+    weights_TK, ids_TK, valid_T, home_T, chance_T = slots
     num_slots, num_experts = ids_TK.shape[1], len(primary_E)
     select_top_k, merges = np.int64(numbers[SELECT_TOP_K]), numbers[MERGES] > 0
     threshold, price = np.float32(numbers[THRESHOLD]), np.float32(numbers[TRAFFIC_PRICE])
@@ -266,10 +272,12 @@ def settle(slots, tables, primary_E, numbers, acts, runs_E, counters):
                         continue
                     expert, weight = outcome_K[slot], weights_TK[token, slot]
                     loss, nearest = (weight * weight) * tables.size_E[expert], substitute_E[expert]
-                    choice = cheapest(
+                    choice, error = cheapest(
                         expert, loss, nearest, similarity_E[expert], tables, primary_E, price, visits_K, home
                     )
                     outcome_K[slot] = choice
+                    if choice != expert:
+                        counters[ESTIMATED_ERROR] += in_fixed_point(error, chance_T, token)
                     if choice < 0:
                         new_weights_K[slot] = ZERO
                     elif choice != expert:

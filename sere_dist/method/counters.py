@@ -6,12 +6,14 @@ Shape suffixes: T tokens of the step, K experts per token, E experts of the laye
 import torch
 from torch.nn.functional import pad
 
-from sere_dist.method.records import ExpertPlaces, Step
+from sere_dist.method.projection import FIXED_POINT_ONE, estimated_error
+from sere_dist.method.records import ExpertPlaces, LayerTables, Step
 from sere_dist.method.rerouting import active_experts
 
 # What `count_step` counts. Experts are those of valid rows; "before" is what the router chose, "after" is what runs.
 # The largest rank is the one with the most active experts. Domains and slots are summed over tokens; a domain is remote
-# if it is not the token's home. A merged slot names an expert that the token has in an earlier slot, and is empty.
+# if it is not the token's home. A merged slot names an expert that the token has in an earlier slot, and is empty. The
+# estimated error is in fixed point, and 0 under the paper's policy, which has no estimate.
 COUNTERS = (
     "steps",
     "rows",
@@ -29,7 +31,13 @@ COUNTERS = (
     "remote_domains_after",
     "remote_slots_before",
     "remote_slots_after",
+    "estimated_error",
 )
+
+
+def named(totals: list[int]) -> dict[str, float]:
+    """Returns counters by their names, the estimated error in the unit of w² n."""
+    return dict(zip(COUNTERS, totals, strict=True)) | {"estimated_error": totals[-1] / FIXED_POINT_ONE}
 
 
 def count_step(
@@ -38,6 +46,7 @@ def count_step(
     primary_E: torch.Tensor,
     places: ExpertPlaces | None = None,
     merged_ids_TK: torch.Tensor | None = None,
+    tables: LayerTables | None = None,
 ) -> torch.Tensor:
     """Returns int64 [len(COUNTERS) + num_ranks]: what one step of one layer adds to its counters.
 
@@ -50,6 +59,7 @@ def count_step(
         primary_E: bool [E], the primary experts; none where re-routing was off.
         places: where the experts live. Without domains none of the counters of domains and remote slots moves.
         merged_ids_TK: what `slots.merge_repeats` made of the new ids. None: slots that repeat an expert stay.
+        tables: of method projection, for an estimate of the error. None: it is not estimated.
     """
     merged_ids_TK = new_ids_TK if merged_ids_TK is None else merged_ids_TK
     places, num_experts = places or ExpertPlaces(), len(primary_E)
@@ -75,7 +85,11 @@ def count_step(
             pairs[3][when] = remote_domains(ids_of_valid_TK, places.domain_E, step.home_T).sum()
             pairs[4][when] = is_remote(ids_of_valid_TK, places.domain_E, step.home_T).sum()
     rows = valid_T.sum()
-    counts = torch.cat([torch.stack([torch.ones_like(rows), rows, *slots]), *pairs, by_rank_RN[: places.num_ranks, 1]])
+    error = torch.zeros_like(rows)
+    if tables is not None and tables.size_E is not None:
+        error = estimated_error(step, new_ids_TK, tables)
+    of_slots = torch.stack([torch.ones_like(rows), rows, *slots])
+    counts = torch.cat([of_slots, *pairs, error[None], by_rank_RN[: places.num_ranks, 1]])
     return counts * (rows > 0)
 
 

@@ -140,12 +140,32 @@ def losses_without_each_expert(step: Step, size_E: torch.Tensor) -> torch.Tensor
     """
     num_experts, weights_TK = len(size_E), step.weights_TK.float()
     errors_TK = (weights_TK * weights_TK) * size_E.float()[step.ids_TK.clamp(min=0).long()]
-    if step.chance_T is not None:
-        errors_TK = errors_TK * step.chance_T[:, None]
-    fixed_TK = (errors_TK * FIXED_POINT_ONE).round().nan_to_num(0).clamp(0, ALWAYS_PRIMARY).long()
+    fixed_TK = _in_fixed_point(errors_TK, step.chance_T)
     named_TK = torch.where(filled_slots(step.ids_TK, step.valid_T), step.ids_TK, num_experts).long()
     losses = torch.zeros(num_experts + 1, dtype=torch.int64, device=step.ids_TK.device)  # one place more for "none"
     return losses.index_add(0, named_TK.flatten(), fixed_TK.flatten())[:num_experts]
+
+
+def estimated_error(step: Step, new_ids_TK: torch.Tensor, tables: LayerTables) -> torch.Tensor:
+    """Returns int64 [], fixed point: the squared errors that the changes of a step are estimated to make.
+
+    They are the costs above, each times q, without the price of traffic. `new_ids_TK` is what `reroute_projection`
+    made of the step. The errors of a token's slots are added as if they did not correlate.
+    """
+    similarity_EE, _coefficient_EE, size_E = projection_tables(tables)
+    before_TK, after_TK = (ids_TK.clamp(min=0).long() for ids_TK in (step.ids_TK, new_ids_TK))
+    weights_TK = step.weights_TK.float()
+    whole_TK = (weights_TK * weights_TK) * size_E[before_TK]
+    moved_TK = whole_TK * (1 - similarity_EE[before_TK, after_TK])
+    errors_TK = torch.where(new_ids_TK < 0, whole_TK, moved_TK).masked_fill(new_ids_TK == step.ids_TK, 0)
+    return _in_fixed_point(errors_TK, step.chance_T).sum()
+
+
+def _in_fixed_point(errors_TK: torch.Tensor, chance_T: torch.Tensor | None) -> torch.Tensor:
+    """Returns int64 [T, K]: errors times the chances of their tokens, rounded (half to even; NaN counts as 0)."""
+    if chance_T is not None:
+        errors_TK = errors_TK * chance_T[:, None]
+    return (errors_TK * FIXED_POINT_ONE).round().nan_to_num(0).clamp(0, ALWAYS_PRIMARY).long()
 
 
 def to_fixed_point(expert_price: float) -> int:

@@ -139,11 +139,13 @@ class RandomStep:
             substitute_E = substitutes(self.similarity_EE, primary_E, self.threshold)
             weights_TK, ids_TK = self.weights_TK, replace_experts(self.ids_TK, substitute_E, step.valid_T)
         if not self.merges:
-            return weights_TK, fill_dropped(step, ids_TK), count_step(step, ids_TK, primary_E, self.places)
+            counts = count_step(step, ids_TK, primary_E, self.places, tables=tables)
+            return weights_TK, fill_dropped(step, ids_TK), counts
         merged_weights_TK, merged_ids_TK = weights_TK, ids_TK
         if primary_E.any():  # else re-routing is off
             merged_weights_TK, merged_ids_TK = merge_repeats(weights_TK, ids_TK, step.valid_T)
-        return merged_weights_TK, merged_ids_TK, count_step(step, ids_TK, primary_E, self.places, merged_ids_TK)
+        counts = count_step(step, ids_TK, primary_E, self.places, merged_ids_TK, tables)
+        return merged_weights_TK, merged_ids_TK, counts
 
     def own_losses(self) -> torch.Tensor:
         """Returns int64 [E]: this rank's say in what is primary, whether or not it then acts."""

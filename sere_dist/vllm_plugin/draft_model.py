@@ -16,7 +16,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from sere_dist.artifact.folder import Artifact
 from sere_dist.config import ReroutingConfig
-from sere_dist.method.counters import COUNTERS
+from sere_dist.method.counters import named
 from sere_dist.vllm_plugin.backend import Backend
 from sere_dist.vllm_plugin.expert_kernels import merges_repeats
 from sere_dist.vllm_plugin.layers import rerouted_layers, settings_by_layer
@@ -78,10 +78,10 @@ class DraftModel:
     def set_settings(self, settings: ReroutingConfig) -> None:
         self.backend.set_settings(settings_by_layer(settings, self.artifact, self.runners))
 
-    def counters(self) -> dict[int, dict[str, int]]:
+    def counters(self) -> dict[int, dict[str, float]]:
         """Returns the counters of every layer; a step is a pass."""
         totals = torch.stack(list(self.layers.values())).tolist()
-        return {layer: dict(zip(COUNTERS, own, strict=True)) for layer, own in zip(self.layers, totals, strict=True)}
+        return {layer: named(own) for layer, own in zip(self.layers, totals, strict=True)}
 
     def clear(self) -> None:
         """Sets the counters to 0."""

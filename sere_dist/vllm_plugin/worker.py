@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from sere_dist.artifact.placement import Placement
 from sere_dist.artifact.reference import load_artifact
 from sere_dist.config import ReroutingConfig
-from sere_dist.method.counters import COUNTERS, dispatch_bytes
+from sere_dist.method.counters import COUNTERS, dispatch_bytes, named
 from sere_dist.moe import MoeShape
 from sere_dist.vllm_plugin.agreement import check_agreement, what_must_agree
 from sere_dist.vllm_plugin.backend import Backend, shares_primary
@@ -172,7 +172,7 @@ class Rerouting(Worker):
         all_counters = torch.stack(list(self.sere_layers.values())).tolist() if self.sere_layers else []
         for layer, counters in zip(self.sere_layers, all_counters, strict=True):
             totals, by_rank = counters[: len(COUNTERS)], counters[len(COUNTERS) :]
-            layers[layer] = dict(zip(COUNTERS, totals, strict=True))
+            layers[layer] = dict(named(totals))
             if by_rank:
                 layers[layer]["active_experts_by_rank"] = by_rank
             if expert_map is not None and expert_map.home is not None and self.sere_config.domain == "rank":
@@ -191,7 +191,7 @@ class Rerouting(Worker):
             counted["accepted_tokens"] = speculation.accepted.tolist()
         if self.sere_verifying is not None:
             for layer, totals in zip(layers, self.sere_verifying.totals().tolist(), strict=True):
-                layers[layer]["verifying"] = dict(zip(COUNTERS, totals[: len(COUNTERS)], strict=True))
+                layers[layer]["verifying"] = named(totals[: len(COUNTERS)])
         if self.sere_draft is not None:
             counted["draft_layers"] = self.sere_draft.counters()
         if reset:

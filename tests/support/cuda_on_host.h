@@ -175,7 +175,8 @@ inline void __syncthreads() { cuda_on_host::wait(cuda_on_host::Waiting::block_ba
 inline int __syncthreads_or(int value) { return cuda_on_host::wait(cuda_on_host::Waiting::block_or, value); }
 inline void __threadfence() {}
 inline unsigned __ballot_sync(unsigned, int value) { return cuda_on_host::wait(cuda_on_host::Waiting::ballot, value); }
-inline int __reduce_add_sync(unsigned, int value) { return cuda_on_host::wait(cuda_on_host::Waiting::sum, value); }
+template <typename T>
+T __reduce_add_sync(unsigned, T value) { return cuda_on_host::wait(cuda_on_host::Waiting::sum, value); }
 inline int __reduce_max_sync(unsigned, int value) { return cuda_on_host::wait(cuda_on_host::Waiting::most, value); }
 
 template <typename T>

@@ -1,9 +1,10 @@
 from math import comb
 
+import pytest
 import torch
 
-from sere_dist.method.counters import COUNTERS, count_step, remote_domains
-from sere_dist.method.records import ExpertPlaces, Step
+from sere_dist.method.counters import COUNTERS, count_step, named, remote_domains
+from sere_dist.method.records import ExpertPlaces, LayerTables, Step
 
 IDS, NEW = torch.tensor([[0, 3], [1, 2], [2, 3]]), torch.tensor([[0, 1], [1, -1], [2, 3]])
 WEIGHTS, VALID = torch.tensor([[0.6, 0.4]] * 3), torch.tensor([True, True, False])
@@ -44,6 +45,7 @@ def test_counts_by_hand():
         "remote_domains_after": 0,
         "remote_slots_before": 2,
         "remote_slots_after": 0,
+        "estimated_error": 0,
     }
     critical = count_step(Step(WEIGHTS, IDS, VALID), IDS, PRIMARY)
     assert dict(zip(COUNTERS, critical.tolist(), strict=True))["critical_slots"] == 2
@@ -75,4 +77,20 @@ def test_domains_and_slots_by_hand():
         "remote_domains_after": 1 + 1,
         "remote_slots_before": 3 + 3,
         "remote_slots_after": 2 + 3,
+        "estimated_error": 0,
     }
+
+
+def test_the_estimated_error_by_hand():
+    """Token 0 sends weight 0.4 from expert 3 to 1, token 1 drops its expert 2, token 2 is not valid."""
+    similarity, size = torch.full((4, 4), 0.25), torch.tensor([1.0, 1.0, 3.0, 2.0])
+    tables = LayerTables(similarity, torch.ones(4, 4), size)
+
+    def error(**chance) -> float:
+        counts = count_step(Step(WEIGHTS, IDS, VALID, **chance), NEW, PRIMARY, tables=tables)
+        return named(counts.tolist())["estimated_error"]
+
+    moved, dropped = 0.4**2 * 2 * 0.75, 0.4**2 * 3
+    assert error() == pytest.approx(moved + dropped, rel=1e-6)
+    assert error(chance_T=torch.tensor([0.5, 0.25, 1.0])) == pytest.approx(moved / 2 + dropped / 4, rel=1e-6)
+    assert named(count_step(Step(WEIGHTS, IDS, VALID), IDS, PRIMARY, tables=tables).tolist())["estimated_error"] == 0

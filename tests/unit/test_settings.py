@@ -286,6 +286,7 @@ def test_a_trial_of_all_replicas_ends_when_told_to(keeper, end):
         ({"changes": {}}, "changes: .* at least 1 item"),
         ({"changes": {"select_top_k": 9}}, r"select_top_k \(9\) must be between 1 and"),
         (TRIAL | {"replicas": 0}, "replicas: .* greater than or equal to 1"),
+        (TRIAL | {"take_back_if": {"estimated_error": 0.1}}, "policy sere estimates no error: leave that limit out"),
         (TRIAL | {"take_back_if": {"mood": 1}}, "take_back_if.mood.*: Input should be 'inter_token_ms', "),
         (TRIAL | {"until": 3}, "until: Extra inputs"),
     ],
@@ -309,6 +310,7 @@ def test_ranks_of_a_group_run_the_same(here):
 def test_measures():
     totals = {"requests": 8, "refused": 2, "first_tokens": 4, "first_token_s": 2.0, "next_tokens": 100}
     totals |= {"next_token_s": 3.0, "steps": 10, "active_experts_after": 320, "rows": 20, "rerouted_slots": 40}
+    totals |= {"estimated_error": 0.5}
     assert measures(totals, TOP_K) == {
         "requests": 8,
         "refused_share": 0.25,
@@ -316,5 +318,6 @@ def test_measures():
         "inter_token_ms": 30,
         "active_experts": 32,
         "rerouted_share": 0.25,
+        "estimated_error": 0.025,
     }
     assert measures({}, TOP_K) == {"requests": 0}
