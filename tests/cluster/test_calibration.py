@@ -17,8 +17,9 @@ from tests.support.direct import calibration_texts, direct
 
 
 def job(cluster: LocalCluster, *options: str) -> str:
-    """Runs the calibration's command on the cluster; returns what it printed."""
-    done = cluster.run([sys.executable, "-m", "calibration_jobs.calibrate", *options], capture_output=True, text=True)
+    """Runs the calibration's command on the cluster, with few workers that start; returns what it printed."""
+    command = [sys.executable, "-m", "calibration_jobs.calibrate", *options, "--cpus-per-task", "4"]
+    done = cluster.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

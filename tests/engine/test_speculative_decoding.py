@@ -1,5 +1,7 @@
 """Speculative decoding in real engines: the target is re-routed, the draft model only where it is asked for."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,10 +102,23 @@ def prompts(heldout_ids) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def stock_tokens(options, prompts) -> list[list[int]]:
-    """Greedy tokens of the same engine without any plugin."""
-    (answer,) = engines.run(options, prompts, NEW, [{}], env={"VLLM_PLUGINS": ""})
-    return answer["tokens"]
+def run_stock(prompts) -> Callable[[dict], list[list[int]]]:
+    """Returns the greedy tokens of an engine with these options, without any plugin. It is started once."""
+    known: dict[str, list[list[int]]] = {}
+
+    def run(options: dict) -> list[list[int]]:
+        key = json.dumps(options)
+        if key not in known:
+            (answer,) = engines.run(options, prompts, NEW, [{}], env={"VLLM_PLUGINS": ""})
+            known[key] = answer["tokens"]
+        return known[key]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def stock_tokens(options, run_stock) -> list[list[int]]:
+    return run_stock(options)
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +174,14 @@ def test_what_drafts_is_left_alone(case, fresh, prompts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("is_eager", [True, False], ids=["eager", "compiled"])
-def test_a_draft_model_is_rerouted_by_settings_of_its_own(tmp_path, prompts, artifact_path, is_eager):
+def test_a_draft_model_is_rerouted_by_settings_of_its_own(tmp_path, prompts, artifact_path, run_stock, is_eager):
     """It only proposes: while the served model keeps its experts, the answers are the stock engine's."""
     options = options_of(itself(tmp_path, str(artifact_path)), is_eager)
-    (stock,) = engines.run(options, prompts, NEW, [{}], env={"VLLM_PLUGINS": ""})
+    stock_tokens = run_stock(options)
     draft = {"artifact": str(artifact_path), "select_top_k": 2}
     llm = LLM(**options, additional_config={"sere": {**draft, "select_top_k": 8, "draft": draft}})
     try:
-        assert greedy(llm, prompts) == stock["tokens"]
+        assert greedy(llm, prompts) == stock_tokens
         (worker,) = llm.collective_rpc("sere_counters", kwargs={"reset": True})
         assert all(layer["rerouted_slots"] == 0 and layer["rows"] > 0 for layer in worker["layers"].values())
         drafting = worker["draft_layers"]
@@ -177,7 +192,7 @@ def test_a_draft_model_is_rerouted_by_settings_of_its_own(tmp_path, prompts, art
         rejected = sum(worker["drafted_tokens"]) - sum(worker["accepted_tokens"])
 
         llm.collective_rpc("sere_settings", kwargs={"enabled": False})
-        assert greedy(llm, prompts) == stock["tokens"]
+        assert greedy(llm, prompts) == stock_tokens
         (worker,) = llm.collective_rpc("sere_counters")
         assert all(layer["rerouted_slots"] == 0 for layer in worker["draft_layers"].values())
         assert sum(worker["drafted_tokens"]) - sum(worker["accepted_tokens"]) < rejected

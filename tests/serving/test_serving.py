@@ -220,7 +220,8 @@ def test_the_engine_stops_when_a_client_leaves(cluster, url, client, streams):
         contextlib.nullcontext() if streams else pytest.raises(httpx.ReadTimeout),
         leaving.stream("POST", f"{url}/completions", json=request | {"stream": streams, "ignore_eos": True}) as answer,
     ):
-        assert next(answer.iter_lines()) and not is_idle()
+        assert next(answer.iter_lines())
+        eventually(lambda: not is_idle())  # it may get little of a busy machine
     left = time.monotonic()
     assert worked() - before > 0.05
     eventually(is_idle)

@@ -1,10 +1,10 @@
-"""The tuning of the tests: few short texts."""
+"""The tuning of the tests: few short texts, and few workers that start."""
 
 from pathlib import Path
 
 from examples.tiny_moe.data import HELDOUT, MODEL
 
-SIZES = {"--num-samples": "6", "--length": "24", "--prompt-length": "12", "--batch": "3"}
+SIZES = {"--num-samples": "6", "--length": "24", "--prompt-length": "12", "--batch": "3", "--cpus-per-task": "4"}
 
 
 def options(artifact: Path, **sizes: str) -> list[str]:
