@@ -56,8 +56,9 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Ray keeps as many idle workers as the cluster has logical CPUs, with all that they have imported: with
-            # vLLM, 670 MB each.
+            # Logical CPUs outnumber the machine's. Ray starts as many workers as there are with the first driver, and
+            # keeps as many idle ones, with all that they have imported: with vLLM, 670 MB each.
+            "RAY_prestart_worker_first_driver": "0",
             "RAY_num_workers_soft_limit": "2",
             # Opens the settings of applications on this cluster: to whoever set it, too.
             ADMIN_TOKEN: os.environ.get(ADMIN_TOKEN, self.token),

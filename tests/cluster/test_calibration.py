@@ -129,6 +129,7 @@ def test_an_error_in_a_task_is_told_plainly(cluster, tmp_path):
     (tmp_path / "model" / "model.safetensors").symlink_to(MODEL / "model.safetensors")
     command = [sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(tmp_path / "model")]
     command += ["--dataset", str(CALIBRATION), "--num-samples", "2", "--output", str(tmp_path / "out")]
+    command += ["--cpus-per-task", "4"]
     done = cluster.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert "error: --model" in done.stderr and "has nothing for model.layers.6." in done.stderr

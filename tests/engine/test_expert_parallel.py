@@ -115,7 +115,11 @@ def test_prices_under_tensor_parallelism(options, prompts, priced):
     assert tokens(turns) == tokens(priced[:3])
     for turn, alone in zip(turns, priced[:3], strict=True):
         for worker in turn["counters"]:
-            assert worker["layers"] == alone["counters"][0]["layers"]
+            for layer, counted in worker["layers"].items():
+                expected = alone["counters"][0]["layers"][layer]
+                # The router's weights differ in their last bits, as the sum over ranks has another order.
+                error = pytest.approx(expected["estimated_error"], rel=0.01)
+                assert counted == expected | {"estimated_error": error}
 
 
 @pytest.mark.slow
