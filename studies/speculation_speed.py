@@ -1,6 +1,6 @@
 """Tokens per second and active experts of real vLLM under speculative decoding, by the length of the drafts.
 
-    python -m studies.speculation_speed           # 20 minutes on 2 cores; calibrates into build/studies if need be
+    python -m studies.speculation_speed           # 10 minutes on 2 cores; calibrates into build/studies if need be
     python -m studies.speculation_speed --draw    # only the picture, from the JSON
 
 Serves the example model, widened so that reading its experts takes time, with drafts of its draft model; no drafts is

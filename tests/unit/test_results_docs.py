@@ -58,6 +58,27 @@ def test_survival():
     assert f"Of {sent:,} requests in {found['seconds']:.0f} s, {answered:,} were answered" in PROSE
 
 
+def test_speed_under_speculative_decoding():
+    rows = load(RESULTS / "speculation_speed.json")["rows"]
+    found = {(row["batch"], row["drafted"], row["rerouting"]): row for row in rows}
+
+    def times_faster(batch: int, drafted: int, than: str = "off") -> str:
+        ours = found.get((batch, drafted, "by chance"), found[batch, drafted, "all rows alike"])
+        speeds = [row["tokens_per_second"]["median"] for row in (ours, found[batch, drafted, than])]
+        return f"{speeds[0] / speeds[1]:.2f}"
+
+    said = "it decodes {} times faster without drafts, {} times with one drafted token, and {} times with four"
+    assert said.format(*(times_faster(16, drafted) for drafted in (0, 1, 4))) in PROSE
+    assert "At batch 4 these are {}, {} and {}".format(*(times_faster(4, drafted) for drafted in (0, 1, 4))) in PROSE
+    beside = [times_faster(16, drafted, "all rows alike") for drafted in (1, 2, 3, 4)]
+    fewer = [
+        1 - found[16, drafted, "by chance"]["active_experts"] / found[16, drafted, "all rows alike"]["active_experts"]
+        for drafted in (1, 2, 3, 4)
+    ]
+    assert f"Rows by chance ran {min(fewer):.0%} to {max(fewer):.0%} fewer experts".replace("%", "", 1) in PROSE
+    assert f"were {min(beside)} to {max(beside)} times as fast" in PROSE
+
+
 def test_what_one_request_tells_of_another():
     """The table says what was found, and its four rows are all that there is."""
     found = load(RESULTS / "side_channel.json")
