@@ -59,7 +59,7 @@ test-vllm: .venv-vllm-$(VERSION)/.ready ## the tests that need vLLM's parts, wit
 	.venv-vllm-$(VERSION)/bin/python -m pytest tests/unit tests/engine -n 2 --dist loadfile -m "not slow" \
 	  --deselect tests/unit/test_reference_docs.py::test_the_reference_is_what_the_code_says # it describes the lock's
 
-test-families: .venv/.ready ## every family of models: calibrated, and served where a CPU can (15 minutes)
+test-families: .venv/.ready ## every family of models: calibrated, and served where a CPU can (16 minutes)
 	$(BIN)/python -m tests.families
 
 bench-calibration: .venv/.ready ## calibration's speed and memory (25 minutes, on an idle machine)

@@ -70,7 +70,14 @@ FAMILIES = {
         "GLM-4.5, GLM-4.6, GLM-4.7", "Glm4MoeConfig", (1, 2), n_routed_experts=EXPERTS, head_dim=32, use_qk_norm=True
     ),
     "glm4_moe_lite": family(
-        "GLM-4.7-Flash", "Glm4MoeLiteConfig", (1, 2), n_routed_experts=EXPERTS, q_lora_rank=64, **LATENT, **FIRST_DENSE
+        "GLM-4.7-Flash",
+        "Glm4MoeLiteConfig",
+        (1, 2),
+        n_routed_experts=EXPERTS,
+        first_k_dense_replace=1,  # vLLM reads it, and released checkpoints have it
+        q_lora_rank=64,
+        **LATENT,
+        **FIRST_DENSE,
     ),
     "glm_moe_dsa": family("GLM-5", "GlmMoeDsaConfig", (1, 2), q_lora_rank=64, **DEEPSEEK, **SPARSE, **FIRST_DENSE),
     "deepseek_v2": family(
@@ -81,7 +88,15 @@ FAMILIES = {
         q_lora_rank=None,
         **GROUPED | {"topk_group": 1},
     ),
-    "deepseek_v3": family("DeepSeek-V3, R1; Kimi-K2", "DeepseekV3Config", (1, 2), q_lora_rank=64, **GROUPED),
+    "deepseek_v3": family(
+        "DeepSeek-V3, R1; Kimi-K2",
+        "DeepseekV3Config",
+        (1, 2),
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        q_lora_rank=64,
+        **GROUPED,
+    ),
     "deepseek_v32": family(
         "DeepSeek-V3.2", "DeepseekV32Config", (1, 2), q_lora_rank=64, **GROUPED, **SPARSE, **FIRST_DENSE
     ),
@@ -106,7 +121,9 @@ FAMILIES = {
         **LATENT,
         **FIRST_DENSE,
     ),
-    "minimax_m2": family("MiniMax-M2", "MiniMaxM2Config", num_local_experts=EXPERTS, head_dim=32),
+    "minimax_m2": family(
+        "MiniMax-M2", "MiniMaxM2Config", num_local_experts=EXPERTS, head_dim=32, rotary_dim=32, scoring_func="sigmoid"
+    ),
     "gemma4": family(
         "Gemma-4 26B-A4B",
         "Gemma4TextConfig",
