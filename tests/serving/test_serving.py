@@ -211,8 +211,8 @@ def test_the_engine_stops_when_a_client_leaves(cluster, url, client, streams):
 
     def is_idle() -> bool:
         before = worked()
-        time.sleep(0.5)
-        return worked() - before < 0.05
+        time.sleep(1)
+        return worked() - before < 0.02  # two ticks; a core whose workers compute uses a few in a second
 
     before = worked()
     with (
@@ -221,7 +221,7 @@ def test_the_engine_stops_when_a_client_leaves(cluster, url, client, streams):
         leaving.stream("POST", f"{url}/completions", json=request | {"stream": streams, "ignore_eos": True}) as answer,
     ):
         assert next(answer.iter_lines())
-        eventually(lambda: not is_idle())  # it may get little of a busy machine
+        eventually(lambda: worked() - before > 0.05)  # it may get little of a busy machine
     left = time.monotonic()
     assert worked() - before > 0.05
     eventually(is_idle)
