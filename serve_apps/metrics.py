@@ -29,7 +29,7 @@ SETTINGS = ("enabled", "select_top_k", "threshold", "expert_price", "traffic_pri
 
 
 class ReroutingMetrics:
-    """A replica's: counters as in `rerouting.COUNTERS`, gauges of the settings, and one that names the artifact.
+    """A replica's: counters as in `counters.COUNTERS`, gauges of the settings, and one that names the artifact.
 
     Pairs of counters, before and after re-routing, are one metric with the label `when`. Counters have the labels
     `model`, `rank` and `drafts`, all metrics those that Ray Serve adds: application, deployment, replica.
@@ -78,7 +78,7 @@ class ReroutingMetrics:
 
 
 def totals_of(workers: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the counters of `rerouting.COUNTERS` summed over workers and layers, of what `sere_counters` returned."""
+    """Returns the counters of `counters.COUNTERS` summed over workers and layers, of what `sere_counters` returned."""
     totals: Totals[str] = Totals()
     for worker in workers:
         for layer in worker["layers"].values():

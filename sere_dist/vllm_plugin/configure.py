@@ -4,17 +4,17 @@ from pathlib import Path
 
 import vllm
 from vllm import envs
-from vllm.config import CompilationMode, ParallelConfig, SchedulerConfig, SpeculativeConfig, VllmConfig
+from vllm.config import CompilationMode, ModelConfig, ParallelConfig, SchedulerConfig, SpeculativeConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
+from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.placement import Placement
-from sere_dist.artifact.reference import load_artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ALLOW_UNTESTED_VLLM, environment_flag, is_tested_release
 from sere_dist.moe import MoeShape
 from sere_dist.vllm_plugin import TESTED_VLLM, WORKERS
-from sere_dist.vllm_plugin.engine_settings import engine_settings, returns_routed_experts, settings_of
+from sere_dist.vllm_plugin.engine_settings import artifact_of, engine_settings, returns_routed_experts, settings_of
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
 
@@ -34,12 +34,8 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     additional = vllm_config.additional_config
     assert isinstance(additional, dict)  # it has a `sere` entry
     settings = settings_of(additional["sere"]).resolved()
-    model = vllm_config.model_config
-    shape = MoeShape.from_config(model.hf_config)
-    settings.check_top_k(shape.num_experts_per_token)
-    artifact = load_artifact(settings.artifact, shape, model.model)
-    artifact.check_serves(shape, model.model, getattr(model.hf_config, "_commit_hash", None))
-    artifact.settings_by_layer(settings)
+    artifact = checked_artifact(settings, vllm_config.model_config)
+    shape = artifact.config.shape
     for unsupported, advice in unsupported_features(vllm_config):
         if unsupported:
             raise ValueError(f"sere_dist does not re-route yet with {advice}, or remove 'sere' from additional_config")
@@ -63,6 +59,20 @@ def configure_engine(vllm_config: VllmConfig) -> None:
     vllm_config.additional_config = {**additional, "sere": engine_settings(settings, artifact.policy(settings))}
 
 
+def checked_artifact(settings: ReroutingConfig, model: ModelConfig) -> Artifact:
+    """Returns the artifact of these settings, for a model of the engine.
+
+    Raises:
+        ValueError: it is another model's, or the settings are not for this model or this artifact.
+    """
+    shape = MoeShape.from_config(model.hf_config)
+    settings.check_top_k(shape.num_experts_per_token)
+    artifact = artifact_of(settings, model)
+    artifact.check_serves(shape, model.model, getattr(model.hf_config, "_commit_hash", None))
+    artifact.settings_by_layer(settings)
+    return artifact
+
+
 def check_draft(draft: ReroutingConfig, speculation: SpeculativeConfig | None) -> None:
     """Raises ValueError if these settings are not for what drafts in this engine."""
     if speculation is None or speculation.method != "draft_model":
@@ -70,12 +80,7 @@ def check_draft(draft: ReroutingConfig, speculation: SpeculativeConfig | None) -
             "draft is for the experts of a draft model: set method to draft_model in speculative_config, or remove "
             "'draft'. MTP layers and EAGLE heads can't be calibrated, and always keep their experts"
         )
-    model = speculation.draft_model_config
-    shape = MoeShape.from_config(model.hf_config)
-    draft.check_top_k(shape.num_experts_per_token)
-    artifact = load_artifact(draft.artifact, shape, model.model)
-    artifact.check_serves(shape, model.model, getattr(model.hf_config, "_commit_hash", None))
-    artifact.settings_by_layer(draft)
+    checked_artifact(draft, speculation.draft_model_config)
 
 
 def check_placement(path: Path, shape: MoeShape, layers: set[int], vllm_config: VllmConfig) -> None:

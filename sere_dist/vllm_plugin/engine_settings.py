@@ -2,10 +2,13 @@
 
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 
 import sere_dist
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.reference import load_artifact
 from sere_dist.config import ReroutingConfig
+from sere_dist.moe import MoeShape
 
 
 class EngineSettings(str):
@@ -34,6 +37,11 @@ def engine_settings(settings: ReroutingConfig, policy: str) -> EngineSettings:
 def settings_of(sere: Any) -> ReroutingConfig:
     """Returns the settings in `additional_config["sere"]`: as a user wrote them, or as the front end left them."""
     return ReroutingConfig.model_validate(sere.settings if isinstance(sere, EngineSettings) else sere)
+
+
+def artifact_of(settings: ReroutingConfig, model: ModelConfig) -> Artifact:
+    """Returns the artifact that these settings name for a model of the engine."""
+    return load_artifact(settings.artifact, MoeShape.from_config(model.hf_config), model.model)
 
 
 def returns_routed_experts(vllm_config: VllmConfig) -> bool:

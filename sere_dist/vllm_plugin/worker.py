@@ -15,14 +15,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 from sere_dist.artifact.placement import Placement
-from sere_dist.artifact.reference import load_artifact
 from sere_dist.config import ReroutingConfig
 from sere_dist.method.counters import COUNTERS, dispatch_bytes, named
-from sere_dist.moe import MoeShape
 from sere_dist.vllm_plugin.agreement import check_agreement, what_must_agree
 from sere_dist.vllm_plugin.backend import Backend, shares_primary
 from sere_dist.vllm_plugin.draft_model import DraftModel
-from sere_dist.vllm_plugin.engine_settings import returns_routed_experts, settings_of
+from sere_dist.vllm_plugin.engine_settings import artifact_of, returns_routed_experts, settings_of
 from sere_dist.vllm_plugin.expert_kernels import merges_repeats
 from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.layers import rerouted_layers, settings_by_layer
@@ -48,13 +46,13 @@ class Rerouting(Worker):
         assert isinstance(additional, dict)  # the front end has put the settings there
         settings = settings_of(additional["sere"])
         served = self.vllm_config.model_config
-        artifact = load_artifact(settings.artifact, MoeShape.from_config(served.hf_config), served.model)
+        artifact = artifact_of(settings, served)
         self.sere_placement = placement = None if settings.placement is None else Placement.load(settings.placement)
         draft_artifact, of_draft = None, settings.of_draft()
         speculative = self.vllm_config.speculative_config
-        if of_draft is not None and speculative is not None:  # the front end has checked that it is not
-            model = speculative.draft_model_config
-            draft_artifact = load_artifact(of_draft.artifact, MoeShape.from_config(model.hf_config), model.model)
+        if of_draft is not None:
+            assert speculative is not None  # the front end has checked that
+            draft_artifact = artifact_of(of_draft, speculative.draft_model_config)
         check_agreement(what_must_agree(settings, artifact, placement, draft_artifact))
         with checkpoint_weights(placement):
             super().load_model(**kwargs)
@@ -172,7 +170,7 @@ class Rerouting(Worker):
         all_counters = torch.stack(list(self.sere_layers.values())).tolist() if self.sere_layers else []
         for layer, counters in zip(self.sere_layers, all_counters, strict=True):
             totals, by_rank = counters[: len(COUNTERS)], counters[len(COUNTERS) :]
-            layers[layer] = dict(named(totals))
+            layers[layer] = named(totals)
             if by_rank:
                 layers[layer]["active_experts_by_rank"] = by_rank
             if expert_map is not None and expert_map.home is not None and self.sere_config.domain == "rank":
