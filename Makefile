@@ -69,6 +69,7 @@ soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS) ## kill, hang, replace, ove
 	$(BIN)/python -m tests.soak.survival
 	$(BIN)/python -m tests.soak.overload
 	$(BIN)/python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st
+	$(BIN)/python -m tests.soak.head
 
 browser: .venv/.ready .venv-browser/.ready-$(PLAYWRIGHT) ## the served page in Chromium, and its pictures (3 minutes; needs Chromium)
 	$(BIN)/python -m tests.browser.served .venv-browser/bin/python tests/browser/try_page.py

@@ -46,11 +46,13 @@ def can_be_made() -> bool:
 class Hosts:
     """Hosts `0` to `count` - 1, each with an address of its own, joined by a switch. Host 0 is Ray's head without CPUs.
 
-    Use as a context manager. `run` and `popen` run a command on a host; `environment` is what reaches the cluster.
+    Use as a context manager. `run` and `popen` run a command on a host; `environment` is what reaches the cluster. With
+    `has_redis`, one host more runs `redis-server`, where the head keeps its state: one that is started again is the
+    same.
     """
 
-    def __init__(self, count: int, num_cpus: int = 1):
-        self.count, self.num_cpus = count, num_cpus
+    def __init__(self, count: int, num_cpus: int = 1, has_redis: bool = False):
+        self.count, self.num_cpus, self.has_redis = count, num_cpus, has_redis
 
     def __enter__(self) -> Self:
         self.folder = Path(tempfile.mkdtemp(prefix="sere-"))
@@ -66,9 +68,14 @@ class Hosts:
             "RAY_AUTH_TOKEN": self.token,
             "RAY_USAGE_STATS_ENABLED": "0",
         }
+        self.log = self.folder / "ray.log"
         try:
             self._join()
-            self._start_ray()
+            if self.has_redis:
+                self._start_redis()
+            for host in range(self.count):
+                self.start(host)
+                self._wait(host + 1)
         except BaseException:
             self.__exit__()
             raise
@@ -85,7 +92,7 @@ class Hosts:
         ip("netns", "add", switch)
         ip("-n", switch, "link", "add", "switch", "type", "bridge")
         ip("-n", switch, "link", "set", "switch", "up")
-        for host in range(self.count):
+        for host in range(self.count + self.has_redis):
             name, port = self.namespace(host), f"port{host}"
             ip("netns", "add", name)
             ip("link", "add", "eth0", "netns", name, "type", "veth", "peer", "name", port, "netns", switch)
@@ -94,15 +101,26 @@ class Hosts:
             for device in ("lo", "eth0"):
                 ip("-n", name, "link", "set", device, "up")
 
-    def _start_ray(self) -> None:
-        self.log = self.folder / "ray.log"
+    def _start_redis(self) -> None:
+        address = self.ip(self.count)
+        command = ["redis-server", "--bind", address, "--protected-mode", "no", "--dir", str(self.folder), "--save", ""]
+        self.popen(self.count, command, stdout=subprocess.DEVNULL)
+        # Of the head: its state is there, and the others wait for it so long.
+        self.environment |= {"RAY_REDIS_ADDRESS": f"{address}:6379", "RAY_gcs_rpc_server_reconnect_timeout_s": "600"}
+
+    def start(self, host: int) -> None:
+        """Starts Ray on a host."""
         head = ["--head", f"--port={GCS_PORT}", "--num-cpus=0", f"--temp-dir={self.folder}", "--dashboard-host=0.0.0.0"]
         worker = [f"--address={self.address}", f"--num-cpus={self.num_cpus}"]
-        with self.log.open("w") as log:
-            for host in range(self.count):
-                command = ["ray", "start", "--block", f"--node-ip-address={self.ip(host)}", *(worker if host else head)]
-                self.popen(host, command, stdout=log, stderr=log)
-                self._wait(host + 1)
+        command = ["ray", "start", "--block", f"--node-ip-address={self.ip(host)}", *(worker if host else head)]
+        with self.log.open("a") as log:
+            self.popen(host, command, stdout=log, stderr=log)
+
+    def kill(self, host: int) -> None:
+        """Ends every process of a host at once."""
+        for process in self.processes_of(host):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def _wait(self, count: int) -> None:
         alive = "import ray; ray.init(logging_level='error'); print(sum(node['Alive'] for node in ray.nodes()))"
@@ -127,12 +145,16 @@ class Hosts:
         """Pulls the host's cable: what it sends and what it is sent is lost, and no connection is closed."""
         ip("-n", self.namespace("switch"), "link", "set", f"port{host}", "down")
 
-    def processes(self) -> list[psutil.Process]:
+    def processes_of(self, host: int) -> list[psutil.Process]:
         found = []
-        for host in range(self.count):
-            with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                found += [psutil.Process(int(pid)) for pid in ip("netns", "pids", self.namespace(host)).split()]
+        with contextlib.suppress(OSError):
+            for pid in ip("netns", "pids", self.namespace(host)).split():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found.append(psutil.Process(int(pid)))
         return found
+
+    def processes(self) -> list[psutil.Process]:
+        return [process for host in range(self.count + self.has_redis) for process in self.processes_of(host)]
 
     def __exit__(self, *_exception) -> None:
         for _attempt in range(5):  # what dies may be started again by what is still there
@@ -141,7 +163,7 @@ class Hosts:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(left, timeout=5)
-        for host in (*range(self.count), "switch"):
+        for host in (*range(self.count + self.has_redis), "switch"):
             with contextlib.suppress(OSError):
                 ip("netns", "delete", self.namespace(host))
         shutil.rmtree(self.folder, ignore_errors=True)
