@@ -175,7 +175,8 @@ def test_a_trial_that_reroutes_too_much_is_taken_back(url, admin, client, prompt
     eventually(lambda: admin()["trial"] is None and not admin()["pending"])
     assert re.match(rf"rerouted_share 0\.\d+ > 0.1 on replica {replica} with", admin()["taken_back"])
     assert greedy(client, prompts) == stock
-    eventually(lambda: measured().get("requests") == len(prompts))
+    # The trial may have ended while the last requests of the loop came.
+    eventually(lambda: measured().get("requests", 0) >= len(prompts))
     assert min(measured()[name] for name in ("inter_token_ms", "first_token_ms")) > 0
     assert measured()["refused_share"] == measured()["rerouted_share"] == 0 and measured()["active_experts"] == 8
 
