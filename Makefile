@@ -1,4 +1,4 @@
-# `make help` lists what can be made. Each target makes .venv first if it is missing.
+# `make help` lists what can be made. Targets that run Python make .venv first if it is missing.
 
 PYTHON ?= python3.11
 PORT ?= 8000
@@ -52,15 +52,16 @@ test: check ## and each promise that needs the real thing: engines, Ray, Serve, 
 	$(PYTEST) tests --dist loadfile --no-loadscope-reorder -m "long and not slow"
 
 test-all: lint types ## everything, at length: run it before an issue is called resolved (50 minutes)
-	$(PYTEST) tests --dist loadfile --no-loadscope-reorder --hypothesis-profile thorough
+	$(PYTEST) tests --dist loadfile --no-loadscope-reorder --hypothesis-profile thorough -m "not matrix"
 
 # Another release of vLLM in an environment of its own: the lock, less what requirements/vllm-VERSION.txt replaces.
 test-vllm: .venv-vllm-$(VERSION)/.ready ## the tests that need vLLM's parts, with another release of it (VERSION=0.31.0)
 	.venv-vllm-$(VERSION)/bin/python -m pytest tests/unit tests/engine -n 2 --dist loadfile -m "not slow" \
 	  --deselect tests/unit/test_reference_docs.py::test_the_reference_is_what_the_code_says # it describes the lock's
 
-test-families: .venv/.ready ## every family of models: calibrated, and served where a CPU can (16 minutes)
+test-families: .venv/.ready ## every family of models, calibrated and served; every kind of draft, compiled (25 minutes)
 	$(BIN)/python -m tests.families
+	$(BIN)/python -m pytest tests/engine -m matrix
 
 bench-calibration: .venv/.ready ## calibration's speed and memory (25 minutes, on an idle machine)
 	$(BIN)/python -m benchmarks.calibration

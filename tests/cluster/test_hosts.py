@@ -20,11 +20,9 @@ def network():
     assert network.processes() == []
 
 
-def test_a_host_that_is_cut_off_from_a_calibration(network, tmp_path):
-    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    Job(network.address, undisturbed, on=network).end()
-    job = Job(network.address, disturbed, on=network)
+def test_a_host_that_is_cut_off_from_a_calibration(network, job_artifact, tmp_path):
+    job = Job(network.address, tmp_path / "out", on=network)
     job.until("scored (1/")
     network.cut_off(2)
     job.end()
-    assert (disturbed / TENSORS_FILE).read_bytes() == (undisturbed / TENSORS_FILE).read_bytes()
+    assert (tmp_path / "out" / TENSORS_FILE).read_bytes() == (job_artifact / TENSORS_FILE).read_bytes()

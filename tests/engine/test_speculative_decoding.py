@@ -16,7 +16,7 @@ from tests.support.artifacts import small_artifact
 from tests.support.drafts import save_eagle3_head, save_mtp_model
 
 BATCH, PROMPT, NEW, DRAFT = 8, 24, 24, 3
-slow = pytest.mark.slow
+slow, matrix = pytest.mark.slow, pytest.mark.matrix
 
 
 class Case(NamedTuple):
@@ -58,12 +58,11 @@ def mtp(folder, _artifact) -> Case:
     scope="module",
     params=[
         pytest.param((itself, True), id="itself-eager"),
+        pytest.param((itself, False), id="itself-compiled", marks=slow),
+        *(pytest.param((case, True), id=f"{case.__name__}-eager", marks=slow) for case in (ngram, eagle3, mtp)),
         *(
-            pytest.param((case, is_eager), id=f"{case.__name__}-{mode}", marks=slow)
-            for case, is_eager, mode in (
-                (itself, False, "compiled"),
-                *((case, *how) for case in (ngram, eagle3, mtp) for how in ((True, "eager"), (False, "compiled"))),
-            )
+            pytest.param((case, False), id=f"{case.__name__}-compiled", marks=(slow, matrix))
+            for case in (ngram, eagle3, mtp)
         ),
     ],
 )

@@ -10,9 +10,10 @@ pytestmark = pytest.mark.slow
 
 
 def test_clients_of_what_dies_get_answers_or_clean_errors(artifact_path, monkeypatch):
-    # Other tests run beside this one: fewer clients than those of `make soak`, which is told to find the machine idle.
+    # Other tests run beside this one: clients that leave them time, where `make soak` is told to find the machine idle.
     fewer = {
         "CLIENTS": 6,
+        "PAUSE_SECONDS": 2.0,
         "LONG_CLIENTS": 1,
         "LONG": survival.LONG | {"n": 1},
         "HUNG_SECONDS": 1200,

@@ -50,6 +50,7 @@ from tests.soak.load import (
 
 CLIENTS, LONG_CLIENTS, REPLICAS, INGRESSES = 12, 4, 2, 2
 LONG = {"prompt": "In the beginning", "max_tokens": 480, "n": 8}  # all that the model's context holds
+PAUSE_SECONDS = 0.0  # of a client between two requests, on average
 LEAVES = 0.1  # share of the short streams whose client leaves
 CHANGE_SECONDS = 10  # between changes of settings
 HUNG_SECONDS = 600  # a request that takes longer
@@ -159,6 +160,7 @@ class Load:
             else:
                 self.answered[kind] += 1
                 self.latencies["long" if is_long else "short"].append(self.now - began)
+            await asyncio.sleep(2 * PAUSE_SECONDS * random.random())
 
     async def _change(self, goes_on: Callable[[], bool]) -> None:
         while goes_on():

@@ -16,5 +16,5 @@ def eventually(holds: Callable[[], bool], seconds: float = PATIENCE) -> None:
             error = None
         except Exception as caught:
             error = caught
-        time.sleep(0.2)
+        time.sleep(0.5)
     raise AssertionError(f"not within {seconds} s") from error
