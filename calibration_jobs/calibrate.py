@@ -74,13 +74,15 @@ class CalibrationConfig(JobConfig):
 
     num_samples: int = Field(default=400, ge=1, description="Number of texts to use.")
     max_length: int = Field(default=128, ge=2, description="Tokens that each text is cut to.")
-    min_length: int | None = Field(default=None, ge=1, description="Fewest tokens of a text; --max-length by default.")
-    max_tokens: int | None = Field(default=None, ge=1, description="Most tokens to use of all texts together.")
+    min_length: int | None = Field(
+        default=None, ge=1, description="Fewest tokens of a text; shorter texts are left out. By default, --max-length."
+    )
+    max_tokens: int | None = Field(default=None, ge=1, description="Largest number of tokens, over all texts.")
     seed: int | None = Field(default=None, ge=0, description="Seed of the texts' order and of `--method random`.")
     min_tokens_per_expert: int = Field(
-        default=MIN_TOKENS_PER_EXPERT, ge=0, description="Warn of experts that were routed fewer tokens."
+        default=MIN_TOKENS_PER_EXPERT, ge=0, description="Warn about experts that received fewer tokens than this."
     )
-    block_tokens: int | None = Field(default=None, ge=1, description="Tokens that a scoring task takes at a time.")
+    block_tokens: int | None = Field(default=None, ge=1, description="Tokens that a scoring task processes at a time.")
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> "CalibrationConfig":

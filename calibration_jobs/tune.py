@@ -63,7 +63,7 @@ class TuningConfig(JobConfig):
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="Budget: most experts that a layer runs per step, on average.",
+        description="Budget: largest mean number of experts per layer and step.",
     )
     restart: bool = Field(default=False, description="Discard what a stopped job has measured.")
 

@@ -1,4 +1,4 @@
-"""From nothing to a re-routed endpoint on this machine: what `make demo` and `make serve` run.
+"""Calibrate the example model and serve it, re-routed, on this machine: `make demo` and `make serve` run this.
 
     python -m examples.demo                 # calibrate, serve, ask, measure, stop
     python -m examples.demo --keep-serving  # calibrate, serve, stay up until Ctrl-C

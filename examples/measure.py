@@ -1,4 +1,4 @@
-"""What re-routing does to the served example model: a table for people, and one JSON line last for machines.
+"""Measure what re-routing does to the served example model: print a table, and one line of JSON at the end.
 
     python -m examples.measure http://127.0.0.1:8000/v1
 

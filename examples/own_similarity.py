@@ -1,4 +1,4 @@
-"""Re-route by a similarity of your own: the experts' outputs go in, and an artifact comes out.
+"""Write an artifact with a similarity of your own, computed from the experts' outputs.
 
 python -m examples.own_similarity build/own-sere
 """

@@ -47,8 +47,8 @@ class PolicyConfig(BaseModel):
         default=0.0,
         ge=0.0,
         le=1.0,
-        description="rho: lowest similarity of a substitute. An expert that no primary expert is as similar to stays; "
-        "with 0, every expert is replaced.",
+        description="rho: the lowest similarity at which a substitute is accepted. An expert without such a substitute "
+        "stays. With 0, any primary expert is accepted.",
     )
     expert_price: float = Field(
         default=0.0,

@@ -17,7 +17,7 @@ DESCRIPTIONS = {
     "critical_slots": "Slots that kept their expert because no active expert was similar enough.",
     "dropped_slots": "Slots that were dropped, so that no expert computes them.",
     "merged_slots": "Slots that were added to an earlier slot of the same token and expert.",
-    "active_experts": "Experts that the layers run, summed over their steps. Divided by sere_steps, it is the mean.",
+    "active_experts": "Experts that run, summed over layers and steps. Divided by steps_total, it is the mean.",
     "largest_rank": "Experts that the rank with most of them runs, summed over the steps.",
     "domains": "Domains (ranks or nodes) that hold a token's experts, summed over the tokens.",
     "remote_domains": "Domains of a token's experts other than its own, summed over the tokens.",

@@ -97,7 +97,7 @@ class AppConfig(Pool):
 
     model: str = Field(min_length=1, description="Checkpoint folder or Hugging Face id of the model.")
     model_id: str | None = Field(
-        default=None, min_length=1, description="Name of the model for clients; the model's own by default."
+        default=None, min_length=1, description="Name of the model for clients. By default, the last part of `model`."
     )
     rerouting: ReroutingConfig | None = Field(default=None, description="Settings of re-routing; none by default.")
     prefill: Pool | None = Field(

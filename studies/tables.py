@@ -200,7 +200,7 @@ def speculation() -> str:
         active = ["" if number is None else f"{number:.1f}" for number in (of["stock", 0]["active_experts"], *found)]
         cells.append([str(batch), str(k), f"{kl:.4f}", *active])
     head = ["batch", "drafted tokens", "KL divergence", "baseline", "SERE", "`expert_price`, rows alike"]
-    return markdown([*head, "**by chance**", "and drafts keep no expert"], cells)
+    return markdown([*head, "**weighted by acceptance**", "and drafts keep no expert"], cells)
 
 
 def kernel_instructions() -> str:

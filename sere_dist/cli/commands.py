@@ -76,7 +76,9 @@ def place(
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("placement.json"),
     max_load: Annotated[
         float,
-        typer.Option(min=1, help="Highest load of a rank: tokens routed to its experts over the mean of the ranks."),
+        typer.Option(
+            min=1, help="Largest load of a rank: the tokens routed to its experts, divided by the mean over ranks."
+        ),
     ] = 1.1,
 ) -> None:
     """Propose which rank should hold which expert, so that re-routed tokens cross ranks less often."""
@@ -129,7 +131,7 @@ def accuracy(
     ] = None,
     run_model_code: Annotated[
         bool,
-        typer.Option("--run-model-code", help="Let tasks execute code that the model writes, on this machine."),
+        typer.Option("--run-model-code", help="Allow tasks to run code that the model writes, on this machine."),
     ] = False,
     results: Annotated[Path | None, typer.Option(help="JSON file to add the results to.")] = None,
 ) -> None:
@@ -172,7 +174,7 @@ Assignments = Annotated[
 
 @settings_app.command(name="set")
 def set_settings(settings: Assignments, url: Url = "http://127.0.0.1:8000") -> None:
-    """Change settings on every replica, without a restart. A trial is over then."""
+    """Change settings on every replica, without a restart. This ends a trial."""
     show_settings(url, pairs(settings))
 
 

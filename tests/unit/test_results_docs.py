@@ -75,7 +75,10 @@ def test_speed_under_speculative_decoding():
         1 - found[16, drafted, "by chance"]["active_experts"] / found[16, drafted, "all rows alike"]["active_experts"]
         for drafted in (1, 2, 3, 4)
     ]
-    assert f"Rows by chance ran {min(fewer):.0%} to {max(fewer):.0%} fewer experts".replace("%", "", 1) in PROSE
+    assert (
+        f"Rows weighted by acceptance ran {min(fewer):.0%} to {max(fewer):.0%} fewer experts".replace("%", "", 1)
+        in PROSE
+    )
     assert f"were {min(beside)} to {max(beside)} times as fast" in PROSE
 
 
