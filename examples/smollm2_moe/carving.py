@@ -153,16 +153,26 @@ class CarvedFeedForward(torch.nn.Module):
         weights, ids = softmax(logits, dim=-1).topk(self.top_k)
         return self.top_k * weights / weights.sum(-1, keepdim=True), ids
 
+    def shares(self, inputs_TH: torch.Tensor) -> torch.Tensor:
+        """Returns how often each neuron counts [..., N]: once in the dense layer."""
+        weights, ids = self.route(inputs_TH)
+        num_experts, num_neurons = len(self.router_EH), self.dense.gate_proj.out_features
+        weight_TE = weights.new_zeros(*weights.shape[:-1], num_experts).scatter(-1, ids, weights)
+        scale_EN = weights.new_zeros(num_experts, num_neurons).scatter(1, self.expert_ids_EM, self.expert_scale_EM)
+        shared_N = weights.new_zeros(num_neurons).scatter(0, self.shared_ids_S, self.shared_scale_S)
+        return weight_TE @ scale_EN + shared_N
+
     def forward(self, inputs_TH: torch.Tensor) -> torch.Tensor:
         hidden_TN = neurons(self.dense, inputs_TH)
-        weights, ids = self.route(inputs_TH)
-        num_neurons = hidden_TN.shape[-1]
-        weight_TE = weights.new_zeros(*weights.shape[:-1], len(self.router_EH)).scatter(-1, ids, weights)
-        scale_EN = weights.new_zeros(len(self.router_EH), num_neurons).scatter(
-            1, self.expert_ids_EM, self.expert_scale_EM
-        )
-        shared_N = weights.new_zeros(num_neurons).scatter(0, self.shared_ids_S, self.shared_scale_S)
-        return self.dense.down_proj(hidden_TN * (weight_TE @ scale_EN + shared_N).to(hidden_TN.dtype))
+        return self.dense.down_proj(hidden_TN * self.shares(inputs_TH).to(hidden_TN.dtype))
+
+    def error(self, inputs_TH: torch.Tensor) -> torch.Tensor:
+        """Returns the squared distance from what the dense layer gives, relative to that, as a mean over tokens."""
+        with torch.no_grad():
+            hidden_TN = neurons(self.dense, inputs_TH)
+            wanted_TH = self.dense.down_proj(hidden_TN)
+        missing_TH = self.dense.down_proj(hidden_TN * (self.shares(inputs_TH) - 1).to(hidden_TN.dtype))
+        return (missing_TH.float().square().sum(1) / wanted_TH.float().square().sum(1)).mean()
 
 
 def moe_weights(dense: LlamaMLP, carving: Carving, top_k: int) -> dict[str, torch.Tensor]:

@@ -37,6 +37,7 @@ LENGTH = 256  # tokens of a sequence
 LEARNED_KINDS = ("manual", "dictionary")
 ROUTER_TEMPERATURE = 0.25  # of what the router first learned: the experts that it chooses begin with like weights
 CHUNK = 2048  # tokens of a step of a layer
+PEAK = 2e-3  # learning rate end to end
 SAVE_SECONDS = 600
 
 
@@ -83,12 +84,6 @@ def teach_router(layer: CarvedFeedForward, inputs_TH: torch.Tensor, best_TB: tor
     layer.router_EH.data *= ROUTER_TEMPERATURE
 
 
-def error(layer: CarvedFeedForward, inputs_TH: torch.Tensor) -> torch.Tensor:
-    """Returns the squared distance of the layer's outputs from the dense layer's, relative to those, as a mean."""
-    wanted_TH = layer.dense(inputs_TH)
-    return ((layer(inputs_TH) - wanted_TH).square().sum(1) / wanted_TH.square().sum(1)).mean()
-
-
 def distil(layer: CarvedFeedForward, inputs_TH: torch.Tensor, epochs: int) -> None:
     """Teaches router and scales to give what the dense layer gives."""
     optimizer = torch.optim.AdamW(layer.trained(), lr=3e-3, weight_decay=0.0)
@@ -96,7 +91,9 @@ def distil(layer: CarvedFeedForward, inputs_TH: torch.Tensor, epochs: int) -> No
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=len(steps), pct_start=0.1)
     for rows in steps:
         optimizer.zero_grad()
-        error(layer, inputs_TH[rows].float()).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = layer.error(inputs_TH[rows])
+        loss.backward()
         optimizer.step()
         schedule.step()
 
@@ -114,10 +111,10 @@ def carve_layer_by_layer(
         layer = CarvedFeedForward(decoder_layer.mlp, carving, TOP_K)
         teach_router(layer, inputs_TH, best_TB, epochs)
         with torch.no_grad():
-            before = float(error(layer, held_out_inputs[number].float()))
+            before = float(layer.error(held_out_inputs[number].float()))
         distil(layer, inputs_TH, epochs)
         with torch.no_grad():
-            after = float(error(layer, held_out_inputs[number].float()))
+            after = float(layer.error(held_out_inputs[number].float()))
         print(f"layer {number}: relative error {before:.3f}, then {after:.3f}", flush=True)
         carvings.append(layer.carving(carving.norm_H))
     return carvings
@@ -154,18 +151,21 @@ def distil_end_to_end(
     student: LlamaForCausalLM, teacher: LlamaForCausalLM, ids: torch.Tensor, minutes: float, batch: int, save: Path
 ) -> None:
     """Teaches routers, scales and normalisations the teacher's distribution for so long."""
-    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0, betas=(0.9, 0.95))
+    trained = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    norms = [parameter for name, parameter in trained.items() if "norm" in name]
+    others = [parameter for name, parameter in trained.items() if "norm" not in name]
+    groups = [{"params": others, "peak": PEAK}, {"params": norms, "peak": PEAK / 10}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95))
     began, saved, smooth = time.monotonic(), time.monotonic(), None
     progress = tqdm(desc="end to end")
     while (done := (time.monotonic() - began) / (60 * minutes)) < 1:
-        rate = 2e-3 * min(1.0, 20 * done) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+        rate = min(1.0, 20 * done) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["peak"]
         loss = divergence(student, teacher, ids[torch.randint(len(ids), (batch,))])
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         progress.set_postfix(kl=f"{smooth:.3f}")

@@ -15,7 +15,7 @@ from examples.smollm2_moe.carving import (
     neurons,
     save_carvings,
 )
-from examples.smollm2_moe.recipe import carved, carvings_of, divergence, error, feed_forward_inputs
+from examples.smollm2_moe.recipe import carved, carvings_of, divergence, feed_forward_inputs
 
 SHAPE = Shape(shared=16, blocks=8, experts_per_block=2, width=8)  # of 96 neurons: 10 to a block
 
@@ -115,7 +115,16 @@ def test_experts_that_hold_every_neuron_give_the_dense_layer(dense, ids):
     layer = dense.model.layers[0]
     (inputs, _) = feed_forward_inputs(dense, ids)
     carving, _ = carve(layer, inputs.float(), Shape(shared=96 - 8, blocks=8, experts_per_block=1, width=1))
-    assert error(CarvedFeedForward(layer.mlp, carving, TOP_K), inputs.float()) < 1e-9
+    assert CarvedFeedForward(layer.mlp, carving, TOP_K).error(inputs.float()) < 1e-9
+
+
+def test_the_error_is_that_of_the_output(dense, carvings, ids):
+    (inputs, _) = (kept.float() for kept in feed_forward_inputs(dense, ids))
+    layer = CarvedFeedForward(dense.model.layers[0].mlp, carvings[0], TOP_K)
+    with torch.no_grad():
+        wanted = layer.dense(inputs)
+        expected = ((layer(inputs) - wanted).square().sum(1) / wanted.square().sum(1)).mean()
+    torch.testing.assert_close(layer.error(inputs).detach(), expected, rtol=1e-4, atol=0)
 
 
 def test_all_that_is_carved_trains_and_nothing_else(dense, carvings, ids):
