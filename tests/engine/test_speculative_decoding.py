@@ -172,7 +172,7 @@ def test_what_drafts_is_left_alone(case, fresh, prompts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_eager", [True, False], ids=["eager", "compiled"])
+@pytest.mark.parametrize("is_eager", [True, pytest.param(False, marks=matrix)], ids=["eager", "compiled"])
 def test_a_draft_model_is_rerouted_by_settings_of_its_own(tmp_path, prompts, artifact_path, run_stock, is_eager):
     """It only proposes: while the served model keeps its experts, the answers are the stock engine's."""
     options = options_of(itself(tmp_path, str(artifact_path)), is_eager)
