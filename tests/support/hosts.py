@@ -113,6 +113,8 @@ class Hosts:
         head = ["--head", f"--port={GCS_PORT}", "--num-cpus=0", f"--temp-dir={self.folder}", "--dashboard-host=0.0.0.0"]
         worker = [f"--address={self.address}", f"--num-cpus={self.num_cpus}"]
         command = ["ray", "start", "--block", f"--node-ip-address={self.ip(host)}", *(worker if host else head)]
+        if host == 0:  # it says that a head is up; the disk of another machine would not have it
+            (self.folder / "ray_current_cluster").unlink(missing_ok=True)
         with self.log.open("a") as log:
             self.popen(host, command, stdout=log, stderr=log)
 
