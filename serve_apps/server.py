@@ -5,7 +5,8 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator
+from logging.handlers import MemoryHandler
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -59,7 +60,8 @@ class EndsWithEngine(Server):
     """
 
     async def __init__(self, llm_config: LLMConfig, *, engine_timeout_s: float, **kwargs):
-        await super().__init__(llm_config, **kwargs)
+        with log_file_kept(logger):
+            await super().__init__(llm_config, **kwargs)
         self.engine_timeout_s = engine_timeout_s
         self.requests = {"requests": 0, "refused": 0}
         self.watches = [
@@ -229,6 +231,20 @@ class SereDecodeDPServer(Rerouting, PlainDecodeDPServer):
 PREFILL_SERVERS = (PrefillServer, PrefillDPServer)
 DECODE_SERVERS = ((PlainDecodeServer, PlainDecodeDPServer), (SereDecodeServer, SereDecodeDPServer))
 SERVERS = ((PlainServer, PlainDPServer), (SereServer, SereDPServer))
+
+
+@contextlib.contextmanager
+def log_file_kept(of: logging.Logger) -> Generator[None]:
+    """Within it, logging may be configured anew, and `of` writes to the same file afterwards.
+
+    An engine that starts configures vLLM's logging, by which Python closes every handler that there is. Ray Serve's
+    then has no file. What the replica logs is lost, and a controller that starts again, after its own death or the
+    head's, replaces every replica that can't name its log file.
+    """
+    files = [(handler, handler.target) for handler in of.handlers if isinstance(handler, MemoryHandler)]
+    yield
+    for handler, file in files:
+        handler.setTarget(file)
 
 
 async def repeat_forever(what: str, act: Callable[[], Awaitable[None]], pause_s: float = 0.0) -> None:
