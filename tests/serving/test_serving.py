@@ -231,6 +231,26 @@ def test_the_engine_stops_when_a_client_leaves(cluster, url, client, streams):
 
 
 @pytest.mark.slow
+def test_a_controller_that_starts_again_keeps_the_engine(cluster, admin):
+    """It keeps the replicas that can say what they are, their log file included."""
+    replicas, engine = admin()["replicas"], processes(cluster, "VLLM::EngineCore")
+    (killed,) = processes(cluster, "ray::ServeController")
+    killed.kill()
+    applications = f"{cluster.environment['RAY_API_SERVER_ADDRESS']}/api/serve/applications/"
+    headers = {"Authorization": f"Bearer {cluster.environment['RAY_AUTH_TOKEN']}"}
+
+    def is_whole() -> bool:
+        (controller,) = processes(cluster, "ray::ServeController")
+        answer = httpx.get(applications, headers=headers, timeout=PATIENCE).raise_for_status().json()
+        deployments = answer["applications"]["sere"]["deployments"].values()
+        states = {replica["state"] for deployment in deployments for replica in deployment["replicas"]}
+        return controller != killed and states == {"RUNNING"}
+
+    eventually(is_whole)
+    assert admin()["replicas"] == replicas and processes(cluster, "VLLM::EngineCore") == engine
+
+
+@pytest.mark.slow
 def test_a_replica_and_a_keeper_that_start_again_run_the_same(cluster, admin, client, prompts):
     """Ray Serve replaces both after their processes are killed; the settings in force stay. A stream is told."""
     (killed,) = admin(select_top_k=3)["replicas"]

@@ -58,6 +58,16 @@ def test_survival():
     assert f"Of {sent:,} requests in {found['seconds']:.0f} s, {answered:,} were answered" in PROSE
 
 
+def test_a_head_that_dies():
+    found = load(ROOT / "tests/soak/results/head.json")["head"]
+    without, after = found["requests"]["without a head"], found["requests"]["after"]
+    assert all(found["checks"].values()) and found["failures"] == []
+    assert f"In the 60 s without a head {without['answered']} requests were answered" in PROSE
+    assert f"each within {without['seconds']['max']:.1f} s, and none failed" in PROSE
+    assert f"whole {found['seconds_until_whole']:.0f} s later" in PROSE
+    assert f"the slowest took {after['seconds']['max']:.1f} s" in PROSE
+
+
 def test_speed_under_speculative_decoding():
     rows = load(RESULTS / "speculation_speed.json")["rows"]
     found = {(row["batch"], row["drafted"], row["rerouting"]): row for row in rows}
