@@ -242,9 +242,11 @@ def log_file_kept(of: logging.Logger) -> Generator[None]:
     head's, replaces every replica that can't name its log file.
     """
     files = [(handler, handler.target) for handler in of.handlers if isinstance(handler, MemoryHandler)]
-    yield
-    for handler, file in files:
-        handler.setTarget(file)
+    try:
+        yield
+    finally:  # what an engine that does not start says of it belongs into the file, too
+        for handler, file in files:
+            handler.setTarget(file)
 
 
 async def repeat_forever(what: str, act: Callable[[], Awaitable[None]], pause_s: float = 0.0) -> None:
