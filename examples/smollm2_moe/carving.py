@@ -47,7 +47,7 @@ class Carving:
     norm_H: torch.Tensor  # the weight of the normalisation before the layer
 
 
-def save_carvings(carvings: list[Carving], file: Path, metadata: dict[str, str]) -> None:
+def save_carvings(carvings: list[Carving], file: Path) -> None:
     """Writes the carving of each layer, floats as float16."""
     stored = {}
     for layer, carving in enumerate(carvings):
@@ -55,7 +55,7 @@ def save_carvings(carvings: list[Carving], file: Path, metadata: dict[str, str])
             tensor = getattr(carving, field.name).detach()
             dtype = torch.float16 if tensor.is_floating_point() else torch.int16
             stored[f"{layer}.{field.name}"] = tensor.to(dtype).contiguous()
-    save_file(stored, file, metadata=metadata)
+    save_file(stored, file)
 
 
 def load_carvings(file: Path) -> list[Carving]:

@@ -49,8 +49,7 @@ def loss(model: LlamaForCausalLM, texts: list[list[int]]) -> float:
     total, count = 0.0, 0
     for ids in texts:
         tokens = torch.tensor([ids])
-        log_probs = model(tokens).logits[:, :-1].float().log_softmax(-1)
-        total -= float(log_probs.gather(-1, tokens[:, 1:, None]).sum())
+        total += float(model(tokens, labels=tokens).loss) * (len(ids) - 1)
         count += len(ids) - 1
     return total / count
 

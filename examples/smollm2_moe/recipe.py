@@ -2,7 +2,7 @@
 
     python -m examples.smollm2_moe.chats
     python -m examples.smollm2_moe.recipe                                       # hours on 2 cores
-    python -m examples.smollm2_moe.recipe --start build/smollm2/carving.safetensors --minutes 60    # further
+    python -m examples.smollm2_moe.recipe --start examples/smollm2_moe/carving.safetensors  # an hour more
 
 First layer by layer: neurons are grouped by what they do for the learned text, the router learns which experts keep
 most of a token, then router and scales learn to give what the dense layer gives. Then end to end: they and the
@@ -13,7 +13,6 @@ calibration text. The kind `scripture` is held out.
 """
 
 import copy
-import math
 import random
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from examples.smollm2_moe.carving import CarvedFeedForward, Carving, Shape, carv
 from examples.smollm2_moe.chats import WORK
 from examples.smollm2_moe.dense import decoder_layers, dense_model
 from examples.tiny_moe.data import CALIBRATION
+from examples.tiny_moe.train import learning_rate
 
 LENGTH = 256  # tokens of a sequence
 LEARNED_KINDS = ("manual", "dictionary")
@@ -156,23 +156,23 @@ def distil_end_to_end(
     others = [parameter for name, parameter in trained.items() if "norm" not in name]
     groups = [{"params": others, "peak": PEAK}, {"params": norms, "peak": PEAK / 10}]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=(0.9, 0.95))
-    began, saved, smooth = time.monotonic(), time.monotonic(), None
+    began, saved, step, smooth = time.monotonic(), time.monotonic(), 0, None
     progress = tqdm(desc="end to end")
     while (done := (time.monotonic() - began) / (60 * minutes)) < 1:
-        rate = min(1.0, 20 * done) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
+            group["lr"] = learning_rate(step, done, group["peak"])
         loss = divergence(student, teacher, ids[torch.randint(len(ids), (batch,))])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
+        step += 1
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         progress.set_postfix(kl=f"{smooth:.3f}")
         progress.update()
         if time.monotonic() - saved > SAVE_SECONDS:
             saved = time.monotonic()
-            save_carvings(carvings_of(student), save, {})
+            save_carvings(carvings_of(student), save)
 
 
 def main(
@@ -196,7 +196,7 @@ def main(
     else:
         shape = Shape(shared=shared, width=width)
         carvings = carve_layer_by_layer(teacher, ids[: tokens // LENGTH], held_out, shape, epochs)
-        save_carvings(carvings, output, {})
+        save_carvings(carvings, output)
     student = carved(teacher, carvings)
     with torch.no_grad():
         print(f"KL divergence on held-out text: {divergence(student, teacher, held_out):.3f}", flush=True)
@@ -204,7 +204,7 @@ def main(
         distil_end_to_end(student, teacher, ids, minutes, batch, output)
     with torch.no_grad():
         print(f"KL divergence on held-out text: {divergence(student, teacher, held_out):.3f}")
-    save_carvings(carvings_of(student), output, {})
+    save_carvings(carvings_of(student), output)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def carvings(dense, ids):
 
 def test_the_served_form_gives_what_the_trained_form_gives(dense, carvings, ids):
     served = Qwen2MoeForCausalLM(moe_config(dense, carvings[0])).float().eval()
-    missing, unexpected = served.load_state_dict(unfused(served, moe_state(dense, carvings)), strict=False)
+    missing, unexpected = served.load_state_dict(fused(served, moe_state(dense, carvings)), strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     served.tie_weights()
     with torch.no_grad():
@@ -69,9 +69,9 @@ def test_the_served_form_gives_what_the_trained_form_gives(dense, carvings, ids)
         torch.testing.assert_close(served(ids).logits, trained, rtol=0, atol=1e-4)
 
 
-def unfused(served: Qwen2MoeForCausalLM, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def fused(served: Qwen2MoeForCausalLM, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the checkpoint's weights as the module holds them: the experts of a layer in one tensor."""
-    fused = {name: weight for name, weight in state.items() if ".mlp.experts." not in name}
+    weights = {name: weight for name, weight in state.items() if ".mlp.experts." not in name}
     for layer in range(served.config.num_hidden_layers):
         name = f"model.layers.{layer}.mlp.experts"
 
@@ -80,13 +80,13 @@ def unfused(served: Qwen2MoeForCausalLM, state: dict[str, torch.Tensor]) -> dict
                 [state[f"{name}.{expert}.{projection}.weight"] for expert in range(served.config.num_experts)]
             )
 
-        fused[f"{name}.gate_up_proj"] = torch.cat([stacked("gate_proj"), stacked("up_proj")], dim=1)
-        fused[f"{name}.down_proj"] = stacked("down_proj")
-    return fused
+        weights[f"{name}.gate_up_proj"] = torch.cat([stacked("gate_proj"), stacked("up_proj")], dim=1)
+        weights[f"{name}.down_proj"] = stacked("down_proj")
+    return weights
 
 
 def test_a_carving_is_read_as_it_was_written(carvings, tmp_path):
-    save_carvings(carvings, tmp_path / "carving.safetensors", {})
+    save_carvings(carvings, tmp_path / "carving.safetensors")
     for written, read in zip(carvings, load_carvings(tmp_path / "carving.safetensors"), strict=True):
         for name, tensor in vars(written).items():
             torch.testing.assert_close(getattr(read, name), tensor.detach(), rtol=1e-3, atol=1e-3)
