@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,8 +29,9 @@ from examples.demo import APP, ROOT
 from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.provenance import rounded
-from tests.soak.load import ENGINE, ENVIRONMENT, finish
+from tests.soak.load import ENGINE, ENVIRONMENT, finish, processes
 from tests.support.hosts import Hosts, can_be_made
+from tests.support.polling import eventually
 
 HEAD, WORKER = 0, 1
 PORT = 8000
@@ -58,16 +59,6 @@ def command(hosts: Hosts, host: int, *words: str) -> str:
     return done.stdout
 
 
-def until(what: str, holds: Callable[[], Any]) -> Any:
-    """Waits until this is true, and returns it."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        if found := holds():
-            return found
-        time.sleep(1)
-    raise TimeoutError(f"not within {PATIENCE_SECONDS} s: {what}")
-
-
 def deploy(hosts: Hosts) -> None:
     artifact = hosts.folder / "artifact"
     calibrate = (sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(MODEL), "--output", str(artifact))
@@ -88,11 +79,6 @@ def outcomes(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def engines(hosts: Hosts) -> list[int]:
-    found = (process for process in hosts.processes_of(WORKER) if process.is_running())
-    return sorted(process.pid for process in found if (process.cmdline() or [""])[0].startswith(ENGINE))
-
-
 def lose_head(hosts: Hosts) -> dict[str, Any]:
     """Returns what clients saw before, while and after there was no head."""
     url = f"http://{hosts.ip(WORKER)}:{PORT}"
@@ -101,17 +87,11 @@ def lose_head(hosts: Hosts) -> dict[str, Any]:
     def settings(**changes: Any) -> dict[str, Any]:
         return json.loads(command(hosts, WORKER, sys.executable, "-c", SETTINGS, url, json.dumps(changes)))["settings"]
 
-    def can_change() -> bool:
-        try:
-            return settings(select_top_k=4)["select_top_k"] == 4
-        except RuntimeError:
-            return False
-
     with log.open("w") as file:
         asking = hosts.popen(WORKER, [sys.executable, "-m", "tests.soak.ask", f"{url}/v1"], cwd=ROOT, stdout=file)
-    until("an answer", lambda: any(not each["error"] for each in outcomes(log)))
+    eventually(lambda: any(not each["error"] for each in outcomes(log)), PATIENCE_SECONDS)
     ready, before = time.time(), settings(select_top_k=3, threshold=0.25)
-    engine = engines(hosts)
+    engine = processes(hosts, ENGINE)
     time.sleep(QUIET_SECONDS)
 
     died = time.time()
@@ -122,17 +102,14 @@ def lose_head(hosts: Hosts) -> dict[str, Any]:
     status = ("serve", "status", "--address", f"http://{hosts.ip(HEAD)}:8265")
 
     def is_whole() -> bool:
-        try:
-            return yaml.safe_load(command(hosts, HEAD, *status))["applications"]["sere"]["status"] == "RUNNING"
-        except (RuntimeError, KeyError, TypeError):
-            return False
+        return yaml.safe_load(command(hosts, HEAD, *status))["applications"]["sere"]["status"] == "RUNNING"
 
-    until("the application is as it was", is_whole)
+    eventually(is_whole, PATIENCE_SECONDS)
     whole = time.time()
     time.sleep(QUIET_SECONDS)
     after = settings()
-    is_changed = until("settings can be changed", can_change)
-    same_engine = engines(hosts) == engine != []
+    eventually(lambda: settings(select_top_k=4), PATIENCE_SECONDS)
+    changed, same_engine = settings(), processes(hosts, ENGINE) == engine != []
     asking.terminate()
     asking.wait()
 
@@ -161,7 +138,7 @@ def lose_head(hosts: Hosts) -> dict[str, Any]:
             "every request is answered": not failures,
             "by the engine that was there before": same_engine,
             "the settings in force are the same": before == after,
-            "and can be changed": is_changed,
+            "and can be changed": changed["select_top_k"] == 4,
         },
     }
 

@@ -20,6 +20,7 @@ from sere_dist.console import tables
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.testing.local_cluster import LocalCluster
+from tests.support.hosts import Hosts
 
 PROMPTS = ("In the beginning", "sea lion (noun):", ".. function:: sorted(", "And the king answered", "def main(", "The")
 GREEDY = {"max_tokens": 32, "temperature": 0, "extra_body": {"ignore_eos": True, "return_token_ids": True}}
@@ -36,7 +37,7 @@ def seeded(seed: int | None) -> int:
     return seed
 
 
-def processes(cluster: LocalCluster, *titles: str) -> list[psutil.Process]:
+def processes(cluster: LocalCluster | Hosts, *titles: str) -> list[psutil.Process]:
     """Returns the cluster's processes whose title begins with one of these."""
     found = []
     for process in cluster.processes():
