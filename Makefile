@@ -51,7 +51,7 @@ check: lint types unit ## lint, types, and the tests that need neither a cluster
 test: check ## and each promise that needs the real thing: engines, Ray, Serve, HTTP (15 minutes)
 	$(PYTEST) tests --dist loadfile --no-loadscope-reorder -m "long and not slow"
 
-test-all: lint types ## everything, at length: run it before an issue is called resolved (47 minutes)
+test-all: lint types ## everything, at length: run it before an issue is called resolved (44 minutes)
 	$(PYTEST) tests --dist loadfile --no-loadscope-reorder --hypothesis-profile thorough -m "not matrix"
 
 # Another release of vLLM in an environment of its own: the lock, less what requirements/vllm-VERSION.txt replaces.
