@@ -1,8 +1,8 @@
-"""Measure what re-routing does to the served example model: print a table, and one line of JSON at the end.
+"""Measure what re-routing does to a served example model: print a table, and one line of JSON at the end.
 
     python -m examples.measure http://127.0.0.1:8000/v1
 
-Runs beside `serve run serve_apps/tiny_moe.yaml`, with the environment that reaches its Ray cluster. It switches
+Runs beside `serve run` with an example's application, in the environment that reaches its Ray cluster. It switches
 re-routing off and on in turns, and leaves it on. Active experts and times are those of the served model while it writes
 its own text. Quality is measured beside it on held-out text, by the protocol of `sere_dist.evaluation.protocol`.
 """
@@ -12,6 +12,7 @@ import json
 import logging
 import statistics
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import openai
@@ -21,7 +22,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from examples.tiny_moe.data import HELDOUT, MODEL
+from examples.application import TINY_MOE, Example
 from sere_dist.admin import change_settings, request_settings
 from sere_dist.artifact.folder import Artifact
 from sere_dist.console import tables
@@ -34,10 +35,10 @@ from sere_dist.moe import load_model
 from sere_dist.provenance import machine, versions
 from serve_apps.workers import worker_rpc
 
-MODEL_ID = "tiny-moe"
+EXAMPLES = {TINY_MOE.model_id: TINY_MOE}
 
 
-async def time_per_output_token(url: str, prompts: list[list[int]], new_tokens: int) -> float:
+async def time_per_output_token(url: str, model_id: str, prompts: list[list[int]], new_tokens: int) -> float:
     """Returns milliseconds: from sending all requests at once to the last answer, over the tokens of an answer.
 
     Prefill is in it. Arrival times of streamed tokens are not used: on a machine whose few cores engine, proxies and
@@ -48,7 +49,7 @@ async def time_per_output_token(url: str, prompts: list[list[int]], new_tokens: 
         answers = await asyncio.gather(
             *(
                 client.completions.create(
-                    model=MODEL_ID,
+                    model=model_id,
                     prompt=prompt,
                     max_tokens=new_tokens,
                     temperature=1,  # greedy answers of a small model fall into loops, and share their experts
@@ -63,16 +64,18 @@ async def time_per_output_token(url: str, prompts: list[list[int]], new_tokens: 
     return 1e3 * seconds / new_tokens
 
 
-def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens: int) -> dict[bool, dict]:
+def measure_serving(
+    url: str, model_id: str, prompts: list[list[int]], rounds: int, new_tokens: int
+) -> dict[bool, dict]:
     """Returns what serving the prompts side by side looks like with re-routing off and on, measured in turns."""
     times: dict[bool, list[float]] = {False: [], True: []}
     experts, steps = {False: 0, True: 0}, {False: 0, True: 0}
-    asyncio.run(time_per_output_token(url, prompts, new_tokens))  # warm up
+    asyncio.run(time_per_output_token(url, model_id, prompts, new_tokens))  # warm up
     for enabled in [False, True] * rounds:
         change_settings(url, {"enabled": enabled})
-        worker_rpc(MODEL_ID, "sere_counters", reset=True)
-        times[enabled].append(asyncio.run(time_per_output_token(url, prompts, new_tokens)))
-        layers = worker_rpc(MODEL_ID, "sere_counters")[0]["layers"].values()
+        worker_rpc(model_id, "sere_counters", reset=True)
+        times[enabled].append(asyncio.run(time_per_output_token(url, model_id, prompts, new_tokens)))
+        layers = worker_rpc(model_id, "sere_counters")[0]["layers"].values()
         experts[enabled] += sum(layer["active_experts_after"] for layer in layers)
         steps[enabled] += sum(layer["steps"] for layer in layers)
     return {
@@ -84,9 +87,9 @@ def measure_serving(url: str, prompts: list[list[int]], rounds: int, new_tokens:
     }
 
 
-def measure_quality(texts: list[Text], artifact: Artifact, settings: dict[str, Any]) -> dict[bool, dict]:
+def measure_quality(model: Path, texts: list[Text], artifact: Artifact, settings: dict[str, Any]) -> dict[bool, dict]:
     """Returns what held-out text, decoded in lockstep, comes to with re-routing off and on."""
-    held_out = decoded(load_model(str(MODEL), "cpu"), texts)
+    held_out = decoded(load_model(str(model), "cpu"), texts)
     rerouted = paper_rerouter(artifact.tables, Settings(settings["select_top_k"], settings["threshold"]))
     baseline = held_out.run(unchanged, BATCH)
     outcomes = {
@@ -94,6 +97,11 @@ def measure_quality(texts: list[Text], artifact: Artifact, settings: dict[str, A
         True: outcome_of(held_out.run(rerouted, BATCH), baseline, BATCH),
     }
     return {on: outcome.model_dump(include={"kl", "kl_error", "perplexity"}) for on, outcome in outcomes.items()}
+
+
+def served_example(url: str) -> Example:
+    (model,) = openai.OpenAI(base_url=url, api_key="none").models.list().data
+    return EXAMPLES[model.id]
 
 
 def main(
@@ -107,15 +115,18 @@ def main(
     ray.init(log_to_driver=False, logging_level=logging.ERROR)
     settings = request_settings(url)["settings"]
     artifact = Artifact.load(settings["artifact"])
-    texts = held_out_texts(HELDOUT, AutoTokenizer.from_pretrained(MODEL))
+    example = served_example(url)
+    texts = held_out_texts(example.held_out, AutoTokenizer.from_pretrained(example.model))
 
     with console.status("decoding"):
-        served = measure_serving(url, [text.ids[:PROMPT] for text in texts[:BATCH]], rounds, new_tokens)
+        served = measure_serving(
+            url, example.model_id, [text.ids[:PROMPT] for text in texts[:BATCH]], rounds, new_tokens
+        )
     with console.status("scoring held-out text"):
-        quality = measure_quality(texts, artifact, settings)
+        quality = measure_quality(example.model, texts, artifact, settings)
     result = {enabled: served[enabled] | quality[enabled] for enabled in served}
 
-    title = f"{MODEL_ID}, batch {BATCH}, {artifact.config.num_experts} experts per layer"
+    title = f"{example.model_id}, batch {BATCH}, {artifact.config.num_experts} experts per layer"
     table = Table(title=title, title_style="bold")
     table.add_column("re-routing")
     table.add_column("active experts per\nlayer and step, served", justify="right")

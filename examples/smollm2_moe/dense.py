@@ -30,6 +30,7 @@ def dense_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Returns the model in float32, and its tokenizer."""
     file = gguf_file()
     quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    del quantised.config.quantization_config  # the weights are float32 now, and vLLM knows no GGUF
     model = LlamaForCausalLM(quantised.config)  # that one remembers its file's format, and can't be saved
     model.load_state_dict(quantised.state_dict())
     model.generation_config = quantised.generation_config

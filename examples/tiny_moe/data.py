@@ -8,6 +8,7 @@ import torch
 from sere_dist.calibration.texts import load_tokenizer, read_texts, tokenise
 
 FOLDER = Path(__file__).resolve().parent
+MODEL_ID = "tiny-moe"  # its name in requests
 MODEL, DRAFT = FOLDER / "model", FOLDER / "draft"  # the second drafts for the first in speculative decoding
 CALIBRATION, HELDOUT = FOLDER / "calibration.parquet", FOLDER / "heldout.parquet"
 

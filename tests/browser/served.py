@@ -8,8 +8,8 @@ Exits with the command's status.
 import subprocess
 import sys
 
-from examples.demo import ROOT, WIDE, WIDTH, calibrate, served
-from examples.tiny_moe.data import MODEL
+from examples.application import ROOT, TINY_MOE, calibrate, served
+from examples.demo import WIDE, WIDTH
 from examples.tiny_moe.widen import widen
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
@@ -18,7 +18,7 @@ from sere_dist.testing.local_cluster import LocalCluster, free_ports
 def main(command: list[str]) -> int:
     with LocalCluster() as cluster:
         calibrate(cluster)
-        with served(cluster, free_ports(1)[0], model=str(widen(MODEL, WIDE, WIDTH))) as url:
+        with served(cluster, free_ports(1)[0], model=str(widen(TINY_MOE.model, WIDE, WIDTH))) as url:
             address = url.removesuffix("/v1") + "/"
             return subprocess.run([*command, address, cluster.environment[ADMIN_TOKEN]], cwd=ROOT).returncode
 

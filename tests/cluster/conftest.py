@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from examples import demo
+from examples.application import calibrate
 
 
 @pytest.fixture(scope="session")
 def job_artifact(cluster, tmp_path_factory) -> Path:
     """The artifact of the example model, written by a job that went through `ray job submit`."""
     path = tmp_path_factory.mktemp("job") / "tiny-moe-sere"
-    demo.calibrate(cluster, path)
+    calibrate(cluster, artifact=path)
     return path

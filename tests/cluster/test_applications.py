@@ -10,13 +10,13 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 from transformers import AutoConfig
 
-from examples import demo
+from examples.application import ROOT
 from examples.tiny_moe.data import MODEL
 from sere_dist.moe import MoeShape
 from tests.support.artifacts import small_artifact
 
-APPS = sorted((demo.ROOT / "serve_apps").glob("*.yaml"))
-SHAPES = demo.ROOT / "benchmarks" / "shapes"
+APPS = sorted((ROOT / "serve_apps").glob("*.yaml"))
+SHAPES = ROOT / "benchmarks" / "shapes"
 # The published shape of each model that a file names.
 SHAPE_OF = {
     "examples/tiny_moe/model": MODEL,
@@ -51,7 +51,7 @@ def built(cluster, tmp_path_factory) -> dict[str, dict[str, dict]]:
         all_arguments[path.name] = args | {"model": str(SHAPE_OF[args["model"]]), "model_id": args["model"]}
     done = cluster.run(
         [sys.executable, "-m", "tests.support.build_apps", json.dumps(all_arguments)],
-        cwd=demo.ROOT,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -11,8 +11,8 @@ import openai
 import pytest
 import yaml
 
-from examples import demo
-from examples.tiny_moe.data import CALIBRATION, MODEL
+from examples.application import ROOT, served
+from examples.tiny_moe.data import CALIBRATION, MODEL, MODEL_ID
 from sere_dist.admin import request_settings
 from sere_dist.artifact.folder import Artifact
 from sere_dist.environment import ADMIN_TOKEN
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def autoscaled():
-    types = yaml.safe_load((demo.ROOT / "cluster.yaml").read_text())["available_node_types"]
+    types = yaml.safe_load((ROOT / "cluster.yaml").read_text())["available_node_types"]
     assert types.pop("head")["resources"] == {"CPU": 0}
     for node in types.values():
         resources = node["resources"]
@@ -99,14 +99,14 @@ def test_replicas_come_under_load_and_go_when_idle(autoscaled, artifact_path, mo
     arguments = {"num_replicas": None, "autoscaling": autoscaling, "environment": ENVIRONMENT}
     with (
         nodes_over_time(autoscaled) as seen,
-        demo.served(autoscaled, free_ports(1)[0], artifact_path, **arguments) as url,
+        served(autoscaled, free_ports(1)[0], artifact=artifact_path, **arguments) as url,
         openai.OpenAI(base_url=url, api_key="none") as client,
     ):
         (first,) = request_settings(url, {"select_top_k": 3})["replicas"]
 
         def ask(_number: int) -> bool:
             options = {"max_tokens": 100, "extra_body": {"ignore_eos": True}}
-            answer = client.completions.create(model=demo.MODEL_ID, prompt="In the beginning", **options)
+            answer = client.completions.create(model=MODEL_ID, prompt="In the beginning", **options)
             return answer.usage.completion_tokens == 100
 
         def loaded() -> bool:

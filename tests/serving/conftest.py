@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from examples import demo
+from examples.application import ROOT, served
 from sere_dist.admin import change_settings, request_settings
 from sere_dist.config import CHANGEABLE
 from sere_dist.environment import ADMIN_TOKEN, API_KEY
@@ -33,8 +33,8 @@ def key_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pools(tmp_path_factory) -> dict[str, Any]:
     """The arguments of `serve_apps/tiny_moe_pd.yaml`, with a folder of its own for keys and values."""
-    (application,) = yaml.safe_load((demo.ROOT / "serve_apps" / "tiny_moe_pd.yaml").read_text())["applications"]
-    arguments, folder = application["args"], tmp_path_factory.mktemp("keys and values")
+    (pools,) = yaml.safe_load((ROOT / "serve_apps" / "tiny_moe_pd.yaml").read_text())["applications"]
+    arguments, folder = pools["args"], tmp_path_factory.mktemp("keys and values")
     for pool in (arguments, arguments["prefill"]):
         pool["engine"]["kv_transfer_config"]["kv_connector_extra_config"] = {"shared_storage_path": str(folder)}
     del arguments["rerouting"]  # `served` has the same, with the artifact's place
@@ -61,7 +61,7 @@ def url(request, cluster, artifact_path, key_file, pools):
             },
         }[request.param]
     key = KEYS[0] if request.param in PARALLEL else "none"
-    with demo.served(cluster, free_ports(1)[0], artifact_path, key=key, **arguments) as url:
+    with served(cluster, free_ports(1)[0], artifact=artifact_path, key=key, **arguments) as url:
         yield url
 
 

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from examples.demo import ROOT
+from examples.application import ROOT
 from sere_dist.admin import AdminError, request_settings
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.evaluation.accuracy import evaluate_off_and_on, restore_settings

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from examples import demo
+from examples.tiny_moe.data import MODEL_ID
 from tests.serving.conftest import FEW
 from tests.soak.load import processes
 from tests.support.polling import eventually
@@ -16,7 +16,7 @@ CLIENTS, NEW, TAKES = 16, 64, FEW["max_num_queued_reqs"]
 
 
 def complete(url: str, **changes) -> httpx.Response:
-    request = {"model": demo.MODEL_ID, "prompt": "In the beginning", "max_tokens": 8, **changes}
+    request = {"model": MODEL_ID, "prompt": "In the beginning", "max_tokens": 8, **changes}
     return httpx.post(f"{url}/completions", json=request, timeout=300)
 
 
@@ -26,7 +26,7 @@ def complete(url: str, **changes) -> httpx.Response:
         ({"n": 65}, 400),
         ({"prompt": ["In the beginning"] * 129}, 400),
         ({"prompt": "a" * 100_000}, 413),
-        ({"model": f"{demo.MODEL_ID}:adapter"}, 404),
+        ({"model": f"{MODEL_ID}:adapter"}, 404),
     ],
 )
 def test_requests_beyond_a_bound_are_refused(url, changes, status):

@@ -6,8 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import openai
 import pytest
 
-from examples import demo
-from examples.tiny_moe.data import example_texts
+from examples.tiny_moe.data import MODEL_ID, example_texts
 from tests.serving.conftest import KEYS
 from tests.soak.load import processes
 from tests.support.metrics import metrics
@@ -26,7 +25,7 @@ def test_every_rank_answers_and_reroutes(cluster, url, admin):
 
         def answer(prompt: list[int]) -> int:
             done = client.completions.create(
-                model=demo.MODEL_ID, prompt=prompt, max_tokens=16, extra_body={"ignore_eos": True}
+                model=MODEL_ID, prompt=prompt, max_tokens=16, extra_body={"ignore_eos": True}
             )
             return done.usage.completion_tokens
 
@@ -44,7 +43,7 @@ def test_every_rank_answers_and_reroutes(cluster, url, admin):
 def test_without_a_key_there_is_no_answer(url):
     for key in ("none", "old"):
         with openai.OpenAI(base_url=url, api_key=key) as client, pytest.raises(openai.AuthenticationError):
-            client.completions.create(model=demo.MODEL_ID, prompt="In the beginning")
+            client.completions.create(model=MODEL_ID, prompt="In the beginning")
 
 
 @pytest.mark.slow
@@ -62,7 +61,7 @@ def test_a_group_that_loses_a_process_comes_back(cluster, url):
 
             def answers_again(client=client, workers=workers) -> bool:
                 now = {process.pid for process in processes(cluster, "VLLM::Worker")}
-                completion = {"model": demo.MODEL_ID, "prompt": "In the beginning", "max_tokens": 8}
+                completion = {"model": MODEL_ID, "prompt": "In the beginning", "max_tokens": 8}
                 return not workers & now and bool(client.completions.create(**completion).choices)
 
             eventually(answers_again)

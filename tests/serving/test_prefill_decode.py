@@ -3,8 +3,7 @@
 import openai
 import pytest
 
-from examples import demo
-from examples.tiny_moe.data import MODEL, example_texts
+from examples.tiny_moe.data import MODEL, MODEL_ID, example_texts
 from sere_dist.admin import request_settings
 from sere_dist.environment import ADMIN_TOKEN
 from tests.support import engines
@@ -26,7 +25,7 @@ def test_only_the_decode_pool_is_rerouted(cluster, url, pools, monkeypatch):
     with openai.OpenAI(base_url=url, api_key="none") as client:
 
         def greedy() -> list[list[int]]:
-            options = {"model": demo.MODEL_ID, "max_tokens": NEW, "temperature": 0}
+            options = {"model": MODEL_ID, "max_tokens": NEW, "temperature": 0}
             extra = {"ignore_eos": True, "return_token_ids": True}
             answers = [client.completions.create(prompt=prompt, extra_body=extra, **options) for prompt in prompts]
             return [answer.choices[0].token_ids for answer in answers]

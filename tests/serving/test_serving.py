@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
-from examples import demo
-from examples.tiny_moe.data import MODEL, example_texts
+from examples.application import ROOT
+from examples.tiny_moe.data import MODEL, MODEL_ID, example_texts
 from sere_dist.admin import ACTIVITY_PATH, AdminError, request_settings, request_trial
 from sere_dist.environment import ADMIN_TOKEN
 from serve_apps.settings import FEWEST_REQUESTS
@@ -33,18 +33,18 @@ def client(url):
 
 
 def test_answers_completions_and_chats(client):
-    assert [model.id for model in client.models.list()] == [demo.MODEL_ID]
-    completion = client.completions.create(model=demo.MODEL_ID, prompt="In the beginning", max_tokens=8, temperature=0)
+    assert [model.id for model in client.models.list()] == [MODEL_ID]
+    completion = client.completions.create(model=MODEL_ID, prompt="In the beginning", max_tokens=8, temperature=0)
     assert completion.usage.completion_tokens == 8 and completion.choices[0].text
     message = {"role": "user", "content": "And God said,"}
-    chat = client.chat.completions.create(model=demo.MODEL_ID, messages=[message], max_tokens=8, temperature=0)
+    chat = client.chat.completions.create(model=MODEL_ID, messages=[message], max_tokens=8, temperature=0)
     assert chat.usage.completion_tokens == 8 and chat.choices[0].message.content
 
 
 def test_streams(client):
     options = {"max_tokens": 12, "temperature": 0, "extra_body": {"ignore_eos": True}}
-    whole = client.completions.create(model=demo.MODEL_ID, prompt="In the beginning", **options)
-    chunks = list(client.completions.create(model=demo.MODEL_ID, prompt="In the beginning", stream=True, **options))
+    whole = client.completions.create(model=MODEL_ID, prompt="In the beginning", **options)
+    chunks = list(client.completions.create(model=MODEL_ID, prompt="In the beginning", stream=True, **options))
     assert len(chunks) > 1
     assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
 
@@ -52,7 +52,7 @@ def test_streams(client):
 def test_rerouting_acts_in_the_serving_workers(cluster, url):
     """What `make demo` measures: fewer active experts with re-routing on, counted where the model runs."""
     command = [sys.executable, "-m", "examples.measure", url, "--rounds", "1", "--new-tokens", "24"]
-    done = cluster.run(command, cwd=demo.ROOT, stdout=subprocess.PIPE, text=True)
+    done = cluster.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert done.returncode == 0
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["select_top_k"] == 2
@@ -82,7 +82,7 @@ def test_requests_over_the_models_limits(client):
         ({"prompt": [10**8], "max_tokens": 8}, "out of vocabulary"),
     ):
         with pytest.raises(openai.BadRequestError) as refused:
-            client.completions.create(model=demo.MODEL_ID, **too_much)
+            client.completions.create(model=MODEL_ID, **too_much)
         assert message in refused.value.body["message"]
     with pytest.raises(openai.NotFoundError) as refused:
         client.completions.create(model="another-model", prompt="a")
@@ -96,7 +96,7 @@ def prompts() -> list[list[int]]:
 
 def greedy(client: openai.OpenAI, prompts: list[list[int]]) -> list[list[int]]:
     """Returns the tokens that follow each prompt, one request at a time."""
-    options = {"model": demo.MODEL_ID, "max_tokens": NEW, "temperature": 0}
+    options = {"model": MODEL_ID, "max_tokens": NEW, "temperature": 0}
     extra = {"ignore_eos": True, "return_token_ids": True}
     answers = [client.completions.create(prompt=prompt, extra_body=extra, **options) for prompt in prompts]
     return [answer.choices[0].token_ids for answer in answers]
@@ -205,7 +205,7 @@ def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
 def test_the_engine_stops_when_a_client_leaves(cluster, url, client, streams):
     """Its answers would take minutes."""
     (core,) = processes(cluster, "VLLM::EngineCore")
-    request = {"model": demo.MODEL_ID, "prompt": ["In the beginning"] * 16, "n": 64, "max_tokens": 480}
+    request = {"model": MODEL_ID, "prompt": ["In the beginning"] * 16, "n": 64, "max_tokens": 480}
 
     def worked() -> float:
         return sum(core.cpu_times()[:2])
@@ -227,7 +227,7 @@ def test_the_engine_stops_when_a_client_leaves(cluster, url, client, streams):
     assert worked() - before > 0.05
     eventually(is_idle)
     print(f"the engine was idle {time.monotonic() - left:.1f} s after its client had left")
-    assert client.completions.create(model=demo.MODEL_ID, prompt="a", max_tokens=1).choices
+    assert client.completions.create(model=MODEL_ID, prompt="a", max_tokens=1).choices
 
 
 @pytest.mark.slow
@@ -255,7 +255,7 @@ def test_a_replica_and_a_keeper_that_start_again_run_the_same(cluster, admin, cl
     """Ray Serve replaces both after their processes are killed; the settings in force stay. A stream is told."""
     (killed,) = admin(select_top_k=3)["replicas"]
     expected = greedy(client, prompts)
-    options = {"model": demo.MODEL_ID, "max_tokens": 480, "extra_body": {"ignore_eos": True}}
+    options = {"model": MODEL_ID, "max_tokens": 480, "extra_body": {"ignore_eos": True}}
     stream = client.completions.create(prompt="In the beginning", stream=True, **options)
     assert next(stream).choices
     for title in (REPLICA, "ray::ServeReplica:sere:SereSettings"):

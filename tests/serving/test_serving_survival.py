@@ -2,7 +2,7 @@
 
 import pytest
 
-from examples import demo
+from examples.application import served
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 from tests.soak import survival
 
@@ -23,7 +23,7 @@ def test_clients_of_what_dies_get_answers_or_clean_errors(artifact_path, monkeyp
     # On the cluster of the run, another test's application may be up. Serve would keep that one's HTTP port.
     with (
         LocalCluster(num_cpus=12) as cluster,
-        demo.served(cluster, free_ports(1)[0], artifact_path, **survival.ARGUMENTS) as url,
+        served(cluster, free_ports(1)[0], artifact=artifact_path, **survival.ARGUMENTS) as url,
     ):
         survived = survival.survive(cluster, url.removesuffix("/v1"), seconds=60)
     assert all(survived["checks"].values()), survived

@@ -12,7 +12,7 @@ from typing import Annotated
 import openai
 import typer
 
-from examples.demo import MODEL_ID
+from examples.tiny_moe.data import MODEL_ID
 from tests.soak.load import PROMPTS
 
 TOKENS = 24  # of each answer

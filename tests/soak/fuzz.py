@@ -29,7 +29,8 @@ import openai
 import typer
 from rich.table import Table
 
-from examples.demo import MODEL_ID, ROOT, calibrate, served
+from examples.application import ROOT, calibrate, served
+from examples.tiny_moe.data import MODEL_ID
 from sere_dist.environment import ADMIN_TOKEN, API_KEY
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 from tests.soak.load import PROMPTS, Memory, finish, greedy_without_rerouting, is_flat, seeded
@@ -231,12 +232,14 @@ def settled_tokens(cluster: LocalCluster, url: str, key: str) -> list[list[int]]
 def soak(schemathesis: Path, seconds: int, seed: int) -> dict[str, Any]:
     key = secrets.token_hex(16)
     with LocalCluster() as cluster:
-        calibrate(cluster, cluster.folder / "artifact")
+        calibrate(cluster, artifact=cluster.folder / "artifact")
         key_file, document = cluster.folder / "key", cluster.folder / "answerable.json"
         key_file.write_text(key)
         environment = {"env_vars": {f"{API_KEY}_FILE": str(key_file)}}
         ingress = {"num_replicas": 1, "ray_actor_options": {"runtime_env": environment}}
-        with served(cluster, free_ports(1)[0], cluster.folder / "artifact", key=key, ingress=ingress) as base_url:
+        with served(
+            cluster, free_ports(1)[0], artifact=cluster.folder / "artifact", key=key, ingress=ingress
+        ) as base_url:
             url = base_url.removesuffix("/v1")
             tokens = [settled_tokens(cluster, url, key)]
             command = [schemathesis.absolute(), "--seed", str(seed), "--max-time"]

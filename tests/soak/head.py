@@ -25,7 +25,7 @@ import yaml
 from rich.table import Table
 
 from benchmarks.common import spread
-from examples.demo import APP, ROOT
+from examples.application import ROOT, TINY_MOE
 from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.provenance import rounded
@@ -63,7 +63,7 @@ def deploy(hosts: Hosts) -> None:
     artifact = hosts.folder / "artifact"
     calibrate = (sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(MODEL), "--output", str(artifact))
     command(hosts, HEAD, *calibrate, "--dataset", str(CALIBRATION), "--num-samples", "64")
-    app = yaml.safe_load(APP.read_text())
+    app = yaml.safe_load(TINY_MOE.app.read_text())
     app["http_options"] |= {"host": "0.0.0.0", "port": PORT}
     app["proxy_location"] = "EveryNode"
     app["applications"][0]["args"] |= {"environment": ENVIRONMENT, "model": str(MODEL)}

@@ -14,7 +14,7 @@ import psutil
 import typer
 from rich.table import Table
 
-from examples.demo import MODEL_ID
+from examples.tiny_moe.data import MODEL_ID
 from sere_dist.admin import SETTINGS_PATH
 from sere_dist.console import tables
 from sere_dist.environment import ADMIN_TOKEN

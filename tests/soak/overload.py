@@ -23,7 +23,8 @@ import typer
 from rich.table import Table
 
 from benchmarks.common import spread
-from examples.demo import MODEL_ID, ROOT, calibrate, served
+from examples.application import ROOT, calibrate, served
+from examples.tiny_moe.data import MODEL_ID
 from sere_dist.provenance import rounded
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 from tests.soak.load import ENVIRONMENT, PROMPTS, Memory, finish, is_flat, seeded
@@ -134,8 +135,8 @@ def main(
     seed = seeded(seed)
     with LocalCluster() as cluster:
         artifact = cluster.folder / "artifact"
-        calibrate(cluster, artifact)
-        with served(cluster, free_ports(1)[0], artifact, **ARGUMENTS) as url:
+        calibrate(cluster, artifact=artifact)
+        with served(cluster, free_ports(1)[0], artifact=artifact, **ARGUMENTS) as url:
             result = asyncio.run(overload(cluster, url, seconds))
     finish(
         "overload", f"python -m tests.soak.overload --seconds {seconds} --seed {seed}", result, details(result), results

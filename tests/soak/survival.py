@@ -30,7 +30,8 @@ import yaml
 from rich.table import Table
 
 from benchmarks.common import spread
-from examples.demo import MODEL_ID, ROOT, calibrate, served
+from examples.application import ROOT, calibrate, served
+from examples.tiny_moe.data import MODEL_ID
 from sere_dist.admin import SETTINGS_PATH
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.provenance import rounded
@@ -384,9 +385,9 @@ def main(
     # Room for the ingresses and one replica; the other replica is on a node of its own.
     with LocalCluster(num_cpus=INGRESSES + REPLICA_CPUS) as cluster:
         artifact = cluster.folder / "artifact"
-        calibrate(cluster, artifact)
+        calibrate(cluster, artifact=artifact)
         nodes = Nodes(cluster)
-        with served(cluster, free_ports(1)[0], artifact, proxy_location="HeadOnly", **ARGUMENTS) as base_url:
+        with served(cluster, free_ports(1)[0], artifact=artifact, proxy_location="HeadOnly", **ARGUMENTS) as base_url:
             result = survive(cluster, base_url.removesuffix("/v1"), seconds, nodes)
     command = f"python -m tests.soak.survival --seconds {seconds} --seed {seed}"
     finish("survival", command, result, details(result), results)

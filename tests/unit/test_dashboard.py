@@ -10,7 +10,7 @@ from ray.dashboard.modules.metrics import grafana_dashboard_factory
 from vllm.v1.metrics import loggers
 from vllm.v1.spec_decode import metrics as speculation
 
-from examples.demo import ROOT
+from examples.application import ROOT
 from sere_dist.config import ReroutingConfig
 from serve_apps import metrics
 

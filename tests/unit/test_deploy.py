@@ -16,7 +16,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from calibration_jobs import calibrate
 from deploy import check
-from examples.demo import ROOT
+from examples.application import ROOT
 from serve_apps.metrics import DESCRIPTIONS, SETTINGS
 from serve_apps.sere import LONGEST_ANSWER_SECONDS, AppConfig
 
