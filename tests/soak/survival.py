@@ -12,6 +12,7 @@ Exits with 1 if a check failed.
 """
 
 import asyncio
+import itertools
 import random
 import signal
 import sys
@@ -273,7 +274,7 @@ class Nodes:
 
 
 def survive(cluster: LocalCluster, url: str, seconds: float, nodes: Nodes | None = None) -> dict[str, Any]:
-    """Returns what clients saw for `seconds`, or for as long as the disturbances took to be overcome.
+    """Returns what clients saw for `seconds`, or for as long as each disturbance took to be overcome once.
 
     Without `nodes` only a replica and an engine are killed, once.
     """
@@ -296,12 +297,11 @@ def survive(cluster: LocalCluster, url: str, seconds: float, nodes: Nodes | None
     async def disturb(load: Load) -> None:
         pause = min(60, seconds / 20)
         await asyncio.sleep(2 * pause)
-        while True:
-            for name, act, fails_for in disturbances:
-                await load.disturb(name, act, fails_for)
-                await asyncio.sleep(pause)
-            if nodes is None or load.now > seconds:
+        for number, (name, act, fails_for) in enumerate(itertools.cycle(disturbances)):
+            if number >= len(disturbances) and (nodes is None or load.now > seconds):
                 return
+            await load.disturb(name, act, fails_for)
+            await asyncio.sleep(pause)
 
     tokens = greedy_without_rerouting(cluster, url)
     load = Load(cluster, url, seconds)
