@@ -20,8 +20,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from examples.smollm2_moe.assemble import CARVINGS
 from examples.smollm2_moe.carving import load_carvings
-from examples.smollm2_moe.chats import WORK
 from examples.smollm2_moe.dense import dense_model
+from examples.smollm2_moe.questions import HELDOUT as CHATS
 from examples.smollm2_moe.recipe import carved
 from examples.tiny_moe.data import HELDOUT
 from sere_dist.provenance import machine, rounded, versions
@@ -65,10 +65,10 @@ def answer(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, question
     return str(tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)).strip()
 
 
-def held_out_texts(work: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[list[int]]]:
+def held_out_texts(tokenizer: PreTrainedTokenizerFast) -> dict[str, list[list[int]]]:
     """Returns token ids of texts by kind: the example model's kinds, and conversations about other topics."""
     kinds: dict[str, list[list[int]]] = {}
-    for file, is_chat in ((HELDOUT, False), (work / "held_out.parquet", True)):
+    for file, is_chat in ((HELDOUT, False), (CHATS, True)):
         for row in pq.read_table(file).to_pylist():
             text = row["text"] if is_chat else tokenizer.bos_token + row["text"]
             kinds.setdefault(row["kind"], []).append(tokenizer(text, add_special_tokens=False).input_ids[:LENGTH])
@@ -76,14 +76,13 @@ def held_out_texts(work: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, 
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Folder of the text that chats.py writes.")] = WORK,
     carving: Annotated[Path, typer.Option(help="The carving.")] = CARVINGS,
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = HERE,
 ) -> None:
     dense, tokenizer = dense_model()
     moe = carved(dense, load_carvings(carving))
     kinds = {}
-    for kind, texts in tqdm(held_out_texts(work, tokenizer).items(), desc="held-out text"):
+    for kind, texts in tqdm(held_out_texts(tokenizer).items(), desc="held-out text"):
         before, after = loss(dense, texts), loss(moe, texts)
         kinds[kind] = {
             "texts": len(texts),

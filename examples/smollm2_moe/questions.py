@@ -1,4 +1,4 @@
-"""Questions for SmolLM2: those that the recipe learns from, and those that it never sees.
+"""Questions for SmolLM2, and the files of its answers: what the recipe learns from, and what it never sees.
 
 Each kind of question is a template that topics fill. Of the topics every fourth is held out, and so are whole kinds.
 """
@@ -6,6 +6,10 @@ Each kind of question is a template that topics fill. Of the topics every fourth
 import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
+
+# `chats.py` writes them.
+CALIBRATION, HELDOUT = (Path(__file__).with_name(name) for name in ("calibration.parquet", "heldout.parquet"))
 
 
 def topics(text: str) -> list[str]:

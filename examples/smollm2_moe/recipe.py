@@ -1,6 +1,5 @@
 """Make a Mixture-of-Experts model of SmolLM2 by carving: write `carving.safetensors`.
 
-    python -m examples.smollm2_moe.chats
     python -m examples.smollm2_moe.recipe                                       # hours on 2 cores
     python -m examples.smollm2_moe.recipe --start examples/smollm2_moe/carving.safetensors  # an hour more
 
@@ -28,8 +27,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from examples.smollm2_moe.assemble import CARVINGS, TOP_K
 from examples.smollm2_moe.carving import CarvedFeedForward, Carving, Shape, carve, load_carvings, save_carvings
-from examples.smollm2_moe.chats import WORK
 from examples.smollm2_moe.dense import decoder_layers, dense_model
+from examples.smollm2_moe.questions import CALIBRATION as CHATS
 from examples.tiny_moe.data import CALIBRATION
 from examples.tiny_moe.train import learning_rate
 
@@ -41,9 +40,9 @@ PEAK = 2e-3  # learning rate end to end
 SAVE_SECONDS = 600
 
 
-def sequences(work: Path, tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.Tensor:
+def sequences(tokenizer: PreTrainedTokenizerFast, seed: int) -> torch.Tensor:
     """Returns token ids [sequences, LENGTH] of all texts in a random order, one after the other."""
-    texts = pq.read_table(work / "learned.parquet").column("text").to_pylist()
+    texts = pq.read_table(CHATS).column("text").to_pylist()
     for row in pq.read_table(CALIBRATION).to_pylist():
         if row["kind"] in LEARNED_KINDS:
             texts.append(tokenizer.bos_token + row["text"] + tokenizer.eos_token)
@@ -176,7 +175,6 @@ def distil_end_to_end(
 
 
 def main(
-    work: Annotated[Path, typer.Option(help="Folder of the text that chats.py writes.")] = WORK,
     start: Annotated[Path | None, typer.Option(help="A carving to train further. By default, layer by layer.")] = None,
     output: Annotated[Path, typer.Option(help="File to write.")] = CARVINGS,
     shared: Annotated[int, typer.Option(help="Neurons of the shared expert.")] = 768,
@@ -189,7 +187,7 @@ def main(
 ) -> None:
     torch.manual_seed(seed)
     teacher, tokenizer = dense_model()
-    ids = sequences(work, tokenizer, seed)
+    ids = sequences(tokenizer, seed)
     held_out, ids = ids[:16], ids[16:]
     if start:
         carvings = load_carvings(start)
