@@ -1,4 +1,4 @@
-"""The example models as Ray calibrates and serves them on this machine, for the demo, tests, studies and soak runs."""
+"""The example models as Ray calibrates and serves them on this machine, for the demo, the tests and the soak runs."""
 
 import signal
 import subprocess

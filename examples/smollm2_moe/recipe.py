@@ -1,7 +1,7 @@
 """Make a Mixture-of-Experts model of SmolLM2 by carving: write `carving.safetensors`.
 
-    python -m examples.smollm2_moe.recipe                                       # hours on 2 cores
-    python -m examples.smollm2_moe.recipe --start examples/smollm2_moe/carving.safetensors  # an hour more
+    python -m examples.smollm2_moe.recipe  # 70 minutes on 2 cores: 10 layer by layer, 60 end to end
+    python -m examples.smollm2_moe.recipe --start examples/smollm2_moe/carving.safetensors  # 60 more end to end
 
 First layer by layer: neurons are grouped by what they do for the learned text, the router learns which experts keep
 most of a token, then router and scales learn to give what the dense layer gives. Then end to end: they and the

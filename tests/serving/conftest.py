@@ -33,8 +33,8 @@ def key_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pools(tmp_path_factory) -> dict[str, Any]:
     """The arguments of `serve_apps/tiny_moe_pd.yaml`, with a folder of its own for keys and values."""
-    (pools,) = yaml.safe_load((ROOT / "serve_apps" / "tiny_moe_pd.yaml").read_text())["applications"]
-    arguments, folder = pools["args"], tmp_path_factory.mktemp("keys and values")
+    (application,) = yaml.safe_load((ROOT / "serve_apps" / "tiny_moe_pd.yaml").read_text())["applications"]
+    arguments, folder = application["args"], tmp_path_factory.mktemp("keys and values")
     for pool in (arguments, arguments["prefill"]):
         pool["engine"]["kv_transfer_config"]["kv_connector_extra_config"] = {"shared_storage_path": str(folder)}
     del arguments["rerouting"]  # `served` has the same, with the artifact's place

@@ -274,7 +274,7 @@ class Nodes:
 
 
 def survive(cluster: LocalCluster, url: str, seconds: float, nodes: Nodes | None = None) -> dict[str, Any]:
-    """Returns what clients saw for `seconds`, or for as long as each disturbance took to be overcome once.
+    """Returns what clients saw for at least `seconds`, and until each disturbance was made and overcome once.
 
     Without `nodes` only a replica and an engine are killed, once.
     """
