@@ -55,10 +55,10 @@ def main(
                 # Browsers do not send what is behind the #.
                 page = url.removesuffix("/v1") + f"/#token={cluster.environment[ADMIN_TOKEN]}"
                 console.print(f"look: {page}", soft_wrap=True, highlight=False)
-                console.print(f"try:  curl {url}/completions -H 'Content-Type: application/json' \\")
-                console.print(
-                    f'        -d \'{{"model": "{TINY_MOE.model_id}", "prompt": "In the beginning", "max_tokens": 40}}\''
-                )
+                # A command that is wrapped can't be copied.
+                console.print(f"try:  curl {url}/completions -H 'Content-Type: application/json' \\", soft_wrap=True)
+                body = f'{{"model": "{TINY_MOE.model_id}", "prompt": "In the beginning", "max_tokens": 40}}'
+                console.print(f"        -d '{body}'", soft_wrap=True)
                 console.print("Ctrl-C stops it.")
                 signal.pause()
             ask(url)
