@@ -44,15 +44,20 @@ TINY_MOE = Example(
 )
 
 
-def calibrate(cluster: LocalCluster, example: Example = TINY_MOE, artifact: Path | None = None) -> None:
-    """Submits the calibration as a Ray job and shows its log until it ends. `artifact` is the example's by default."""
+def calibrate(
+    cluster: LocalCluster, example: Example = TINY_MOE, artifact: Path | None = None, cpus_per_task: int = 4
+) -> None:
+    """Submits the calibration as a Ray job and shows its log until it ends. `artifact` is the example's by default.
+
+    At 4 CPUs per task a cluster of 8 has two workers: more would start one after the other on a small machine.
+    """
     console.rule("calibrate: ray job submit")
     command = [
         *("ray", "job", "submit", "--log-style=record", "--log-color=false", "--runtime-env"),
         *("calibration_jobs/runtime_env.yaml", "--", "python", "-m", "calibration_jobs.calibrate"),
         *("--model", str(example.model), "--dataset", str(example.calibration)),
         *("--num-samples", "64", "--output", str(artifact or example.artifact), "--overwrite"),
-        *("--cpus-per-task", "4"),  # two workers: more would start one after the other on a small machine
+        *("--cpus-per-task", str(cpus_per_task)),
     ]
     if cluster.run(command, cwd=ROOT).returncode:
         raise SystemExit("error: the calibration job failed; its log is above")

@@ -66,7 +66,9 @@ ARGUMENTS = {
     "num_replicas": REPLICAS,
     "environment": ENVIRONMENT,
     "engine_timeout_s": ENGINE_TIMEOUT_SECONDS,
-    "ingress": {"num_replicas": INGRESSES},
+    # Without CPUs of its own: an ingress that moves to the further node while a replica leaves it would take the place
+    # of the replica that comes.
+    "ingress": {"num_replicas": INGRESSES, "ray_actor_options": {"num_cpus": 0}},
 }
 
 
@@ -221,6 +223,19 @@ def sender(cluster: LocalCluster, title: str, number: signal.Signals = signal.SI
     return send
 
 
+def worker_killer(cluster: LocalCluster) -> Callable:
+    """Returns what kills an engine's worker. Its engine is to end, too, which takes a moment."""
+
+    def kill() -> list[psutil.Process]:
+        worker = random.choice(processes(cluster, WORKER))
+        engine = worker.parent()
+        assert engine is not None
+        worker.kill()
+        return [worker, engine]
+
+    return kill
+
+
 def deployer(cluster: LocalCluster) -> Callable:
     """Returns what deploys the running application again, with other settings of re-routing each time."""
 
@@ -287,7 +302,7 @@ def survive(cluster: LocalCluster, url: str, seconds: float, nodes: Nodes | None
         disturbances += [
             ("the settings' keeper killed", sender(cluster, KEEPER), 0.0),
             ("deployed again", deployer(cluster), 0.0),
-            ("a worker of an engine killed", sender(cluster, WORKER), FAST_SECONDS),
+            ("a worker of an engine killed", worker_killer(cluster), FAST_SECONDS),
             ("Serve's controller killed", sender(cluster, CONTROLLER), 0.0),
             ("an engine stopped", sender(cluster, ENGINE, signal.SIGSTOP), hang_seconds),
             ("a node drained", nodes.replace, 0.0),
@@ -382,10 +397,10 @@ def main(
     results: Annotated[Path, typer.Option(help="JSON file.")] = ROOT / "tests" / "soak" / "results" / "survival.json",
 ) -> None:
     seed = seeded(seed)
-    # Room for the ingresses and one replica; the other replica is on a node of its own.
-    with LocalCluster(num_cpus=INGRESSES + REPLICA_CPUS) as cluster:
+    # Room for one replica; the other one is on a node of its own.
+    with LocalCluster(num_cpus=REPLICA_CPUS) as cluster:
         artifact = cluster.folder / "artifact"
-        calibrate(cluster, artifact=artifact)
+        calibrate(cluster, artifact=artifact, cpus_per_task=REPLICA_CPUS)
         nodes = Nodes(cluster)
         with served(cluster, free_ports(1)[0], artifact=artifact, proxy_location="HeadOnly", **ARGUMENTS) as base_url:
             result = survive(cluster, base_url.removesuffix("/v1"), seconds, nodes)
