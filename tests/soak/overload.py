@@ -41,6 +41,7 @@ ARGUMENTS = {
         "max_num_seqs": TAKES // 2,
         "max_num_queued_reqs": TAKES,
         "enforce_eager": True,
+        "kv_cache_memory_bytes": 2**27,
     },
 }
 
