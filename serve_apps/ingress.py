@@ -146,14 +146,18 @@ class ReadOrCancel:
 
 
 class Guard:
-    """Outermost around the ingress: asks for a key, takes no body that is too large, and lets no traceback out.
+    """Outermost around the ingress: asks for a key, takes no body that is too large and no more requests at a time than
+    it may, and lets no traceback out.
 
-    `open_paths` need no API key.
+    `open_paths` need no API key. A request that is one too many is refused before anything is done for it: what the
+    engines refuse has been parsed and sent to them, and under load the ingress would fall behind with that.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, open_paths: frozenset[str] = frozenset()):
-        self.app, self.max_body_bytes, self.open_paths = app, max_body_bytes, open_paths
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_requests: int, open_paths: frozenset[str] = frozenset()):
+        self.app, self.max_body_bytes, self.max_requests = app, max_body_bytes, max_requests
+        self.open_paths = open_paths
         self.keys = Keys()
+        self.requests = 0  # that are worked on
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))  # of an application not at /
@@ -167,8 +171,17 @@ class Guard:
         elif given := [name for name in OPERATORS if name.encode() in dict(scope["headers"])]:
             message = f"A request may not set {', '.join(given)}."
             await error_response(400, message, code="invalid_header")(scope, receive, send)
-        else:
+        elif scope["method"] != "POST" or path.startswith(ADMIN_PATH):
             await self._take(scope, receive, send)
+        elif self.requests >= self.max_requests:
+            message = f"The server works on {self.max_requests:,} requests, and takes no more. Send it again later."
+            await error_response(503, message, UNAVAILABLE)(scope, receive, send)
+        else:
+            self.requests += 1
+            try:
+                await self._take(scope, receive, send)
+            finally:
+                self.requests -= 1
 
     def _is_open(self, path: str) -> bool:
         return path in self.open_paths or (path.startswith(ADMIN_PATH) and path != ACTIVITY_PATH)
@@ -431,13 +444,16 @@ PAGE_ENDPOINT: dict[str, Callable[[FastAPI], Callable]] = {
 }
 
 
-def guard(app: FastAPI, allow_origins: list[str], max_body_bytes: int, *, has_page: bool = False) -> None:
+def guard(
+    app: FastAPI, allow_origins: list[str], max_body_bytes: int, max_requests: int, *, has_page: bool = False
+) -> None:
     """Puts the guard around an application, and lets web pages of some origins use it, no others.
 
     Ray Serve LLM would let pages of all origins. What a browser asks first, whether it may ask, has no key.
     """
     app.user_middleware = [each for each in app.user_middleware if each.cls is not CORSMiddleware]
-    app.add_middleware(Guard, max_body_bytes=max_body_bytes, open_paths=frozenset([PAGE_PATH] if has_page else []))
+    open_paths = frozenset([PAGE_PATH] if has_page else [])
+    app.add_middleware(Guard, max_body_bytes=max_body_bytes, max_requests=max_requests, open_paths=open_paths)
     if allow_origins:
         app.add_middleware(CORSMiddleware, allow_origins=allow_origins, allow_methods=["*"], allow_headers=["*"])
 
@@ -454,6 +470,7 @@ def build_ingress(
     cache_per_key: bool,
     allow_origins: list[str],
     max_body_bytes: int,
+    max_requests: int,
     bounds: dict[str, int],
 ) -> Application:
     """Returns the application: an ingress before `servers`, with Ray Serve's deployment options. Web pages of
@@ -464,7 +481,7 @@ def build_ingress(
     app: FastAPI = init()
     app.exception_handler(HTTPException)(http_error)
     app.exception_handler(RequestValidationError)(invalid_request)
-    guard(app, allow_origins, max_body_bytes, has_page=has_page)
+    guard(app, allow_origins, max_body_bytes, max_requests, has_page=has_page)
     endpoints = ENDPOINTS | PAGE_ENDPOINT if has_page else ENDPOINTS
     ingress = make_fastapi_ingress(SereIngress, endpoint_map=endpoints, app=app)
     options = maybe_apply_llm_deployment_config_defaults(SereIngress.get_deployment_options([llm_config]), options)

@@ -122,6 +122,12 @@ class AppConfig(Pool):
     max_body_bytes: int = Field(
         default=4 * 2**20, ge=1, description="Size of the largest request; a larger one is answered by 413."
     )
+    max_requests: int | None = Field(
+        default=None,
+        ge=1,
+        description="Requests that an ingress works on at a time. It refuses further ones at once, by 503. By default, "
+        "as many as the engines of all replicas take.",
+    )
     cache_per_key: bool = Field(
         default=False,
         description="Whether requests of different API keys share nothing of vLLM's prefix cache, so that its speed "
@@ -281,8 +287,17 @@ def build_app(args: dict[str, Any]) -> Application:
         cache_per_key=config.cache_per_key,
         allow_origins=config.allow_origins,
         max_body_bytes=config.max_body_bytes,
+        max_requests=config.max_requests or requests_of_engines(config),
         bounds={"n": config.max_answers, "prompt": config.max_prompts},
     )
+
+
+def requests_of_engines(config: AppConfig) -> int:
+    """Returns how many requests the engines of all replicas take, to run or to wait, if all of them are up."""
+    replicas = config.num_replicas or 1
+    if config.autoscaling is not None:
+        replicas = config.autoscaling.max_replicas
+    return replicas * config.data_parallel_size * config.engine.get("max_num_queued_reqs", ENGINE_REQUESTS)
 
 
 def build_servers(

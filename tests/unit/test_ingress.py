@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -97,7 +98,7 @@ def client(
         return JSONResponse({"error": {"message": "Traceback (most recent call last): secret"}}, 500)
 
     app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_credentials=True)  # as Ray Serve LLM's has it
-    guard(app, origins, max_body_bytes=LARGEST, has_page=has_page)
+    guard(app, origins, max_body_bytes=LARGEST, max_requests=100, has_page=has_page)
     return TestClient(app, raise_server_exceptions=False)
 
 
@@ -137,6 +138,47 @@ def test_a_token_in_a_file_and_its_successor(tmp_path, monkeypatch, keeper):
     monkeypatch.setenv(ADMIN_TOKEN, "another-token-yet")
     with pytest.raises(ValueError, match="are both set: unset one"):
         client(keeper)
+
+
+def test_one_request_too_many_is_refused_before_anything_is_done_for_it():
+    """Only what asks the model counts, and only while it is worked on, however it ends."""
+    app, begun, ends = FastAPI(), [], asyncio.Event()
+
+    @app.post("/v1/completions")
+    async def completions(body: dict) -> int:
+        begun.append(body)
+        await ends.wait()
+        return 1 // body["divisor"]
+
+    @app.get("/v1/models")
+    async def models() -> list:
+        return []
+
+    guard(app, [], max_body_bytes=LARGEST, max_requests=2)
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as client:
+
+            def post(divisor: int) -> asyncio.Task[httpx.Response]:
+                return asyncio.create_task(client.post("/v1/completions", json={"divisor": divisor}))
+
+            admitted = [post(1), post(0)]
+            while len(begun) < 2:
+                await asyncio.sleep(0.01)
+            refused = await post(1)
+            assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
+            error = refused.json()["error"]
+            assert (
+                error["type"] == "service_unavailable" and "works on 2 requests, and takes no more" in error["message"]
+            )
+            assert (await client.get("/v1/models")).status_code == 200
+            ends.set()
+            assert [(await each).status_code for each in admitted] == [200, 500]
+            assert len(begun) == 2
+            assert [(await post(1)).status_code for _ in range(3)] == [200] * 3
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize("content", [None, "", " \n"])
