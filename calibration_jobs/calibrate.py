@@ -147,7 +147,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
                 layer_names=plan.layer_names,
                 method=config.method,
                 kernel=config.kernel if method.has_kernel else None,
-                dataset=config.dataset if texts else None,
+                dataset=config.dataset_name if texts else None,
                 num_tokens=sum(map(len, texts)),
                 versions=versions("sere-dist", "torch", "transformers", "ray"),
                 calibration_sha256=digest(own),

@@ -1,9 +1,12 @@
 """What the Ray jobs have in common: settings, and the texts that they name."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.texts import load_tokenizer, read_texts, tokenise
@@ -11,6 +14,18 @@ from sere_dist.calibration.texts import load_tokenizer, read_texts, tokenise
 # Ray unpacks the --working-dir of a job below such a folder, and deletes it afterwards.
 RAY_WORKING_DIR = "working_dir_files"
 FINEWEB, FINEWEB_SUBSET = "HuggingFaceFW/fineweb-edu", "sample-10BT"
+
+
+class Source(BaseModel):
+    """One dataset of a mixture. Unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dataset: str
+    subset: str | None = None
+    split: str = "train"
+    column: str = "text"
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # of its number of texts among all
 
 
 class JobConfig(BaseModel):
@@ -28,7 +43,15 @@ class JobConfig(BaseModel):
         default=None, description=f"Subset of a Hub dataset; {FINEWEB_SUBSET} of the default dataset."
     )
     split: str = Field(default="train", description="Split of a Hub dataset.")
-    column: str = Field(default="text", description="Column that holds the texts.")
+    column: str = Field(
+        default="text", description="Column that holds the texts, or conversations for the model's chat template."
+    )
+    mixture: list[Source] | None = Field(
+        default=None,
+        min_length=1,
+        description="YAML file with a list of datasets to use together. Each has a dataset, and may have a subset, "
+        "split, column and weight: its share of the texts.",
+    )
 
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where tasks run; auto takes GPUs if the cluster has any."
@@ -42,11 +65,38 @@ class JobConfig(BaseModel):
     )
     memory_per_task: float | None = Field(default=None, gt=0, description="Memory in GiB that Ray reserves per task.")
 
+    @field_validator("mixture", mode="before")
+    @classmethod
+    def _read_mixture(cls, value: Any) -> Any:
+        if not isinstance(value, str | Path):
+            return value
+        try:
+            return yaml.safe_load(Path(value).expanduser().read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise ValueError(f"{value} can't be read as YAML: {error}") from error
+
     @model_validator(mode="after")
-    def _default_subset(self) -> "JobConfig":
+    def _one_dataset_or_a_mixture(self) -> "JobConfig":
+        alone = {"dataset", "subset", "split", "column"} & self.model_fields_set
+        if self.mixture and alone:
+            raise ValueError(f"--mixture says which texts to use: leave out --{' and --'.join(sorted(alone))}")
         if self.dataset == FINEWEB and self.subset is None:
             self.subset = FINEWEB_SUBSET
         return self
+
+    @property
+    def sources(self) -> list[Source]:
+        """Where the texts come from."""
+        own = Source(dataset=self.dataset, subset=self.subset, split=self.split, column=self.column)
+        return self.mixture or [own]
+
+    @property
+    def dataset_name(self) -> str:
+        """What an artifact says of its texts."""
+        if not self.mixture:
+            return self.dataset
+        whole = sum(source.weight for source in self.mixture)
+        return ", ".join(f"{source.dataset} ({source.weight / whole:.0%})" for source in self.mixture)
 
     def read_token_ids(
         self,
@@ -59,16 +109,43 @@ class JobConfig(BaseModel):
         max_tokens: int | None = None,
         distinct: bool = False,
     ) -> list[list[int]]:
-        """Returns the token ids of the dataset's texts; see `sere_dist.calibration.texts`.
+        """Returns the token ids of the texts; see `sere_dist.calibration.texts`.
+
+        Each dataset of a mixture gives its share of `num_samples`, and of `max_tokens`. Texts of all datasets
+        alternate, two at a time, so that batches have all of them, and so has every second text.
 
         Raises:
-            ValueError: the dataset can't be read, or has no text that is long enough.
+            ValueError: a dataset can't be read, or has no text that is long enough.
         """
-        texts = read_texts(self.dataset, subset=self.subset, split=self.split, column=self.column, seed=seed)
         tokenizer = load_tokenizer(self.model, checkpoint.revision)
-        return tokenise(
-            texts, tokenizer, num_samples, max_length, min_length=min_length, max_tokens=max_tokens, distinct=distinct
-        )
+        weights, placed = [source.weight for source in self.sources], []
+        counts = in_shares(num_samples, weights)
+        budgets = in_shares(max_tokens, weights) if max_tokens else [None] * len(counts)
+        for source, count, budget in zip(self.sources, counts, budgets, strict=True):
+            if not count:
+                raise ValueError(f"--num-samples {num_samples} leaves no text for {source.dataset}; take more")
+            where = source.model_dump(exclude={"weight"})
+            ids = tokenise(
+                read_texts(**where, seed=seed),
+                tokenizer,
+                count,
+                max_length,
+                min_length=min_length,
+                max_tokens=budget,
+                distinct=distinct,
+            )
+            placed += [((place // 2 + 0.5) / len(ids), of_text) for place, of_text in enumerate(ids)]
+        return [of_text for _, of_text in sorted(placed, key=lambda pair: pair[0])]
+
+
+def in_shares(number: int, weights: Sequence[float]) -> list[int]:
+    """Parts a whole number in proportion to the weights: what rounding down leaves goes to the largest remainders."""
+    exact = [number * weight / math.fsum(weights) for weight in weights]
+    parts = [int(part) for part in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])
+    for i in by_remainder[: number - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 def refuse_lost_output(output: Path, option: str = "--output") -> None:

@@ -75,4 +75,5 @@ def _metavar(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return f"<{'|'.join(get_args(annotation))}>"
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
-    return f"<{'|'.join(kind.__name__.lower() for kind in kinds)}>"
+    names = ("path" if get_origin(kind) is list else kind.__name__.lower() for kind in kinds)  # lists stand in files
+    return f"<{'|'.join(names)}>"

@@ -117,8 +117,8 @@ def tune(config: TuningConfig) -> Recommendation:
     checkpoint = Checkpoint(config.model, config.revision)
     artifact.check_serves(MoeShape.from_config(checkpoint.config), config.model, checkpoint.revision)
     texts = split_texts(config, checkpoint)
-    if config.dataset == artifact.config.dataset:
-        print(f"{config.dataset} is what the artifact was calibrated on: texts that it saw flatter it", flush=True)
+    if config.dataset_name == artifact.config.dataset:
+        print(f"{config.dataset_name} is what the artifact was calibrated on: texts that it saw flatter it", flush=True)
     workers = Workers.of_cluster(config)
     dtype = config.dtype if config.dtype != "auto" or workers.device == "cuda" else "float32"
     measurements = Measurements(
@@ -184,8 +184,8 @@ def find_recommendation(config: TuningConfig, artifact: Artifact, runner: TrialR
         layers={layer: found.chosen.get(layer, LayerSetting(select_top_k=top_k)) for layer in layers},
         batch=config.batch,
         budget=str(config.budget),
-        texts=f"{config.num_samples} texts of {config.length} tokens of {config.dataset}, {config.prompt_length} of "
-        f"them the prompt, to tune on, and {config.num_samples} others, less what does not fill a batch",
+        texts=f"{config.num_samples} texts of {config.length} tokens of {config.dataset_name}, {config.prompt_length} "
+        f"of them the prompt, to tune on, and {config.num_samples} others, less what does not fill a batch",
         curve=found.curve,
         tuned=found.tuned,
         off=held_out.off,

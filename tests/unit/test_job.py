@@ -1,12 +1,20 @@
-"""The help of the Ray jobs, which is made from their settings."""
+"""The settings of the Ray jobs, their help, which is made from them, and the texts that they name."""
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 import typer
+import yaml
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from calibration_jobs import calibrate, tune
+from calibration_jobs.calibrate import CalibrationConfig
+from calibration_jobs.job import in_shares
+from examples.tiny_moe.data import MODEL
+from sere_dist.calibration.checkpoint import Checkpoint
 
 
 @pytest.mark.parametrize("job", [calibrate, tune])
@@ -26,3 +34,67 @@ def test_help_names_types_defaults_and_what_is_required(job):
     ):
         assert f" {kind} " in lines[name]
         assert (f"[default: {default}]" in lines[name]) if default else ("[default" not in lines[name])
+
+
+def texts_file(folder: Path, name: str, count: int) -> str:
+    """Writes texts that begin with `name`; returns the file's path."""
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps({"body": f"{name} {number} and more words"}) + "\n" for number in range(count)))
+    return str(path)
+
+
+def config_of(folder: Path, **options) -> CalibrationConfig:
+    return CalibrationConfig.model_validate({"model": str(MODEL), "output": folder / "artifact"} | options)
+
+
+def test_a_mixture_takes_each_datasets_share(tmp_path):
+    """In any order that batches or halves are cut by, both datasets are there."""
+    mixture = [
+        {"dataset": texts_file(tmp_path, "chat", 40), "column": "body", "weight": 3},
+        {"dataset": texts_file(tmp_path, "code", 40), "column": "body"},
+    ]
+    file = tmp_path / "mixture.yaml"
+    file.write_text(yaml.safe_dump(mixture))
+    config = config_of(tmp_path, mixture=str(file))
+    assert config.dataset_name == f"{tmp_path}/chat.jsonl (75%), {tmp_path}/code.jsonl (25%)"
+    checkpoint, tokenizer = Checkpoint(str(MODEL)), AutoTokenizer.from_pretrained(MODEL)
+    ids = config.read_token_ids(checkpoint, None, 32, 4)
+    names = [tokenizer.decode(of_text).split()[0] for of_text in ids]
+    for part in (names, names[:16], names[16:], names[0::2], names[1::2]):
+        assert part.count("chat") == 3 * part.count("code") > 0
+    assert config_of(tmp_path, mixture=mixture).read_token_ids(checkpoint, None, 32, 4) == ids
+    assert len(config.read_token_ids(checkpoint, None, 32, 4, max_tokens=64)) == 16
+
+
+def test_one_dataset_keeps_its_order(tmp_path):
+    config = config_of(tmp_path, dataset=texts_file(tmp_path, "chat", 9), column="body")
+    ids, tokenizer = config.read_token_ids(Checkpoint(str(MODEL)), None, 9, 4), AutoTokenizer.from_pretrained(MODEL)
+    assert ids == [tokenizer(f"chat {number} and more words")["input_ids"][:4] for number in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixture": "nowhere.yaml"}, "nowhere.yaml can't be read as YAML"),
+        ({"mixture": []}, "at least 1 item"),
+        ({"mixture": [{"dataset": "a", "weight": 0}]}, "greater than 0"),
+        ({"mixture": [{"dataset": "a", "wieght": 1}]}, "wieght"),
+        ({"mixture": [{"dataset": "a"}], "dataset": "b", "column": "c"}, "leave out --column and --dataset"),
+    ],
+)
+def test_mixtures_that_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(tmp_path, **options)
+
+
+def test_a_share_without_a_text(tmp_path):
+    mixture = [{"dataset": texts_file(tmp_path, "chat", 9), "column": "body", "weight": 99}, {"dataset": "code"}]
+    with pytest.raises(ValueError, match="--num-samples 8 leaves no text for code; take more"):
+        config_of(tmp_path, mixture=mixture).read_token_ids(Checkpoint(str(MODEL)), None, 8, 4)
+
+
+@pytest.mark.parametrize(
+    ("number", "weights", "parts"), [(10, [1], [10]), (10, [1, 1, 1], [4, 3, 3]), (7, [0.5, 0.25, 0.25], [3, 2, 2])]
+)
+def test_shares_add_up(number, weights, parts):
+    assert in_shares(number, weights) == parts

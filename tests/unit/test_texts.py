@@ -1,5 +1,6 @@
 """Reading texts from real files and from a Hub of the tests' own, and tokenising them with the example's tokenizer."""
 
+import copy
 import gzip
 import io
 import itertools
@@ -18,7 +19,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from examples.tiny_moe.data import MODEL
-from sere_dist.calibration.texts import read_texts, tokenise
+from sere_dist.calibration.texts import Conversation, read_texts, tokenise
 
 SUFFIXES = [".parquet", ".jsonl", ".json", ".jsonl.gz", ".txt"]
 BEGINNING = "In the beginning God created the heaven and the earth."
@@ -410,3 +411,63 @@ def test_the_consumers_errors_stay_its_own(tmp_path):
 
     with pytest.raises(ValueError, match=r"^the consumer's own$"):
         tokenise(read_texts(write(tmp_path / "a.txt", b"one")), broken, 4, 6)
+
+
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "required": ["city"]}}}]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ur"}}}
+CHATS = [
+    [{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "I am."}],
+    [
+        {"role": "user", "content": "What is the weather in Ur?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "sunny"},
+    ],
+]
+WITH_TOOLS = """{% if tools %}<tools>{{ tools | tojson }}</tools>{% endif %}{% for message in messages %}\
+<{{ message.role }}>{{ message.content }}{% if message.tool_calls is defined %}\
+{{ message.tool_calls | tojson }}{% endif %}{% endfor %}"""
+
+
+@pytest.mark.parametrize("tools", [[None, TOOLS], ["", json.dumps(TOOLS)]], ids=["lists", "JSON"])
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_conversations_and_their_tools(tmp_path, tokenizer, suffix, tools):
+    """A table gives each message the keys of all; a template must not see those that are null."""
+    path = tmp_path / f"chats{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.table({"messages": [*CHATS, None], "tools": [*tools, None]}), path)
+    else:
+        rows = [{"messages": chat, "tools": own} for chat, own in zip(CHATS, tools, strict=True)]
+        path.write_bytes(json_lines(*rows, {"messages": None}))
+    chats = list(read_texts(str(path), column="messages"))
+    assert chats == [Conversation(CHATS[0]), Conversation(CHATS[1], TOOLS), ""]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = WITH_TOOLS
+    plain, called = tokenise(iter(chats), tokenizer, 2, 500, min_length=1)
+    assert tokenizer.decode(plain) == "<user>Who is there?<assistant>I am."
+    assert tokenizer.decode(called).startswith(f"<tools>{json.dumps(TOOLS)}</tools><user>What")
+    assert tokenizer.decode(called).endswith(f"<assistant>{json.dumps([CALL])}<tool>sunny")
+
+
+def test_a_conversation_is_what_the_served_model_sees(tokenizer):
+    """The chat template writes the special tokens, so the tokenizer must not add them once more."""
+    (ids,) = tokenise(iter([Conversation(CHATS[0])]), tokenizer, 1, 500, min_length=1)
+    assert ids == tokenizer.apply_chat_template(CHATS[0])["input_ids"]
+
+
+def test_conversations_that_can_not_be_used(tmp_path, tokenizer):
+    without = copy.deepcopy(tokenizer)
+    without.chat_template = None
+    with pytest.raises(ValueError, match=r"chat template does not take a conversation .*no template"):
+        tokenise(iter([Conversation(CHATS[0])]), without, 1, 8)
+    without.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match=r"chat template .*Who is there\?.*roles must alternate"):
+        tokenise(iter([Conversation(CHATS[0])]), without, 1, 8)
+    path = write(tmp_path / "a.jsonl", json_lines({"messages": CHATS[0], "tools": "weather"}))
+    with pytest.raises(ValueError, match="column tools holds a string that is not JSON"):
+        next(read_texts(path, column="messages"))
+    path = write(tmp_path / "b.jsonl", json_lines({"messages": CHATS[0], "tools": {"name": "weather"}}))
+    with pytest.raises(ValueError, match="column tools must hold a list of tools"):
+        next(read_texts(path, column="messages"))
+    path = write(tmp_path / "c.jsonl", json_lines({"messages": [{"from": "human", "value": "?"}]}))
+    with pytest.raises(ValueError, match=r"holds list in .*, not strings or lists of messages with a role"):
+        next(read_texts(path, column="messages"))
