@@ -13,6 +13,7 @@ the states that it leaves in the object store feed the next layer's forward task
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -52,6 +53,7 @@ from sere_dist.calibration.layers import (
     text_blocks,
 )
 from sere_dist.calibration.plan import Plan
+from sere_dist.calibration.sensitivity import Sensitivities, layer_sensitivities
 from sere_dist.files import FilePath
 from sere_dist.method.cka import Kernel
 from sere_dist.method.similarity import METHODS, MethodName
@@ -83,12 +85,25 @@ class CalibrationConfig(JobConfig):
         default=MIN_TOKENS_PER_EXPERT, ge=0, description="Warn about experts that received fewer tokens than this."
     )
     block_tokens: int | None = Field(default=None, ge=1, description="Tokens that a scoring task processes at a time.")
+    sensitivity_samples: int = Field(
+        default=64,
+        ge=0,
+        description="Texts on which to measure what an error of each layer costs, so that a price means the same in "
+        "all of them; 0 leaves it out. Of --method projection.",
+    )
 
     @model_validator(mode="after")
     def _lengths_fit(self) -> "CalibrationConfig":
         if self.min_length and self.min_length > self.max_length:
             raise ValueError(f"--min-length {self.min_length} is greater than --max-length {self.max_length}")
+        if self.sensitivity_samples == 1:
+            raise ValueError("--sensitivity-samples 1 says nothing of its error: give 2 or more, or 0")
         return self
+
+    @property
+    def sensitivity_texts(self) -> int:
+        """Texts on which sensitivities are measured."""
+        return self.sensitivity_samples if self.method == "projection" else 0
 
 
 def calibrate(config: CalibrationConfig) -> Artifact | None:
@@ -119,7 +134,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
         workers.device,
         config.block_tokens,
     )
-    console.tables().print(plan_table(plan, str(workers)))
+    console.tables().print(plan_table(plan, str(workers), config.sensitivity_texts))
     if config.dry_run:
         return None
 
@@ -129,6 +144,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
         if results:
             print(f"{len(results)} of {len(plan.layer_names)} layers are finished already", flush=True)
         remaining = sorted(plan.layer_names.keys() - results.keys())
+        measuring = start_sensitivities(config, checkpoint, workers, texts) if finished.sensitivities is None else None
         with tqdm(
             total=len(plan.layer_names), initial=len(results), unit="layer", disable=not sys.stderr.isatty()
         ) as bar:
@@ -137,6 +153,9 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
                 results[result.statistics.layer] = result
                 bar.update()
                 report_layer(result, len(results), plan, config.min_tokens_per_expert, quiet=not bar.disable)
+        if measuring is not None:
+            finished.sensitivities = wait_for_sensitivities(measuring, workers)
+        nats_per_error = add_sensitivities(results, finished.sensitivities or {})
 
         artifact = Artifact(
             ArtifactConfig(
@@ -149,6 +168,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
                 kernel=config.kernel if method.has_kernel else None,
                 dataset=config.dataset_name if texts else None,
                 num_tokens=sum(map(len, texts)),
+                nats_per_error=nats_per_error,
                 versions=versions("sere-dist", "torch", "transformers", "ray"),
                 calibration_sha256=digest(own),
             ),
@@ -229,8 +249,49 @@ def fingerprint(config: CalibrationConfig, checkpoint: Checkpoint, texts: list[l
         "kernel": config.kernel if method.has_kernel else None,
         "seed": None if method.needs_weights else config.seed,
         "texts": hashlib.sha256(repr(texts).encode()).hexdigest(),
+        "sensitivity_samples": config.sensitivity_texts,
         "versions": versions("sere-dist", "torch", "transformers"),
     }
+
+
+def start_sensitivities(
+    config: CalibrationConfig, checkpoint: Checkpoint, workers: Workers, texts: Sequence[Sequence[int]]
+) -> ray.ObjectRef | None:
+    """Starts the task that measures sensitivities while layers are scored; None if there is nothing to measure."""
+    chosen = texts[: config.sensitivity_texts]
+    if len(chosen) < 2:
+        return None
+    task = sensitivity_task.options(max_retries=RETRIES, retry_exceptions=[TransientError], **workers.options)
+    return task.remote(checkpoint.place, checkpoint.revision, chosen, workers.device, config.seed or 0)
+
+
+def wait_for_sensitivities(measuring: ray.ObjectRef, workers: Workers) -> Sensitivities:
+    try:
+        return ray.get(workers.wait([measuring]))
+    except RayTaskError as error:
+        raise error.cause from error
+
+
+def add_sensitivities(results: dict[int, LayerResult], found: Sensitivities) -> float | None:
+    """Writes what an error costs into the layers' statistics, relative to the mean over layers; returns this mean.
+
+    It is None where nothing was measured, or where no error of any layer costs anything.
+    """
+    costs = {layer: found[layer].nats * (results[layer].statistics.mean_square or 0) for layer in found}
+    mean = math.fsum(costs.values()) / len(costs) if costs else 0.0
+    if not (0 < mean < math.inf):
+        return None
+    for layer, cost in costs.items():
+        statistics = results[layer].statistics
+        statistics.sensitivity = cost / mean
+        statistics.sensitivity_error = statistics.sensitivity * found[layer].error / found[layer].nats
+    least, most = (pick(costs, key=costs.__getitem__) for pick in (min, max))
+    print(
+        f"what an error costs: {costs[least] / mean:.2f} of the mean in layer {least}, {costs[most] / mean:.2f} in "
+        f"layer {most}",
+        flush=True,
+    )
+    return mean
 
 
 def score_layers(
@@ -322,6 +383,15 @@ def forward_task(
         for states, inputs in run_layer(Checkpoint(model, revision), layer, blocks, hidden_states or None, device):
             yield states
             yield inputs
+
+
+@ray.remote
+def sensitivity_task(
+    model: str, revision: str | None, texts: Sequence[Sequence[int]], device: str, seed: int
+) -> Sensitivities:
+    transformers_logging.disable_progress_bar()
+    with transient_errors():
+        return layer_sensitivities(Checkpoint(model, revision), texts, device, seed)
 
 
 @ray.remote

@@ -13,9 +13,11 @@ from calibration_jobs.lock import Lock
 from calibration_jobs.resume import Fingerprint, check_same_job
 from sere_dist.artifact.layer import LayerStatistics
 from sere_dist.calibration.layers import LayerResult
+from sere_dist.calibration.sensitivity import Sensitivities, Sensitivity
 from sere_dist.files import written_whole
 
 JOB_FILE, LOCK_FILE, LAYER_FILES = "job.json", "lock.json", "layer-*.safetensors"
+SENSITIVITIES_FILE = "sensitivities.json"
 TOKENS = "tokens"  # beside the tensors of an artifact
 
 
@@ -43,7 +45,7 @@ class FinishedLayers:
     def _open(self, fingerprint: Fingerprint, restart: bool) -> None:
         job = self.path / JOB_FILE
         if restart:
-            for file in (*self.path.glob(LAYER_FILES), job):
+            for file in (*self.path.glob(LAYER_FILES), self.path / SENSITIVITIES_FILE, job):
                 file.unlink(missing_ok=True)
         if job.exists():
             try:
@@ -88,6 +90,23 @@ class FinishedLayers:
                 print(f"{path} can't be read, so its layer is scored again: {error}", flush=True)
                 continue
             yield result
+
+    @property
+    def sensitivities(self) -> Sensitivities | None:
+        """The sensitivities of layers, None until they are set. A damaged file holds none."""
+        try:
+            kept = json.loads((self.path / SENSITIVITIES_FILE).read_text())
+            return {int(layer): Sensitivity(*pair) for layer, pair in kept.items()}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            print(f"{self.path / SENSITIVITIES_FILE} can't be read, so it is measured again: {error}", flush=True)
+            return None
+
+    @sensitivities.setter
+    def sensitivities(self, found: Sensitivities) -> None:
+        with written_whole(self.path / SENSITIVITIES_FILE) as file:
+            file.write_text(json.dumps(found))
 
     def discard(self) -> None:
         self.lock.leave()

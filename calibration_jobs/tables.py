@@ -10,7 +10,7 @@ from sere_dist.calibration.plan import H200, Plan
 from sere_dist.evaluation.tuning import Budget
 
 
-def plan_table(plan: Plan, workers: str) -> Table:
+def plan_table(plan: Plan, workers: str, sensitivity_texts: int) -> Table:
     """Returns the plan of a calibration; `workers` describes what the cluster has for it."""
     layers = len(plan.layer_names)
     forwards = max(plan.layer_names) + 1 if plan.method.needs_data else 0
@@ -35,6 +35,10 @@ def plan_table(plan: Plan, workers: str) -> Table:
             "object store": f"{size(plan.states_bytes)} per layer in flight",
             "reads": f"{size(forwards * plan.forward_read)} for {forwards} forward tasks, one after another "
             f"(1 pass over the layers); {rows['reads']}",
+            "sensitivities": "not measured"
+            if not sensitivity_texts
+            else f"{sensitivity_texts} texts; one more task reads the "
+            f"layers twice, {size(2 * forwards * plan.forward_read)}, and has their states in memory",
             "work": f"forward {flops(forwards * plan.forward_flops)}, scoring "
             f"{flops(layers * plan.score_float32)} in float32 and {flops(layers * plan.score_float64)} in float64",
         }

@@ -22,7 +22,6 @@ def card(config: ArtifactConfig, layers: list[LayerStatistics], recommended: Rec
             f"method {method}, {config.data}.\n\nIn vLLM with sere_dist:\n\n"
             f'```python\nLLM(model, additional_config={{"sere": {{"artifact": "this folder", {setting}}}}})\n```\n\n'
             f"{tuned}"
-            "| layer | fewest tokens of an expert | median | similarity mean | min | max |\n|---|---|---|---|---|---|\n"
-            f"{rows}\n"
+            f"| {' | '.join(LayerStatistics.HEADINGS)} |\n{'|---' * len(LayerStatistics.HEADINGS)}|\n{rows}\n"
         )
     )

@@ -1,7 +1,7 @@
 """What a calibration found out about one MoE layer. Shape suffix: E experts of the layer."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import BaseModel
@@ -12,6 +12,16 @@ from sere_dist.method.records import LayerTables
 class LayerStatistics(BaseModel):
     """One row of `layers.csv`. Similarities are those of different experts."""
 
+    HEADINGS: ClassVar = (
+        "layer",
+        "fewest tokens of an expert",
+        "median",
+        "similarity mean",
+        "min",
+        "max",
+        "sensitivity",
+    )
+
     layer: int
     name: str
     tokens_per_expert_min: int | None  # None for a method that looks at no tokens
@@ -20,6 +30,9 @@ class LayerStatistics(BaseModel):
     similarity_min: float
     similarity_max: float
     seconds: float
+    mean_square: float | None = None  # of experts and tokens, what sizes are relative to. Of method projection alone
+    sensitivity: float | None = None  # what an error costs, relative to the mean over layers. None: not measured
+    sensitivity_error: float | None = None  # its standard error over texts
 
     @classmethod
     def of(
@@ -29,6 +42,7 @@ class LayerStatistics(BaseModel):
         similarity_EE: torch.Tensor,
         tokens_E: torch.Tensor | None = None,
         seconds: float = 0.0,
+        mean_square: float | None = None,
     ) -> "LayerStatistics":
         """Sums up a layer's similarities, and the tokens routed to each expert where there were any."""
         different = similarity_EE[~torch.eye(len(similarity_EE), dtype=torch.bool)]
@@ -41,16 +55,18 @@ class LayerStatistics(BaseModel):
             similarity_min=float(different.min()),
             similarity_max=float(different.max()),
             seconds=round(seconds, 3),
+            mean_square=mean_square,
         )
 
     def cells(self) -> list[str]:
-        """The row as people read it: layer, fewest and median tokens per expert, similarity mean, min and max."""
+        """The row as people read it, below `HEADINGS`."""
         tokens = (self.tokens_per_expert_min, self.tokens_per_expert_median)
         similarity = (self.similarity_mean, self.similarity_min, self.similarity_max)
         return [
             str(self.layer),
             *("-" if value is None else f"{value:g}" for value in tokens),
             *(f"{value:.3f}" for value in similarity),
+            "-" if self.sensitivity is None else f"{self.sensitivity:.2f} ±{self.sensitivity_error:.2f}",
         ]
 
 
@@ -78,8 +94,10 @@ class Layer:
 
     @property
     def tables(self) -> LayerTables:
-        """What re-routing reads."""
-        return LayerTables(self.similarity_EE, self.coefficient_EE, self.size_E)
+        """What re-routing reads. Sizes count by the layer's sensitivity, so that a price means the same everywhere."""
+        sensitivity = self.statistics.sensitivity
+        size_E = self.size_E if self.size_E is None or sensitivity is None else self.size_E * sensitivity
+        return LayerTables(self.similarity_EE, self.coefficient_EE, size_E)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns what `similarity.safetensors` holds of the layer, by the names that it has there."""

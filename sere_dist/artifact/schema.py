@@ -5,7 +5,7 @@ from pydantic import BaseModel, ConfigDict, field_validator
 from sere_dist.method.similarity import method_named
 from sere_dist.moe import MoeShape
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 knew no sensitivities
 
 
 class ArtifactError(ValueError):
@@ -30,6 +30,9 @@ class ArtifactConfig(BaseModel):
     kernel: str | None = None
     dataset: str | None  # None for a method without data
     num_tokens: int
+    # What a squared error of 1 of a token, in the unit of w² n, costs: nats per token, the mean over layers, to first
+    # order. None where the layers' sensitivities were not measured, as in artifacts of older versions.
+    nats_per_error: float | None = None
     coactivation: bool = False  # whether the tensors have it: those of older versions do not
     versions: dict[str, str]
     tensors_sha256: str = ""
@@ -38,8 +41,8 @@ class ArtifactConfig(BaseModel):
     @field_validator("schema_version")
     @classmethod
     def _known_schema(cls, value: int) -> int:
-        if value != SCHEMA_VERSION:
-            raise ValueError(f"this version of sere_dist reads schema {SCHEMA_VERSION}; calibrate again or upgrade")
+        if not 1 <= value <= SCHEMA_VERSION:
+            raise ValueError(f"this version of sere_dist reads schemas 1 to {SCHEMA_VERSION}; upgrade sere_dist")
         return value
 
     @property

@@ -6,7 +6,8 @@ the longest text, N tokens (padding left out), H hidden size, K experts per toke
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,27 +99,7 @@ def run_layer(
         ValueError: the layer can't be loaded, or the model does not run layer by layer.
         MemoryError: not even one text fits.
     """
-    model = checkpoint.empty_model()
-    stack, layers = decoder_layers(model)
-    decoder_name = stack.rpartition(".")[0]
-    decoder = model.get_submodule(decoder_name)
-    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
-
-    def needed(parameter: str) -> bool:
-        if parameter.startswith(f"{stack}."):
-            return parameter.startswith(f"{stack}.{layer}.")
-        in_decoder = parameter.startswith(f"{decoder_name}.")
-        return in_decoder and (layer == 0 or not parameter.startswith(f"{embedding}."))
-
-    with_halving(1, lambda _: checkpoint.load(model, needed, device), f"loading layer {layer}")
-    for buffer in model.buffers():
-        if not buffer.is_meta:
-            buffer.data = buffer.data.to(device)
-    # The decoder's own forward makes masks and positions and calls every layer: the others let the hidden states pass.
-    for index, other in enumerate(layers):
-        if index != layer:
-            other.forward = _pass
-
+    model, decoder, module = load_layer(checkpoint, layer, device)
     for block, states in zip(blocks, hidden_states or [None] * len(blocks), strict=True):
         states_BLH = None if states is None else torch.from_numpy(np.array(states))
         texts = max(1, tokens_a_forward // block.ids_BL.shape[1])
@@ -129,7 +110,7 @@ def run_layer(
                 part = slice(start, start + texts)
                 ids_BL = torch.from_numpy(block.ids_BL[part]).to(device)
                 given_BLH = None if states_BLH is None else states_BLH[part].to(device)
-                output_BLH, routing = _forward(model, decoder, layers[layer], ids_BL, given_BLH)
+                output_BLH, routing = forward_layer(model, decoder, module, ids_BL, given_BLH)
                 outputs.append(output_BLH.cpu())
                 if routing:
                     is_token_N = torch.from_numpy(block.is_token_BL[part].flatten())
@@ -142,6 +123,45 @@ def run_layer(
         yield result
 
 
+def load_layer(
+    checkpoint: Checkpoint, layer: int, device: str
+) -> tuple[PreTrainedModel, torch.nn.Module, torch.nn.Module]:
+    """Returns the model with one decoder layer's weights, and for layer 0 the embeddings; its decoder; that layer.
+
+    The decoder's own forward makes masks and positions and calls every layer: the others let the hidden states pass.
+    """
+    model = checkpoint.empty_model()
+    stack, layers = decoder_layers(model)
+    decoder_name = stack.rpartition(".")[0]
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+
+    def needed(parameter: str) -> bool:
+        if parameter.startswith(f"{stack}."):
+            return parameter.startswith(f"{stack}.{layer}.")
+        in_decoder = parameter.startswith(f"{decoder_name}.")
+        return in_decoder and (layer == 0 or not parameter.startswith(f"{embedding}."))
+
+    load_part(checkpoint, model, needed, device, f"loading layer {layer}")
+    let_pass(module for index, module in enumerate(layers) if index != layer)
+    return model, model.get_submodule(decoder_name), layers[layer]
+
+
+def load_part(
+    checkpoint: Checkpoint, model: PreTrainedModel, needed: Callable[[str], bool], device: str, what: str
+) -> None:
+    """Loads the parameters that are needed, and moves the buffers that no file holds to the device, too."""
+    with_halving(1, lambda _: checkpoint.load(model, needed, device), what)
+    for buffer in model.buffers():
+        if not buffer.is_meta:
+            buffer.data = buffer.data.to(device)
+
+
+def let_pass(layers: Iterable[torch.nn.Module]) -> None:
+    """Makes decoder layers return the hidden states that they get."""
+    for layer in layers:
+        layer.forward = _pass
+
+
 def _pass(hidden_states: torch.Tensor, *_args, **_kwargs) -> torch.Tensor:
     return hidden_states
 
@@ -151,27 +171,25 @@ def _joined(parts: list[list[torch.Tensor]]) -> Iterator[np.ndarray]:
     yield from (hidden_NH.numpy(), index_NK.to(torch.int32).numpy(), weights_NK.float().numpy())
 
 
-def _forward(
+def forward_layer(
     model: PreTrainedModel,
     decoder: torch.nn.Module,
     layer: torch.nn.Module,
     ids_BL: torch.Tensor,
     hidden_BLH: torch.Tensor | None,
 ) -> tuple[torch.Tensor, Routing | None]:
-    """Returns the output of one decoder layer, and what its experts got."""
+    """Returns the output of the only decoder layer that is loaded, and what its experts got.
+
+    Raises:
+        ValueError: the model does not run layer by layer.
+    """
     outputs: list[torch.Tensor] = []
     routings: list[Routing] = []
 
-    def replace(_module, args: tuple, kwargs: dict):
-        # Not by `inputs_embeds` alone: some models scale those before the first layer.
-        return ((hidden_BLH, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BLH})
-
-    handles = [layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))]
-    if hidden_BLH is not None:
-        handles.append(layer.register_forward_pre_hook(replace, with_kwargs=True))
+    handle = layer.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     why = "a decoder layer was not called just once, with a tensor for its output"
     try:
-        with hooked_experts(model, lambda _layer, routing: routings.append(routing)):
+        with hooked_experts(model, lambda _layer, routing: routings.append(routing)), given_states(layer, hidden_BLH):
             given = {"input_ids": ids_BL} if hidden_BLH is None else {"inputs_embeds": hidden_BLH}
             decoder(**given, use_cache=False)
     except (ValueError, TypeError, RuntimeError) as error:
@@ -179,11 +197,24 @@ def _forward(
             raise
         why, outputs = f"{type(error).__name__}: {error}", []
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
     if not (len(outputs) == 1 and isinstance(outputs[0], torch.Tensor) and len(routings) <= 1):
         raise ValueError(f"{model.config.model_type} can't be run layer by layer here: {why}")
     return outputs[0], routings[0] if routings else None
+
+
+@contextmanager
+def given_states(layer: torch.nn.Module, hidden_BLH: torch.Tensor | None) -> Generator[None]:
+    """Gives a decoder layer these hidden states instead of its own, if any.
+
+    `inputs_embeds` alone would not do: some models scale those before the first layer.
+    """
+
+    def replace(_module, args: tuple, kwargs: dict):
+        return ((hidden_BLH, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BLH})
+
+    with nullcontext() if hidden_BLH is None else layer.register_forward_pre_hook(replace, with_kwargs=True):
+        yield
 
 
 @torch.no_grad()
@@ -278,7 +309,7 @@ def score_layer(
             lambda _: checkpoint.load(model, lambda parameter: parameter.startswith(f"{name}."), device),
             f"loading the experts of layer {layer}",
         )
-    tokens_E, coactivation_EE, coefficient_EE, size_E, halved = None, None, None, None, 0
+    tokens_E, coactivation_EE, coefficient_EE, size_E, mean_square, halved = None, None, None, None, None, 0
     if method == "random":
         similarity_EE, block_tokens = random_similarity(experts.num_experts, seed + layer), 0
     elif method == "weights":
@@ -296,14 +327,21 @@ def score_layer(
 
         (similarity_EE, *projection), block_tokens = with_halving(first_block, score, f"scoring layer {layer}")
         if projection:
-            coefficient_EE, size_E = (tensor.cpu() for tensor in projection)
+            coefficient_EE, size_E, mean_square = (tensor.cpu() for tensor in projection)
         halved = (first_block // block_tokens).bit_length() - 1
         tokens_E = torch.zeros(num_experts, dtype=torch.int64)
         for block in inputs:
             tokens_E += torch.bincount(torch.from_numpy(block.top_k_index_NK.flatten()), minlength=num_experts)
         coactivation_EE = coactivation(inputs, num_experts)
     similarity_EE = similarity_EE.cpu()
-    statistics = LayerStatistics.of(layer, name, similarity_EE, tokens_E, time.perf_counter() - started)
+    statistics = LayerStatistics.of(
+        layer,
+        name,
+        similarity_EE,
+        tokens_E,
+        time.perf_counter() - started,
+        None if mean_square is None else float(mean_square),
+    )
     return LayerResult(
         similarity_EE, statistics, coefficient_EE, size_E, coactivation_EE, tokens_E, block_tokens, halved
     )

@@ -26,6 +26,7 @@ def main() -> None:
 def inspect(path: Annotated[Path, typer.Argument(help="Folder of the artifact.")]) -> None:
     """Check an artifact and describe it."""
     from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.layer import LayerStatistics
     from sere_dist.artifact.schema import ArtifactError
 
     try:
@@ -43,8 +44,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of the artifact.")
     facts.add_row("SHA-256", config.tensors_sha256)
     tuned = artifact.recommended
     facts.add_row("recommended", str(tuned or "nothing yet: run python -m calibration_jobs.tune"))
-    recommended = ("recommended",) if tuned else ()
-    layers = Table("layer", "fewest tokens of an expert", "median", "similarity mean", "min", "max", *recommended)
+    layers = Table(*LayerStatistics.HEADINGS, *(("recommended",) if tuned else ()))
     for row in (layer.statistics for layer in artifact.layers.values()):
         layers.add_row(*row.cells(), *([str(tuned.layers[row.layer])] if tuned else []))
     console = Console()

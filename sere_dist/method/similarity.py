@@ -138,16 +138,22 @@ def _cosine(outputs_ENH: torch.Tensor | Outputs, block: int) -> torch.Tensor:
     return (cosine_EE / num_tokens + 1) / 2
 
 
+class Projection(NamedTuple):
+    """How well a multiple of expert j stands in for expert i. All float32; the first two are not symmetric."""
+
+    similarity_EE: torch.Tensor  # the share of i's output that it explains, 0 where only a negative multiple would
+    coefficient_EE: torch.Tensor  # that multiple, at least 0; the diagonals are 1
+    size_E: torch.Tensor  # an expert's mean squared output over all tokens, relative to the mean over experts
+    mean_square: torch.Tensor  # [], what the sizes are relative to
+
+
 def expert_projection(
     outputs_ENH: torch.Tensor | Outputs, routing_weights_NE: torch.Tensor | Outputs, block_tokens: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Projection:
     """Returns how well a multiple of expert j stands in for expert i on the tokens routed to i.
 
-    The similarity [E, E] is the share of i's output that it explains, 0 where only a negative multiple would, diagonal
-    1; the coefficient [E, E] is that multiple, at least 0; the size [E] is an expert's mean squared output over all
-    tokens, relative to its mean over experts. All float32; the first two are not symmetric. A token counts with the
-    square of its routing weight for i, which is 0 where it was not routed to i. For an expert that no token was routed
-    to all tokens count alike.
+    A token counts with the square of its routing weight for i, which is 0 where it was not routed to i. For an expert
+    that no token was routed to all tokens count alike.
 
     Raises:
         ValueError: there is no token, or the routing weights are not [N, E].
@@ -177,7 +183,7 @@ def expert_projection(
     similarity_EE = (product_EE / squared_EE * product_EE / own_E1).nan_to_num(nan=0.0).clamp(max=1).fill_diagonal_(1)
     mean_size = size_E.mean()
     size_E = size_E / mean_size if mean_size > 0 else torch.ones_like(size_E)
-    return similarity_EE.float(), coefficient_EE.float(), size_E.float()
+    return Projection(*(t.float() for t in (similarity_EE, coefficient_EE, size_E, mean_size / num_tokens)))
 
 
 def weight_similarity(weights: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -10,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Deepse
 
 from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.artifact.folder import Artifact
+from sere_dist.calibration.checkpoint import Checkpoint
+from sere_dist.calibration.sensitivity import layer_sensitivities
 from sere_dist.method.similarity import expert_projection, expert_similarity
 from sere_dist.moe import MoeShape
 from sere_dist.testing.local_cluster import LocalCluster
@@ -70,9 +72,19 @@ def test_projection_from_a_file_and_flags(projection_job, model):
     texts = calibration_texts(12, 32, min_length=8, max_tokens=300)
     assert artifact.config.num_tokens == sum(map(len, texts)) <= 300, "a flag did not win over the file"
     for layer, (outputs_ENH, weights_NE) in direct(model, texts).items():
-        expected = expert_projection(outputs_ENH, weights_NE)
-        for ours, theirs in zip(artifact.layers[layer].tables, expected, strict=True):
+        expected, found = expert_projection(outputs_ENH, weights_NE), artifact.layers[layer]
+        tables = (found.similarity_EE, found.coefficient_EE, found.size_E, torch.tensor(found.statistics.mean_square))
+        for ours, theirs in zip(tables, expected, strict=True):
             assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    statistics = [layer.statistics for layer in artifact.layers.values()]
+    assert sum(row.sensitivity for row in statistics) / len(statistics) == pytest.approx(1)
+    assert all(0 < row.sensitivity_error < row.sensitivity for row in statistics)
+    in_process = layer_sensitivities(Checkpoint(str(MODEL)), texts[: artifact.settings["sensitivity_samples"]])
+    costs = [in_process[row.layer].nats * row.mean_square for row in statistics]
+    assert artifact.config.nats_per_error == pytest.approx(sum(costs) / len(costs), rel=1e-3)
+    assert [row.sensitivity for row in statistics] == pytest.approx(
+        [cost / artifact.config.nats_per_error for cost in costs], rel=1e-3
+    )
     few = {layer: int((found.tokens_E < 20).sum()) for layer, found in artifact.layers.items()}
     warned = {int(layer): int(count) for layer, count in re.findall(r"layer (\d): (\d+) experts got fewer", printed)}
     assert warned == {layer: count for layer, count in few.items() if count}

@@ -1,3 +1,4 @@
+import csv
 import hashlib
 import json
 import multiprocessing
@@ -216,6 +217,21 @@ def test_a_flipped_byte(saved, position):
         Artifact.load(path)
 
 
+def test_an_artifact_of_an_older_version(saved):
+    path, artifact = saved
+    edit_config(path, schema_version=1)
+    table = path / LAYERS_FILE
+    newer = {"mean_square", "sensitivity", "sensitivity_error"}
+    rows = list(csv.DictReader(table.open(newline="")))
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in rows[0] if name not in newer], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    again = Artifact.load(path)
+    assert again.config.nats_per_error is None
+    assert again.layers[0].statistics == artifact.layers[0].statistics
+
+
 def test_a_missing_layer(saved):
     path, artifact = saved
     replace_tensors(path, {"layers.0.similarity": artifact.layers[0].similarity_EE})
@@ -243,7 +259,7 @@ def test_a_wrong_shape(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 99}, "schema_version.*\n.*reads schema 1"),
+        ({"schema_version": 99}, "schema_version.*\n.*reads schemas 1 to 2"),
         ({"num_experts": "many"}, "num_experts"),
         ({"surprise": 1}, "surprise"),
         ({"num_layers": 1}, r"layer_names has \[1\], but num_layers is 1"),

@@ -12,13 +12,15 @@ from transformers import LlamaConfig
 from typer.testing import Result
 
 from calibration_jobs import calibrate as job
-from calibration_jobs.calibrate import CalibrationConfig, calibrate
+from calibration_jobs.calibrate import CalibrationConfig, add_sensitivities, calibrate
 from calibration_jobs.job import RAY_WORKING_DIR, refuse_lost_output
 from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.layer import LayerStatistics
 from sere_dist.calibration.checkpoint import Checkpoint
-from sere_dist.calibration.layers import expert_inputs, run_layer, score_layer, text_blocks
+from sere_dist.calibration.layers import LayerResult, expert_inputs, run_layer, score_layer, text_blocks
 from sere_dist.calibration.memory import with_halving
+from sere_dist.calibration.sensitivity import Sensitivity
 from sere_dist.method.similarity import expert_projection, expert_similarity, random_similarity, weight_similarity
 from tests.support.commands import invoke
 from tests.support.direct import calibration_texts, direct
@@ -51,13 +53,32 @@ def test_streamed_layers_and_padded_blocks_are_exact(model, method):
         result = score_layer(checkpoint, layer, inputs, method, "polynomial", block_tokens=64)
         assert result.tokens_E.tolist() == (weights_NE > 0).sum(dim=0).tolist()
         if method == "projection":
-            found = (result.similarity_EE, result.coefficient_EE, result.size_E)
+            mean_square = torch.tensor(result.statistics.mean_square)
+            found = (result.similarity_EE, result.coefficient_EE, result.size_E, mean_square)
             for ours, theirs in zip(found, expert_projection(outputs_ENH, weights_NE), strict=True):
                 assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
         else:
             assert result.coefficient_EE is None and result.size_E is None
             theirs = expert_similarity(outputs_ENH, method, "polynomial")
             assert (result.similarity_EE - theirs).abs().max() < 1e-4
+
+
+def test_what_an_error_costs_weighs_the_sizes():
+    """Relative to the mean over layers, whatever the unit of a layer's sizes."""
+    results = {}
+    for layer, mean_square in ((0, 2.0), (3, 0.5)):
+        statistics = LayerStatistics.of(layer, "experts", torch.eye(2), mean_square=mean_square)
+        results[layer] = LayerResult(torch.eye(2), statistics, torch.eye(2), torch.tensor([0.5, 1.5]))
+    assert results[0].tables.size_E.tolist() == [0.5, 1.5]
+    assert add_sensitivities(results, {}) is None
+    assert add_sensitivities(results, {0: Sensitivity(0.0, 0.0), 3: Sensitivity(0.0, 0.0)}) is None
+    assert results[0].tables.size_E.tolist() == [0.5, 1.5]
+    mean = add_sensitivities(results, {0: Sensitivity(3e-4, 3e-5), 3: Sensitivity(4e-4, 1e-5)})
+    assert mean == pytest.approx(4e-4)  # of 6e-4 and 2e-4
+    assert [results[layer].statistics.sensitivity for layer in (0, 3)] == pytest.approx([1.5, 0.5])
+    assert results[0].statistics.sensitivity_error == pytest.approx(0.15)
+    assert results[3].tables.size_E.tolist() == pytest.approx([0.25, 0.75])
+    assert results[3].size_E.tolist() == [0.5, 1.5], "the file keeps what was measured"
 
 
 def test_blocks_hold_each_text_once():

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from transformers import (
 from sere_dist.artifact.folder import Artifact
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import ExpertInputs, expert_inputs, run_layer, score_layer, text_blocks
+from sere_dist.calibration.sensitivity import TOKENS_A_BACKWARD, layer_sensitivities
+from sere_dist.evaluation.errors import with_error
 from sere_dist.moe import MoeShape, expert_outputs, routed_experts
 from tests.support.artifacts import small_artifact
 from tests.support.families import EXPERTS, FAMILIES
@@ -129,6 +132,36 @@ def test_outputs_of_experts_are_those_of_their_weights(calibrated):
         outputs_ENH = expert_outputs(experts, calibrated.direct[layer][0])
         assert (outputs_ENH - expected_ENH).abs().max() < 1e-5 * expected_ENH.abs().max()
         assert torch.equal(expert_outputs(experts, calibrated.direct[layer][0], range(2, 5)), outputs_ENH[2:5])
+
+
+def test_what_an_error_costs_is_what_the_whole_model_says(calibrated):
+    """The gradient that goes back layer by layer is that of the whole model, for the same drawn tokens."""
+    found = layer_sensitivities(Checkpoint(str(calibrated.folder)), calibrated.texts, seed=3)
+    assert tuple(found) == calibrated.moe_layers
+    generator, model = torch.Generator().manual_seed(3), calibrated.model
+    squares: dict[int, list[float]] = defaultdict(list)
+    for block in text_blocks(calibrated.texts, TOKENS_A_BACKWARD):
+        outputs: dict[int, torch.Tensor] = {}
+
+        def keep(layer: int, _module: torch.nn.Module, _args: tuple, output: torch.Tensor, outputs=outputs):
+            outputs[layer] = output + torch.zeros_like(output, requires_grad=True)
+            return outputs[layer]
+
+        handles = [
+            model.get_submodule(name).register_forward_hook(partial(keep, layer))
+            for layer, (name, _) in routed_experts(model).items()
+        ]
+        is_token = torch.from_numpy(block.is_token_BL.flatten())
+        log_p_NV = model(torch.from_numpy(block.ids_BL)).logits.flatten(0, 1).log_softmax(-1)[is_token]
+        drawn_N1 = torch.multinomial(log_p_NV.detach().exp(), 1, generator=generator)
+        of_layers = torch.autograd.grad(log_p_NV.gather(1, drawn_N1).sum(), list(outputs.values()))
+        for layer, gradient_NH in zip(outputs, of_layers, strict=True):
+            of_texts = gradient_NH.square().sum(-1)[is_token].split(block.lengths_B.tolist())
+            squares[layer] += [float(each.mean()) / (2 * gradient_NH.shape[-1]) for each in of_texts]
+        for handle in handles:
+            handle.remove()
+    for layer, of_texts in squares.items():
+        assert tuple(found[layer]) == pytest.approx(with_error(of_texts), rel=1e-3)
 
 
 def frobenius(outputs_ENH: torch.Tensor, _routing_weights_NE: torch.Tensor) -> torch.Tensor:

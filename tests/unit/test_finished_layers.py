@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from calibration_jobs import lock
-from calibration_jobs.finished_layers import JOB_FILE, LOCK_FILE, FinishedLayers
+from calibration_jobs.finished_layers import JOB_FILE, LOCK_FILE, SENSITIVITIES_FILE, FinishedLayers
 from sere_dist.calibration.layers import LayerResult
+from sere_dist.calibration.sensitivity import Sensitivity
 from tests.support.artifacts import small_artifact
 
 FINGERPRINT = {"model": "nobody/small-moe", "seed": 1}
@@ -53,6 +54,21 @@ def test_a_damaged_layer_is_not_finished(output, damage, capsys):
     file.write_bytes(file.read_bytes()[:damage] if isinstance(damage, int) else damage)
     assert layers(output) == [0, 2]
     assert f"{file} can't be read, so its layer is scored again" in capsys.readouterr().out
+
+
+def test_what_errors_cost_is_there_again(output, capsys):
+    found = {0: Sensitivity(2e-4, 1e-5), 2: Sensitivity(1e-4, 3e-6)}
+    with FinishedLayers(output, FINGERPRINT, restart=False) as finished:
+        assert finished.sensitivities is None
+        finished.sensitivities = found
+    with FinishedLayers(output, FINGERPRINT, restart=False) as finished:
+        assert finished.sensitivities == found
+        (finished.path / SENSITIVITIES_FILE).write_text('{"0": 1}')
+        assert finished.sensitivities is None
+        assert f"{SENSITIVITIES_FILE} can't be read, so it is measured again" in capsys.readouterr().out
+        finished.sensitivities = found
+    with FinishedLayers(output, FINGERPRINT, restart=True) as finished:
+        assert finished.sensitivities is None
 
 
 def test_a_damaged_description_is_named(output):

@@ -114,7 +114,7 @@ def test_two_nearly_equal_experts_among_others(outputs):
     assert 0.99998 < expected[1, 3] < 0.999999
 
 
-def projection(outputs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def projection(outputs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Design section 3, pair by pair, in float64."""
     outputs, squared_weights = outputs.double(), weights.double() ** 2
     similarity, coefficient = torch.ones(2, E, E, dtype=torch.float64)
@@ -126,7 +126,7 @@ def projection(outputs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tens
             coefficient[i, j] = (product / other).clamp(min=0)
             similarity[i, j] = product**2 / (own * other) if product > 0 else 0
     sizes = outputs.square().sum(dim=2).mean(dim=1)
-    return similarity, coefficient, sizes / sizes.mean()
+    return similarity, coefficient, sizes / sizes.mean(), sizes.mean()
 
 
 @pytest.mark.parametrize("block", [None, 7])
@@ -137,7 +137,7 @@ def test_projection(outputs, block):
     for found, expected in zip(expert_projection(outputs, weights, block), projection(outputs, weights), strict=True):
         assert found.dtype == torch.float32
         assert torch.allclose(found.double(), expected, atol=1e-6)
-    similarity_EE, coefficient_EE, size_E = expert_projection(outputs, weights)
+    similarity_EE, coefficient_EE, size_E, _ = expert_projection(outputs, weights)
     assert similarity_EE[0, 4] == coefficient_EE[0, 4] == 0
     assert not torch.equal(similarity_EE, similarity_EE.T)
     assert torch.equal(similarity_EE.diagonal(), torch.ones(E)) and torch.equal(
@@ -148,7 +148,7 @@ def test_projection(outputs, block):
 
 def test_projection_finds_the_multiple(outputs):
     outputs[5] = 2.5 * outputs[1]
-    similarity_EE, coefficient_EE, _ = expert_projection(outputs, torch.rand(N, E))
+    similarity_EE, coefficient_EE, *_ = expert_projection(outputs, torch.rand(N, E))
     assert similarity_EE[1, 5] == pytest.approx(1) and similarity_EE[5, 1] == pytest.approx(1)
     assert coefficient_EE[1, 5] == pytest.approx(0.4) and coefficient_EE[5, 1] == pytest.approx(2.5)
 
