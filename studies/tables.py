@@ -4,6 +4,7 @@ python -m studies.tables   # writes them into the page, between their markers
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -213,11 +214,26 @@ def kernel_instructions() -> str:
     return markdown(["source and layer", "kernel", "instructions", "registers", "shortest way", "longest way"], rows)
 
 
+def survival() -> str:
+    found = load(ROOT / "tests/soak/results/survival.json")["survival"]
+    rows = []
+    for name in dict.fromkeys(event["name"] for event in found["events"]):
+        seconds = [event["whole_after"] for event in found["events"] if event["name"] == name]
+        after = [row for row in found["why"] if row["after"] == name]
+        failed, latest = (
+            sum(row["times"] for row in after),
+            max((row["seconds_later"]["max"] for row in after), default=0),
+        )
+        took = ", ".join(f"{each:.0f}" for each in seconds)
+        rows.append([name, took, f"{failed}, within {math.ceil(latest)} s" if failed else "0"])
+    return markdown(["what was done to it", "seconds until whole, each time", "requests that failed"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
-        *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions),
+        *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
     )
 }
 

@@ -55,7 +55,15 @@ def test_what_a_traffic_price_saves():
 def test_survival():
     found = load(ROOT / "tests/soak/results/survival.json")["survival"]
     sent, answered = sum(found["sent"].values()), sum(found["answered"].values())
-    assert f"Of {sent:,} requests in {found['seconds']:.0f} s, {answered:,} were answered" in PROSE
+    left, failed = sum(found["left"].values()), found["failed"]
+    assert f"Of {sent:,} requests in {found['seconds']:,.0f} s, {answered:,} were answered, {left} were left" in PROSE
+    assert f"{failed} failed, and none was lost" in PROSE
+    assert found["lost"] == 0 and all(found["checks"].values())
+    long = found["answered_in_seconds"]["long"]
+    assert f"take {long['min']:.0f} to {long['max']:.0f} s" in PROSE
+    without_failures = {event["name"] for event in found["events"]} - {row["after"] for row in found["why"]}
+    killed = ("the settings' keeper killed", "Serve's controller killed", "an ingress killed")
+    assert without_failures == {"deployed again", "a node drained", *killed}
 
 
 def test_a_head_that_dies():
