@@ -66,6 +66,21 @@ def test_survival():
     assert without_failures == {"deployed again", "a node drained", *killed}
 
 
+def test_overload():
+    found = load(ROOT / "tests/soak/results/overload.json")["overload"]
+    took, refused = found["answered_in_seconds"], found["refused_in_seconds"]
+    capacity, asked = (found["requests_per_second"][name] for name in ("capacity", "asked"))
+    assert all(found["checks"].values()) and found["requests"].keys() == {"200", "503"}
+    assert f"answers {capacity:.1f} requests per second. Asked for {asked:.0f} per second for ten minutes" in PROSE
+    answered, told = (found["requests"][status] for status in ("200", "503"))
+    assert f"it answered {answered:,} and refused {told:,}" in PROSE
+    admitted = (
+        f"{took['overloaded']['median']:.2f} s in the median, and {took['at capacity']['median']:.2f} s at capacity"
+    )
+    assert admitted in PROSE
+    assert f"within {refused['median']:.2f} s in the median" in PROSE
+
+
 def test_a_head_that_dies():
     found = load(ROOT / "tests/soak/results/head.json")["head"]
     without, after = found["requests"]["without a head"], found["requests"]["after"]
