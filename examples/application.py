@@ -42,6 +42,7 @@ TINY_MOE = Example(
     artifact=ROOT / "build" / "tiny-moe-sere",
     app=ROOT / "serve_apps" / "tiny_moe.yaml",
 )
+EXAMPLES = {TINY_MOE.model_id: TINY_MOE}
 
 
 def calibrate(

@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from examples.application import TINY_MOE, Example
+from examples.application import EXAMPLES, Example
 from sere_dist.admin import change_settings, request_settings
 from sere_dist.artifact.folder import Artifact
 from sere_dist.console import tables
@@ -34,8 +34,6 @@ from sere_dist.method.records import Settings
 from sere_dist.moe import load_model
 from sere_dist.provenance import machine, versions
 from serve_apps.workers import worker_rpc
-
-EXAMPLES = {TINY_MOE.model_id: TINY_MOE}
 
 
 async def time_per_output_token(url: str, model_id: str, prompts: list[list[int]], new_tokens: int) -> float:

@@ -214,6 +214,20 @@ def kernel_instructions() -> str:
     return markdown(["source and layer", "kernel", "instructions", "registers", "shortest way", "longest way"], rows)
 
 
+def sensitivity() -> str:
+    """At a tenth, half and nine tenths of each range of active experts."""
+    found = load(RESULTS / "sensitivity-tiny-moe.json")["rows"]
+    policies = list(dict.fromkeys(row["policy"] for row in found))
+    places = list(dict.fromkeys((row["batch"], row["active_experts"]) for row in found))
+    of = {(row["batch"], row["active_experts"], row["policy"]): row for row in found}
+    cells = []
+    for place in (places[i] for i in range(len(places)) if i % 5 in (0, 2, 4)):
+        alone, *others = (of[*place, policy] for policy in policies)
+        factors = (plus_minus(row, "ratio", 2) if "ratio" in row else "" for row in others)
+        cells.append([str(place[0]), f"{place[1]:.1f}", f"{alone['kl']:.4f}", *factors])
+    return markdown(["batch", "active experts", f"KL, {policies[0]}", *policies[1:]], cells)
+
+
 def survival() -> str:
     found = load(ROOT / "tests/soak/results/survival.json")["survival"]
     rows = []
@@ -234,6 +248,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
+        *(sensitivity,),
     )
 }
 

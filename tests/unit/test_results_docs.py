@@ -66,6 +66,20 @@ def test_survival():
     assert without_failures == {"deployed again", "a node drained", *killed}
 
 
+def test_sensitivity():
+    found = load(RESULTS / "sensitivity-tiny-moe.json")
+    of = {(row["batch"], row["active_experts"], row["policy"]): row for row in found["rows"] if "ratio" in row}
+    ours = [row["ratio"] for (_, _, policy), row in of.items() if policy == "first order"]
+    assert max(ours) <= 1.005
+    assert f"save 0 to {1 - min(ours):.0%} of the KL divergence" in PROSE
+    routed = [row["ratio"] for (_, _, policy), row in of.items() if policy == "routed"]
+    assert sum(ratio <= 1 for ratio in routed) == 1
+    seconds = found["seconds"]
+    assert f"It took {seconds['measured']:.1f} s and the estimate {seconds['first order']:.1f} s" in PROSE
+    times = [row["kl"] / row["predicted"] for row in found["predictions"]]
+    assert f"is {min(times):.1f} to {max(times):.1f} times this sum" in PROSE
+
+
 def test_overload():
     found = load(ROOT / "tests/soak/results/overload.json")["overload"]
     took, refused = found["answered_in_seconds"], found["refused_in_seconds"]

@@ -1,0 +1,272 @@
+"""What sizes should be relative to: policy `expert_price` with each way to weigh them, at equal active experts.
+
+    python -m studies.sensitivity   # 5 minutes on 2 cores
+
+Sizes of method projection decide what an error is thought to cost. Ways to weigh them:
+
+- each layer alone: relative to the layer's mean, as in artifacts without sensitivities;
+- first order: times the layer's sensitivity, as `sere_dist.calibration.sensitivity` estimates it;
+- measured: times the KL divergence per estimated error when that layer alone is re-routed, on as many texts;
+- routed: an expert's mean squared output on the tokens that are routed to it, not on all, by the square of the router
+  weight, shrunk towards the layer's mean by `PRIOR` tokens; alone, and times the first-order sensitivity.
+
+Similarities and coefficients are the same everywhere. With first-order sensitivities the errors that a policy is
+estimated to make add up to a KL divergence, which the study compares with the measured one.
+
+Choices are made by this study on the half `choice`. Errors are standard errors over texts, of ratios by pairs. Prints a
+table; writes `studies/results/sensitivity-<example>.json`.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from examples.application import EXAMPLES
+from sere_dist.calibration.checkpoint import Checkpoint
+from sere_dist.calibration.layers import (
+    ExpertInputs,
+    ExpertOutputs,
+    LayerResult,
+    RoutingWeights,
+    expert_inputs,
+    score_layer,
+    text_blocks,
+)
+from sere_dist.calibration.sensitivity import layer_sensitivities
+from sere_dist.console import tables
+from sere_dist.evaluation.errors import with_error
+from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Rerouter, Routed, unchanged
+from sere_dist.evaluation.protocol import (
+    BATCH,
+    CALIBRATION_LENGTH,
+    LENGTH,
+    PROMPT,
+    TEXTS,
+    Half,
+    calibration_texts,
+    decoded,
+    held_out_texts,
+)
+from sere_dist.evaluation.rerouters import of_layers, paper_rerouter, projection_rerouter
+from sere_dist.evaluation.rivals import oea_rerouter
+from sere_dist.method.projection import FIXED_POINT_ONE, estimated_error
+from sere_dist.method.records import LayerTables, Settings, Step
+from sere_dist.moe import MoeShape, load_model, routed_experts
+from sere_dist.provenance import keep, machine, rounded, versions
+from studies.common import RESULTS
+from studies.quality import at_active_experts, compared
+
+BATCHES = (4, 16, 64)
+PRICES = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
+KEEPS = (1, 2, 3, 4, 6)
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the range of active experts that `ALONE` covers: where curves are compared
+ALONE, FIRST_ORDER, MEASURED = "each layer alone", "first order", "measured"
+ROUTED, ROUTED_FIRST_ORDER = "routed", "routed, first order"
+PRIOR = 50.0
+
+Sizes = dict[int, torch.Tensor]  # of experts, by decoder layer
+
+
+def weighted(sizes: Sizes, weights: dict[int, float]) -> Sizes:
+    """Returns the sizes times a weight of each layer, relative to the weights' mean."""
+    mean = sum(weights.values()) / len(weights)
+    return {layer: size_E * weights[layer] / mean for layer, size_E in sizes.items()}
+
+
+def routed_sizes(checkpoint: Checkpoint, layer: int, inputs: Sequence[ExpertInputs]) -> torch.Tensor:
+    """Returns [E], relative to the layer's mean: mean squared outputs on the tokens that are routed to an expert."""
+    model = checkpoint.empty_model()
+    name, experts = routed_experts(model)[layer]
+    checkpoint.load(model, lambda parameter: parameter.startswith(f"{name}."), "cpu")
+    outputs = ExpertOutputs(experts, inputs, "cpu")
+    weights = RoutingWeights(inputs, experts.num_experts, "cpu")
+    whole, squared, counted = (torch.zeros(experts.num_experts, dtype=torch.float64) for _ in range(3))
+    for start in range(0, outputs.shape[1], 1024):
+        tokens = slice(start, start + 1024)
+        square_EN = outputs[:, tokens].double().square().sum(-1)
+        importance_EN = weights[tokens, :].double().square().T
+        whole += (importance_EN * square_EN).sum(1)
+        squared += importance_EN.square().sum(1)
+        counted += importance_EN.sum(1)
+    mean = whole.sum() / counted.sum()
+    tokens_E = (counted.square() / squared).nan_to_num(0)  # as many as if all counted alike
+    own_E = (whole / counted).nan_to_num(0)
+    return ((tokens_E * own_E + PRIOR * mean) / (tokens_E + PRIOR) / mean).float()
+
+
+class Counted:
+    """A rerouter that also counts the error that it is estimated to make, by layer, in the unit of w² n."""
+
+    def __init__(self, rerouter: Rerouter, of_layer: dict[int, LayerTables]):
+        self.rerouter, self.of_layer = rerouter, of_layer
+        self.errors: dict[int, list[float]] = {}  # a row's, the mean over those of each batch
+
+    def __call__(
+        self, layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores: torch.Tensor | None
+    ) -> Routed:
+        weights, ids = self.rerouter(layer, weights_DBK, ids_DBK, scores)
+        step = Step(weights_DBK.flatten(0, 1), ids_DBK.flatten(0, 1))
+        error = float(estimated_error(step, ids.flatten(0, 1), self.of_layer[layer])) / FIXED_POINT_ONE
+        self.errors.setdefault(layer, []).append(error / len(step.ids_TK))
+        return weights, ids
+
+    def error(self, layer: int) -> float:
+        return sum(self.errors[layer]) / len(self.errors[layer])
+
+
+def measured_sensitivities(bench: HeldOut, of_layer: dict[int, LayerTables]) -> dict[int, float]:
+    """Returns the KL divergence per estimated error of each layer, re-routed alone at S = 1 without a price."""
+    found = {}
+    for layer in tqdm(of_layer, desc="layers alone"):
+        counted = Counted(projection_rerouter(of_layer, Settings(1)), of_layer)
+        result = bench.run(of_layers({layer: counted}), BATCH)
+        found[layer] = result.divergence / counted.error(layer)
+    return found
+
+
+def curves(bench: HeldOut, batch: int, ways: dict[str, dict[int, LayerTables]]) -> dict[str, list[LockstepResult]]:
+    """Returns each way's policy over its prices, and rivals over S or k0."""
+    found = {
+        way: [bench.run(projection_rerouter(of_layer, Settings(1, expert_price=price)), batch) for price in PRICES]
+        for way, of_layer in tqdm(ways.items(), desc=f"batch {batch}")
+    }
+    of_layer = ways[ALONE]
+    found["SERE"] = [bench.run(paper_rerouter(of_layer, Settings(keep)), batch) for keep in KEEPS]
+    found["projection, S alone"] = [bench.run(projection_rerouter(of_layer, Settings(keep)), batch) for keep in KEEPS]
+    found["OEA"] = [bench.run(oea_rerouter(keep), batch) for keep in KEEPS]
+    return found
+
+
+def predictions(bench: HeldOut, of_layer: dict[int, LayerTables], nats_per_error: float) -> list[dict[str, Any]]:
+    """Returns, at each batch and price, the KL divergence that the estimated errors of all layers add up to, and the
+    measured one."""
+    rows = []
+    for batch in BATCHES:
+        for price in tqdm(PRICES, desc=f"predictions, batch {batch}"):
+            counted = Counted(projection_rerouter(of_layer, Settings(1, expert_price=price)), of_layer)
+            kl, kl_error = with_error(bench.run(counted, batch).divergence_of_texts)
+            predicted = nats_per_error * sum(counted.error(layer) for layer in of_layer)
+            row = {"batch": batch, "price": price, "predicted": predicted, "kl": kl, "kl_error": kl_error}
+            rows.append({name: rounded(number) for name, number in row.items()})
+    return rows
+
+
+def beside(found: dict[str, list[LockstepResult]], batch: int) -> list[dict[str, Any]]:
+    """Returns, for each policy, its KL divergence as a factor of that of `ALONE`, at equal active experts."""
+    active = [result.active_experts for result in found[ALONE]]
+    rows = []
+    for share in SHARES:
+        wanted = min(active) + share * (max(active) - min(active))
+        theirs = at_active_experts(found[ALONE], wanted)
+        assert theirs is not None
+        for policy, curve in found.items():
+            ours = at_active_experts(curve, wanted)
+            row: dict[str, Any] = {"batch": batch, "policy": policy, "active_experts": rounded(wanted)}
+            if ours is not None:
+                row |= {"kl": rounded(sum(ours) / len(ours)), **compared(ours, theirs)}
+            rows.append(row)
+    return rows
+
+
+def table_of(rows: list[dict[str, Any]], batch: int, baseline: float) -> Table:
+    of_batch = [row for row in rows if row["batch"] == batch]
+    wanted = list(dict.fromkeys(row["active_experts"] for row in of_batch))
+    alone = {row["active_experts"]: row["kl"] for row in of_batch if row["policy"] == ALONE}
+    title = f"batch {batch}, {baseline:.1f} active experts as it is: KL divergence as a factor of `{ALONE}`"
+    table = Table("policy", *(f"{each:.1f} active\nKL {alone[each]:.4f}" for each in wanted), title=title)
+    for policy in dict.fromkeys(row["policy"] for row in of_batch):
+        cells = [
+            f"{row['ratio']:.2f} ±{row['ratio_error']:.2f}" if "ratio" in row else "-"
+            for row in of_batch
+            if row["policy"] == policy
+        ]
+        table.add_row(policy, *cells)
+    return table
+
+
+def main(
+    example: Annotated[str, typer.Option(help=f"The model: {' or '.join(EXAMPLES)}.")] = "tiny-moe",
+    half: Annotated[Half, typer.Option(help="The half of each kind's held-out texts: final, or choice.")] = "final",
+    texts: Annotated[int, typer.Option(help="Held-out texts of all kinds together.")] = TEXTS,
+    samples: Annotated[int, typer.Option(help="Texts of the calibration.")] = 400,
+    sensitivity_samples: Annotated[int, typer.Option(help="Of these, texts that sensitivities are found on.")] = 64,
+    results: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+) -> None:
+    own = EXAMPLES[example]
+    tokenizer, checkpoint = AutoTokenizer.from_pretrained(own.model), Checkpoint(str(own.model))
+    to_calibrate = calibration_texts(own.calibration, tokenizer, count=samples, length=CALIBRATION_LENGTH)
+    scored: dict[int, LayerResult] = {}
+    routed: Sizes = {}
+    for layer, inputs in expert_inputs(checkpoint, text_blocks([text.ids for text in to_calibrate])):
+        scored[layer] = score_layer(checkpoint, layer, inputs, "projection")
+        routed[layer] = routed_sizes(checkpoint, layer, inputs)
+        print(f"layer {layer} scored", flush=True)
+    alone = {layer: result.tables for layer, result in scored.items()}
+    sizes: Sizes = {layer: result.size_E for layer, result in scored.items() if result.size_E is not None}
+
+    began = time.perf_counter()
+    estimated = layer_sensitivities(checkpoint, [text.ids for text in to_calibrate[:sensitivity_samples]])
+    seconds = {FIRST_ORDER: rounded(time.perf_counter() - began)}
+    squares = {layer: result.statistics.mean_square or 0.0 for layer, result in scored.items()}
+    first_order = {layer: found.nats * squares[layer] for layer, found in estimated.items()}
+    model = load_model(str(own.model), "cpu")
+    began = time.perf_counter()
+    measured = measured_sensitivities(decoded(model, to_calibrate[:sensitivity_samples], 8), alone)
+    seconds[MEASURED] = rounded(time.perf_counter() - began)
+    print({layer: (rounded(first_order[layer]), rounded(measured[layer])) for layer in measured}, flush=True)
+
+    all_sizes = {
+        ALONE: sizes,
+        FIRST_ORDER: weighted(sizes, first_order),
+        MEASURED: weighted(sizes, measured),
+        ROUTED: routed,
+        ROUTED_FIRST_ORDER: weighted(routed, first_order),
+    }
+    ways = {
+        way: {layer: alone[layer]._replace(size_E=size_E) for layer, size_E in of_way.items()}
+        for way, of_way in all_sizes.items()
+    }
+    bench = decoded(model, held_out_texts(own.held_out, tokenizer, half=half, count=texts))
+    rows = []
+    for batch in BATCHES:
+        rows += beside(curves(bench, batch, ways), batch)
+        tables().print(table_of(rows, batch, bench.run(unchanged, batch).active_experts))
+    mean = sum(first_order.values()) / len(first_order)
+    predicted = predictions(bench, ways[FIRST_ORDER], mean)
+    for row in predicted:
+        print(row | {"kl / predicted": rounded(row["kl"] / row["predicted"])}, flush=True)
+    errors = {layer: rounded(found.error * squares[layer]) for layer, found in estimated.items()}
+    keep(
+        results or RESULTS / f"sensitivity-{example}.json",
+        {
+            "command": f"python -m studies.sensitivity --example {example}",
+            "machine": machine() | {"threads": torch.get_num_threads()},
+            "versions": versions("sere-dist", "torch", "transformers"),
+            "shape": vars(MoeShape.from_config(model.config)),
+            "half": half,
+            "texts": len(bench.ids_NL),
+            "length": LENGTH,
+            "prompt": PROMPT,
+            "calibration_texts": len(to_calibrate),
+            "sensitivity_texts": sensitivity_samples,
+            "seconds": seconds,
+            "nats_per_error": {
+                FIRST_ORDER: {layer: rounded(cost) for layer, cost in first_order.items()},
+                f"{FIRST_ORDER}, error": errors,
+                MEASURED: {layer: rounded(cost) for layer, cost in measured.items()},
+            },
+            "rows": rows,
+            "predictions": predicted,
+        },
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
