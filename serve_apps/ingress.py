@@ -153,7 +153,13 @@ class Guard:
     engines refuse has been parsed and sent to them, and under load the ingress would fall behind with that.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int, max_requests: int, open_paths: frozenset[str] = frozenset()):
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_body_bytes: int,
+        max_requests: int | None = None,
+        open_paths: frozenset[str] = frozenset(),
+    ):
         self.app, self.max_body_bytes, self.max_requests = app, max_body_bytes, max_requests
         self.open_paths = open_paths
         self.keys = Keys()
@@ -173,7 +179,7 @@ class Guard:
             await error_response(400, message, code="invalid_header")(scope, receive, send)
         elif scope["method"] != "POST" or path.startswith(ADMIN_PATH):
             await self._take(scope, receive, send)
-        elif self.requests >= self.max_requests:
+        elif self.max_requests is not None and self.requests >= self.max_requests:
             message = f"The server works on {self.max_requests:,} requests, and takes no more. Send it again later."
             await error_response(503, message, UNAVAILABLE)(scope, receive, send)
         else:
@@ -445,7 +451,7 @@ PAGE_ENDPOINT: dict[str, Callable[[FastAPI], Callable]] = {
 
 
 def guard(
-    app: FastAPI, allow_origins: list[str], max_body_bytes: int, max_requests: int, *, has_page: bool = False
+    app: FastAPI, allow_origins: list[str], max_body_bytes: int, max_requests: int | None, *, has_page: bool = False
 ) -> None:
     """Puts the guard around an application, and lets web pages of some origins use it, no others.
 
@@ -470,7 +476,7 @@ def build_ingress(
     cache_per_key: bool,
     allow_origins: list[str],
     max_body_bytes: int,
-    max_requests: int,
+    max_requests: int | None,
     bounds: dict[str, int],
 ) -> Application:
     """Returns the application: an ingress before `servers`, with Ray Serve's deployment options. Web pages of

@@ -292,12 +292,15 @@ def build_app(args: dict[str, Any]) -> Application:
     )
 
 
-def requests_of_engines(config: AppConfig) -> int:
-    """Returns how many requests the engines of all replicas take, to run or to wait, if all of them are up."""
+def requests_of_engines(config: AppConfig) -> int | None:
+    """Returns how many requests the engines of all replicas take, to run or to wait, once all are up. None: any."""
+    of_engine = config.engine.get("max_num_queued_reqs", ENGINE_REQUESTS)
+    if of_engine is None:
+        return None
     replicas = config.num_replicas or 1
     if config.autoscaling is not None:
         replicas = config.autoscaling.max_replicas
-    return replicas * config.data_parallel_size * config.engine.get("max_num_queued_reqs", ENGINE_REQUESTS)
+    return replicas * config.data_parallel_size * of_engine
 
 
 def build_servers(

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from examples.tiny_moe.data import MODEL
 from sere_dist.config import ReroutingConfig
-from serve_apps.sere import AppConfig, build_app, llm_config
+from serve_apps.sere import ENGINE_REQUESTS, AppConfig, build_app, llm_config, requests_of_engines
 
 
 def arguments(artifact, **changes) -> dict:
@@ -93,6 +93,20 @@ def test_arguments_reach_ray_and_vllm():
 def test_a_bound_of_ours_gives_way():
     translated = llm_config(AppConfig(model=str(MODEL), engine={"max_num_queued_reqs": 7}))
     assert translated.engine_kwargs["max_num_queued_reqs"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "most"),
+    [
+        ({}, ENGINE_REQUESTS),
+        ({"num_replicas": 3, "engine": {"max_num_queued_reqs": 16}}, 48),
+        ({"data_parallel_size": 2, "expert_parallel": True, "engine": {"max_num_queued_reqs": 16}}, 32),
+        ({"autoscaling": {"max_replicas": 5, "target_ongoing_requests": 8}}, 5 * ENGINE_REQUESTS),
+        ({"engine": {"max_num_queued_reqs": None}}, None),
+    ],
+)
+def test_an_ingress_takes_what_the_engines_take(changes, most):
+    assert requests_of_engines(AppConfig.model_validate({"model": str(MODEL), **changes})) == most
 
 
 def test_what_an_artifact_recommends_reaches_vllm(artifact_path):
