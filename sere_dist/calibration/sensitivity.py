@@ -84,7 +84,7 @@ def _gradients_of_states(
         states_BLH = torch.from_numpy(block_states).to(device).requires_grad_()
         with given_states(layers[0], states_BLH):
             logits_BLV = model(inputs_embeds=states_BLH, use_cache=False).logits
-        log_p_NV = logits_BLV.flatten(0, 1).float().log_softmax(-1)[_is_token(block)]
+        log_p_NV = logits_BLV.flatten(0, 1).float().log_softmax(-1)[torch.from_numpy(block.is_token_BL.flatten())]
         drawn_N1 = torch.multinomial(log_p_NV.detach().exp(), 1, generator=generator)
         (gradient_BLH,) = torch.autograd.grad(log_p_NV.gather(1, drawn_N1).sum(), states_BLH)
         gradients.append(gradient_BLH.cpu().numpy())
@@ -114,10 +114,8 @@ def _back_through(
         wanted = [*probes, *([] if states_BLH is None else [states_BLH])]
         found = list(torch.autograd.grad(output_BLH, wanted, torch.from_numpy(gradient).to(device))) if wanted else []
         if probes:
-            square_BL = found.pop(0).square().sum(-1).view(block.ids_BL.shape).cpu()
-            of_texts = square_BL.masked_fill(~torch.from_numpy(block.is_token_BL), 0).sum(1) / torch.tensor(
-                block.lengths_B
-            )
+            square_BL = found.pop(0).square().sum(-1).view(block.ids_BL.shape).cpu().numpy()
+            of_texts = (square_BL * block.is_token_BL).sum(1) / block.lengths_B
             squares += (of_texts / (2 * gradient.shape[-1])).tolist()
         before.append(found[0].cpu().numpy() if found else gradient)
     return before, squares
@@ -133,7 +131,3 @@ def _probed(experts: torch.nn.Module, probes: list[torch.Tensor]) -> Generator[N
 
     with experts.register_forward_hook(add):
         yield
-
-
-def _is_token(block: Texts) -> torch.Tensor:
-    return torch.from_numpy(block.is_token_BL.flatten())
