@@ -1,6 +1,6 @@
 """What sizes should be relative to: policy `expert_price` with each way to weigh them, at equal active experts.
 
-    python -m studies.sensitivity   # 5 minutes on 2 cores
+    python -m studies.sensitivity   # 10 minutes on 2 cores
 
 Sizes of method projection decide what an error is thought to cost. Ways to weigh them:
 
