@@ -13,7 +13,6 @@ the states that it leaves in the object store feed the next layer's forward task
 
 import hashlib
 import json
-import math
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -53,7 +52,7 @@ from sere_dist.calibration.layers import (
     text_blocks,
 )
 from sere_dist.calibration.plan import Plan
-from sere_dist.calibration.sensitivity import Sensitivities, layer_sensitivities
+from sere_dist.calibration.sensitivity import Sensitivities, layer_sensitivities, weigh_layers
 from sere_dist.files import FilePath
 from sere_dist.method.cka import Kernel
 from sere_dist.method.similarity import METHODS, MethodName
@@ -273,25 +272,17 @@ def wait_for_sensitivities(measuring: ray.ObjectRef, workers: Workers) -> Sensit
 
 
 def add_sensitivities(results: dict[int, LayerResult], found: Sensitivities) -> float | None:
-    """Writes what an error costs into the layers' statistics, relative to the mean over layers; returns this mean.
-
-    It is None where nothing was measured, or where no error of any layer costs anything.
-    """
-    costs = {layer: found[layer].nats * (results[layer].statistics.mean_square or 0) for layer in found}
-    mean = math.fsum(costs.values()) / len(costs) if costs else 0.0
-    if not (0 < mean < math.inf):
-        return None
-    for layer, cost in costs.items():
-        statistics = results[layer].statistics
-        statistics.sensitivity = cost / mean
-        statistics.sensitivity_error = statistics.sensitivity * found[layer].error / found[layer].nats
-    least, most = (pick(costs, key=costs.__getitem__) for pick in (min, max))
-    print(
-        f"what an error costs: {costs[least] / mean:.2f} of the mean in layer {least}, {costs[most] / mean:.2f} in "
-        f"layer {most}",
-        flush=True,
-    )
-    return mean
+    """Gives the layers their sensitivities, says how far they differ, and returns what they are relative to."""
+    nats_per_error = weigh_layers(results, found)
+    if nats_per_error is not None:
+        sensitivities = {layer: results[layer].statistics.sensitivity or 0.0 for layer in found}
+        least, most = (pick(sensitivities, key=sensitivities.__getitem__) for pick in (min, max))
+        print(
+            f"what an error costs: {sensitivities[least]:.2f} of the mean in layer {least}, {sensitivities[most]:.2f} "
+            f"in layer {most}",
+            flush=True,
+        )
+    return nats_per_error
 
 
 def score_layers(

@@ -1,24 +1,26 @@
 """What re-routing costs in quality, by every policy of the field, at the same decode steps.
 
-    python -m studies.quality                          # 31 minutes on 2 cores
-    python -m studies.quality --model build/my-model   # another checkpoint
-    python -m studies.quality --draw                   # only the pictures, from the JSON
+    python -m studies.quality                        # the example model of the tests: 31 minutes on 2 cores
+    python -m studies.quality --example smollm2-moe  # SmolLM2-MoE, once the demo has put it together
+    python -m studies.quality --draw                 # only the pictures, from the JSON
 
 Held-out texts are decoded in lockstep batches (see sere_dist.evaluation.lockstep): KL from the model as it is, loss,
-the share of steps whose likeliest token stays, against the experts that a layer runs in a step. In parts:
+the share of steps whose likeliest token stays, against the experts that a layer runs in a step. In parts (`--parts`):
 
 - field: every policy over its knob. A batch holds texts of all kinds, as a server's does: its requests are strangers'.
 - kinds: some of them in batches of one kind of text.
-- beside random: substitutes by similarities that were calibrated, and by random ones, of several draws.
+- beside-random: substitutes by similarities that were calibrated, and by random ones, of several draws.
 - transfer: calibrated on one kind of text, evaluated on another.
 - samples: calibrated on more and more texts.
 
 Texts, their halves and batches are those of `sere_dist.evaluation.protocol`. Whoever chooses a policy, a parameter or a
-model by this study does so with `--half choice`. Nothing here is chosen by either half: similarities come from the
-calibration texts, XShare's budgets are the active experts of the paper's policy, an expert's prices are a fixed sweep.
+model by this study does so with `--half choice`. Nothing here is chosen by either half: similarities and sensitivities
+come from the calibration texts, XShare's budgets are the active experts of the paper's policy, an expert's prices are a
+fixed sweep.
 
 Errors are standard errors over texts, of differences and ratios by pairs. Prints tables and one JSON line last; writes
-`studies/results/quality.json`, `docs/quality-by-batch.png` and `docs/quality-batch-16.png`.
+`studies/results/quality-<example>.json` and, in `docs/`, `quality-<example>-by-batch.png` and
+`quality-<example>-batch-16.png`.
 """
 
 import json
@@ -31,7 +33,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 import typer
@@ -41,10 +43,11 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from examples.tiny_moe.data import CALIBRATION, HELDOUT, MODEL
+from examples.application import EXAMPLES
 from sere_dist.artifact.recommendation import Outcome
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import LayerResult, expert_inputs, score_layer, text_blocks
+from sere_dist.calibration.sensitivity import layer_sensitivities, weigh_layers
 from sere_dist.console import tables
 from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
 from sere_dist.evaluation.figures import (
@@ -88,8 +91,11 @@ from sere_dist.moe import MoeShape, load_model, routed_experts
 from sere_dist.provenance import line_by_line, machine, rounded, versions
 from studies.common import RESULTS, ROOT
 
+Part = Literal["field", "kinds", "beside-random", "transfer", "samples"]
+PARTS: tuple[Part, ...] = get_args(Part)
 SAMPLES = (16, 32, 64, 128, 256, CALIBRATION_TEXTS)  # texts of a calibration; the last is what all other parts use
 SAMPLES_OF_CKA, SAMPLES_OF_KIND = 32, 128  # CKA takes the square of its tokens in time
+SENSITIVITY_SAMPLES = 64  # of the texts of a calibration, those that sensitivities are found on
 KEEPS, KEEPS_OF_PARTS, KEEP_OF_CALIBRATIONS = (1, 2, 3, 4, 6), (1, 2, 4), 2
 RANDOM_DRAWS = 5
 PRICES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of an expert, where every token keeps one of its own
@@ -141,10 +147,14 @@ class Calibration:
 def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[MethodName]) -> list[Calibration]:
     """Returns what each method finds on the texts, in this process."""
     inputs = dict(expert_inputs(checkpoint, text_blocks([text.ids for text in texts])))
-    return [
-        Calibration({layer: score_layer(checkpoint, layer, of_layer, method) for layer, of_layer in inputs.items()})
+    found = {
+        method: {layer: score_layer(checkpoint, layer, of_layer, method) for layer, of_layer in inputs.items()}
         for method in methods
-    ]
+    }
+    if "projection" in found:
+        ids = [text.ids for text in texts[:SENSITIVITY_SAMPLES]]
+        weigh_layers(found["projection"], layer_sensitivities(checkpoint, ids))
+    return [Calibration(layers) for layers in found.values()]
 
 
 def at_active_experts(curve: Sequence[LockstepResult], active: float) -> list[float] | None:
@@ -364,8 +374,8 @@ def draw_batch(rows: list[dict[str, Any]], batch: int, path: Path) -> None:
 
 def draw(report: dict[str, Any], pictures: Path) -> None:
     """Draws both pictures from the JSON of a run."""
-    draw_by_batch(report["field"], pictures / "quality-by-batch.png")
-    draw_batch(report["field"], BATCH, pictures / f"quality-batch-{BATCH}.png")
+    draw_by_batch(report["field"], pictures / f"quality-{report['example']}-by-batch.png")
+    draw_batch(report["field"], BATCH, pictures / f"quality-{report['example']}-batch-{BATCH}.png")
 
 
 def plus_minus(row: dict[str, Any], name: str, digits: int) -> str:
@@ -407,78 +417,82 @@ def priced_table(rows: list[dict[str, Any]], batch: int) -> Table:
     return table
 
 
-def part_tables(report: dict[str, Any]) -> list[Table]:
-    kinds = sorted({row["kind"] for row in report["kinds"]})
-    found = Table(
-        "policy", "S", *kinds, title=f"batches of one kind, batch {BATCH}: KL", title_justify="left", box=box.SIMPLE
-    )
+def kinds_table(rows: list[dict[str, Any]]) -> Table:
+    kinds = sorted({row["kind"] for row in rows})
+    title = f"batches of one kind, batch {BATCH}: KL"
+    table = Table("policy", "S", *kinds, title=title, title_justify="left", box=box.SIMPLE)
     for name in OF_KINDS:
         for keep in KEEPS_OF_PARTS:
-            of = {row["kind"]: row for row in report["kinds"] if (row["policy"], row["knob"]) == (name, keep)}
+            of = {row["kind"]: row for row in rows if (row["policy"], row["knob"]) == (name, keep)}
             cells = [f"{plus_minus(of[kind], 'kl', 4)} ({of[kind]['active_experts']:.1f} active)" for kind in kinds]
-            found.add_row(name, str(keep), *cells)
-    all_tables = [found]
+            table.add_row(name, str(keep), *cells)
+    return table
 
+
+def random_table(rows: list[dict[str, Any]]) -> Table:
     title = f"calibrated beside random, batch {BATCH}: factor of the KL, mean of {RANDOM_DRAWS} draws"
-    found = Table(
-        "similarity", *(f"S = {keep}" for keep in KEEPS_OF_PARTS), title=title, title_justify="left", box=box.SIMPLE
-    )
+    keeps = [f"S = {keep}" for keep in KEEPS_OF_PARTS]
+    table = Table("similarity", *keeps, title=title, title_justify="left", box=box.SIMPLE)
     for name in CALIBRATED:
-        of = {row["knob"]: row for row in report["beside_random"] if row["policy"] == name}
-        found.add_row(name, *(f"x{plus_minus(of[keep], 'ratio', 3)}" for keep in KEEPS_OF_PARTS))
-    all_tables.append(found)
+        of = {row["knob"]: row for row in rows if row["policy"] == name}
+        table.add_row(name, *(f"x{plus_minus(of[keep], 'ratio', 3)}" for keep in KEEPS_OF_PARTS))
+    return table
 
-    for policy in (PAPER, PROJECTION):
-        title = f"{policy}, S = {KEEP_OF_CALIBRATIONS}, batch {BATCH}: KL on, and factor of that calibrated there"
-        found = Table("calibrated on", *kinds, title=title, title_justify="left", box=box.SIMPLE)
-        for calibrated_on in kinds:
-            of = {
-                row["evaluated_on"]: row
-                for row in report["transfer"]
-                if (row["policy"], row["calibrated_on"]) == (policy, calibrated_on)
-            }
-            cells = [f"{of[kind]['kl']:.4f} x{plus_minus(of[kind], 'ratio', 3)}" for kind in kinds]
-            found.add_row(calibrated_on, *cells)
-        all_tables.append(found)
 
+def transfer_table(rows: list[dict[str, Any]], policy: str) -> Table:
+    kinds = sorted({row["evaluated_on"] for row in rows})
+    title = f"{policy}, S = {KEEP_OF_CALIBRATIONS}, batch {BATCH}: KL on, and factor of that calibrated there"
+    table = Table("calibrated on", *kinds, title=title, title_justify="left", box=box.SIMPLE)
+    for calibrated_on in kinds:
+        of = {
+            row["evaluated_on"]: row for row in rows if (row["policy"], row["calibrated_on"]) == (policy, calibrated_on)
+        }
+        cells = [f"{of[kind]['kl']:.4f} x{plus_minus(of[kind], 'ratio', 3)}" for kind in kinds]
+        table.add_row(calibrated_on, *cells)
+    return table
+
+
+def samples_table(rows: list[dict[str, Any]]) -> Table:
     title = f"S = {KEEP_OF_CALIBRATIONS}, batch {BATCH}: KL, and factor of that with the most calibration texts"
-    counts = sorted({row["samples"] for row in report["samples"]})
-    found = Table("policy", *map(str, counts), title=title, title_justify="left", box=box.SIMPLE)
+    counts = sorted({row["samples"] for row in rows})
+    table = Table("policy", *map(str, counts), title=title, title_justify="left", box=box.SIMPLE)
     for policy in (PAPER, PROJECTION):
-        of = {row["samples"]: row for row in report["samples"] if row["policy"] == policy}
-        found.add_row(policy, *(f"{of[count]['kl']:.4f}\nx{plus_minus(of[count], 'ratio', 3)}" for count in counts))
-    return [*all_tables, found]
+        of = {row["samples"]: row for row in rows if row["policy"] == policy}
+        table.add_row(policy, *(f"{of[count]['kl']:.4f}\nx{plus_minus(of[count], 'ratio', 3)}" for count in counts))
+    return table
 
 
 def main(
-    model: Annotated[Path, typer.Option(help="Checkpoint to measure.")] = MODEL,
-    heldout: Annotated[Path, typer.Option(help="Parquet file with the columns text and kind.")] = HELDOUT,
-    calibration: Annotated[Path, typer.Option(help="The same, to calibrate on.")] = CALIBRATION,
+    example: Annotated[str, typer.Option(help=f"The model: {' or '.join(EXAMPLES)}.")] = "tiny-moe",
+    parts: Annotated[list[Part] | None, typer.Option(help="What to measure. By default, all of it.")] = None,
     half: Annotated[Half, typer.Option(help="The half of each kind's held-out texts: final, or choice.")] = "final",
     texts: Annotated[int, typer.Option(help="Held-out texts of all kinds together.")] = TEXTS,
     texts_of_kind: Annotated[int, typer.Option(help="Held-out texts of each kind, in batches of one kind.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of a held-out text.")] = LENGTH,
     prompt: Annotated[int, typer.Option(help="Tokens of these that are prefill.")] = PROMPT,
     calibration_length: Annotated[int, typer.Option(help="Tokens of a calibration text.")] = CALIBRATION_LENGTH,
-    results: Annotated[Path, typer.Option(help="File for the JSON.")] = RESULTS / "quality.json",
+    results: Annotated[Path, typer.Option(help="Folder for the JSON.")] = RESULTS,
     pictures: Annotated[Path, typer.Option(help="Folder for the pictures.")] = ROOT / "docs",
     only_draw: Annotated[bool, typer.Option("--draw", help="Draw the pictures of --results; measure nothing.")] = False,
 ) -> None:
+    file = results / f"quality-{example}.json"
     if only_draw:
-        return draw(json.loads(results.read_text()), pictures)
-    started, console = time.perf_counter(), tables()
-    tokenizer, checkpoint = AutoTokenizer.from_pretrained(model), Checkpoint(str(model))
-    loaded = load_model(str(model), "cpu")
-    of_all = held_out_texts(heldout, tokenizer, half=half, count=texts, length=length)
-    of_kinds = by_kind(cut(half_of(read_texts(heldout, tokenizer), half), length))
+        return draw(json.loads(file.read_text()), pictures)
+    started, console, parts = time.perf_counter(), tables(), parts or list(PARTS)
+    own = EXAMPLES[example]
+    tokenizer, checkpoint = AutoTokenizer.from_pretrained(own.model), Checkpoint(str(own.model))
+    loaded = load_model(str(own.model), "cpu")
+    of_all = held_out_texts(own.held_out, tokenizer, half=half, count=texts, length=length)
+    of_kinds = by_kind(cut(half_of(read_texts(own.held_out, tokenizer), half), length))
     bench = decoded(loaded, of_all, prompt)
-    benches = {kind: decoded(loaded, of_kind[:texts_of_kind], prompt) for kind, of_kind in of_kinds.items()}
-    to_calibrate = cut(read_texts(calibration, tokenizer), calibration_length)
+    to_calibrate = cut(read_texts(own.calibration, tokenizer), calibration_length)
     top_k = MoeShape.from_config(loaded.config).num_experts_per_token
     keeps = [keep for keep in KEEPS if keep < top_k]
 
     in_turn = mixed(to_calibrate)
     counts = [count for count in SAMPLES if count <= len(in_turn)]
+    if "samples" not in parts:
+        counts = counts[-1:]
     by_count = {
         count: calibrate(checkpoint, in_turn[:count], ("frobenius", "projection"))
         for count in tqdm(counts, desc="calibrating")
@@ -487,35 +501,46 @@ def main(
     cosine, weights = calibrate(checkpoint, in_turn[: counts[-1]], ("cosine", "weights"))
     (cka,) = calibrate(checkpoint, in_turn[:SAMPLES_OF_CKA], ("cka",))
     field_of = policies(loaded, dict(zip(CALIBRATED, (frobenius, cosine, cka, projection, weights), strict=True)))
+    needs_kinds = {"kinds", "transfer"} & {*parts}
+    benches = {kind: decoded(loaded, of_kinds[kind][:texts_of_kind], prompt) for kind in of_kinds if needs_kinds}
 
     report: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "studies.quality", *sys.argv[1:]]),
         "machine": machine() | {"threads": torch.get_num_threads()},
         "versions": versions("sere-dist", "torch", "transformers"),
-        "model": str(model.relative_to(ROOT)) if model.is_relative_to(ROOT) else str(model),
+        "example": example,
         "half": half,
         "texts": {kind: len(of_kind) for kind, of_kind in by_kind(of_all).items()},
         "texts_of_kind": {kind: len(of_kind.ids_NL) for kind, of_kind in benches.items()},
         "length": length,
         "prompt": prompt,
         "calibration_texts": {"all": counts[-1], "CKA": SAMPLES_OF_CKA, "each kind": SAMPLES_OF_KIND},
+        "sensitivity_texts": SENSITIVITY_SAMPLES,
         "calibration_length": calibration_length,
     }
-    report["field"] = field(bench, [text.kind for text in of_all], field_of, keeps, partial(projection.projection, 1))
-    report["kinds"] = in_batches_of_one_kind(benches, field_of)
-    report["beside_random"] = compare_with_random(bench, field_of)
-    report["transfer"] = transfer(benches, checkpoint, by_kind(to_calibrate))
-    report["samples"] = by_samples(bench, by_count)
+    if "field" in parts:
+        kinds = [text.kind for text in of_all]
+        report["field"] = field(bench, kinds, field_of, keeps, partial(projection.projection, 1))
+        for batch in BATCHES:
+            console.print(field_table(report["field"], batch, keeps))
+            console.print(priced_table(report["field"], batch))
+        draw(report, pictures)
+    if "kinds" in parts:
+        report["kinds"] = in_batches_of_one_kind(benches, field_of)
+        console.print(kinds_table(report["kinds"]))
+    if "beside-random" in parts:
+        report["beside_random"] = compare_with_random(bench, field_of)
+        console.print(random_table(report["beside_random"]))
+    if "transfer" in parts:
+        report["transfer"] = transfer(benches, checkpoint, by_kind(to_calibrate))
+        for policy in (PAPER, PROJECTION):
+            console.print(transfer_table(report["transfer"], policy))
+    if "samples" in parts:
+        report["samples"] = by_samples(bench, by_count)
+        console.print(samples_table(report["samples"]))
     report["seconds"] = round(time.perf_counter() - started)
-
-    for batch in BATCHES:
-        console.print(field_table(report["field"], batch, keeps))
-        console.print(priced_table(report["field"], batch))
-    for table in part_tables(report):
-        console.print(table)
-    draw(report, pictures)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(line_by_line(report))
+    results.mkdir(parents=True, exist_ok=True)
+    file.write_text(line_by_line(report))
     print(json.dumps(report))
 
 

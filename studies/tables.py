@@ -47,7 +47,7 @@ def outcome(row: dict[str, Any]) -> list[str]:
 
 @cache
 def field_rows() -> dict[tuple[int, str, float | None], dict[str, Any]]:
-    return {(row["batch"], row["policy"], row["knob"]): row for row in load(RESULTS / "quality.json")["field"]}
+    return {(row["batch"], row["policy"], row["knob"]): row for row in load(RESULTS / "quality-tiny-moe.json")["field"]}
 
 
 def quality() -> str:
@@ -94,7 +94,7 @@ def by_batch() -> str:
 
 
 def similarity() -> str:
-    rows = load(RESULTS / "quality.json")["beside_random"]
+    rows = load(RESULTS / "quality-tiny-moe.json")["beside_random"]
     of = {(row["policy"], row["knob"]): row for row in rows}
     names = list(dict.fromkeys(row["policy"] for row in rows))
     cells = [

@@ -10,13 +10,15 @@ The gradient goes back through the layers as the texts went forth: one layer at 
 texts, L tokens of the longest text, H hidden size, V tokens of the vocabulary.
 """
 
-from collections.abc import Generator, Sequence
+import math
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from sere_dist.artifact.layer import Layer
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import (
     Texts,
@@ -68,6 +70,22 @@ def layer_sensitivities(
         if squares:
             found[layer] = Sensitivity(*with_error(squares))
     return dict(sorted(found.items()))
+
+
+def weigh_layers(layers: Mapping[int, Layer], found: Sensitivities) -> float | None:
+    """Writes what an error costs into the layers' statistics, relative to the mean over layers; returns this mean.
+
+    It is None where nothing was measured, or where no error of any layer costs anything.
+    """
+    costs = {layer: found[layer].nats * (layers[layer].statistics.mean_square or 0) for layer in found}
+    mean = math.fsum(costs.values()) / len(costs) if costs else 0.0
+    if not (0 < mean < math.inf):
+        return None
+    for layer, cost in costs.items():
+        statistics = layers[layer].statistics
+        statistics.sensitivity = cost / mean
+        statistics.sensitivity_error = statistics.sensitivity * found[layer].error / found[layer].nats
+    return mean
 
 
 def _gradients_of_states(

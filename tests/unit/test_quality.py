@@ -1,10 +1,12 @@
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from examples.tiny_moe.data import CALIBRATION, HELDOUT, MODEL
+from examples.application import TINY_MOE
+from examples.tiny_moe.data import MODEL
 from sere_dist.evaluation import protocol
 from sere_dist.evaluation.lockstep import LockstepResult
 from studies import quality as study
@@ -74,18 +76,17 @@ def test_study(first_layer, tmp_path, capsys, monkeypatch):
     small |= {"PRICES": (0.01, 0.1), "SAMPLES": (2, 4, 999), "SAMPLES_OF_CKA": 2, "SAMPLES_OF_KIND": 2}
     for name, value in small.items():
         monkeypatch.setattr(study, name, value)
-    results = tmp_path / "results" / "quality.json"
+    monkeypatch.setattr(study, "EXAMPLES", {"first-layer": replace(TINY_MOE, model=first_layer)})
+    results = tmp_path / "results"
     sizes = {"texts": 6, "texts_of_kind": 6, "length": 30, "prompt": 24, "calibration_length": 16}
-    files = {"heldout": HELDOUT, "calibration": CALIBRATION}
-    study.main(first_layer, **files, half="choice", **sizes, results=results, pictures=tmp_path)
+    study.main("first-layer", half="choice", **sizes, results=results, pictures=tmp_path)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert json.loads(results.read_text()) == report
-    for picture in ("quality-by-batch.png", "quality-batch-6.png"):
-        assert (tmp_path / picture).stat().st_size > 10_000
-    assert report["model"] == str(first_layer)
-    drawn = (tmp_path / "quality-batch-6.png").read_bytes()
-    study.main(results=results, pictures=tmp_path, only_draw=True)
-    assert (tmp_path / "quality-batch-6.png").read_bytes() == drawn
+    assert json.loads((results / "quality-first-layer.json").read_text()) == report
+    pictures = [tmp_path / f"quality-first-layer-{name}.png" for name in ("by-batch", "batch-6")]
+    drawn = [picture.read_bytes() for picture in pictures]
+    assert min(map(len, drawn)) > 10_000
+    study.main("first-layer", results=results, pictures=tmp_path, only_draw=True)
+    assert [picture.read_bytes() for picture in pictures] == drawn
 
     rows = {(row["batch"], row["policy"], row["knob"]): row for row in report["field"]}
     assert len(rows) == len(report["field"]) == 2 * (1 + 16 * 2 + 2)
