@@ -1,7 +1,7 @@
 """The command `sere-dist`. Each command imports what it needs by itself, so that `--help` answers at once."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -285,3 +285,61 @@ def doctor(
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     raise typer.Exit(int(any(finding.status == "fail" for finding in findings)))
+
+
+@app.command()
+def forecast(
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hugging Face id; only its configuration is read.")],
+    hardware: Annotated[str, typer.Option(help="What it runs on: a GPU's name in small letters, such as h100.")],
+    artifact: Annotated[
+        Path | None, typer.Option(help="The model's artifact: how popular its experts are, and what was tuned.")
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Requests that decode together, with commas.")] = "1,4,16,64,128,256",
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt, as a mean.")] = 512,
+    answer: Annotated[int, typer.Option(help="Tokens of an answer, as a mean.")] = 256,
+    ranks: Annotated[int, typer.Option(help="Tensor-parallel ranks of a replica.")] = 1,
+    host_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds that the host takes for a step, if you have measured them.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Bits of a weight. By default, as the checkpoint stores it.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the forecasts as a JSON list.")] = False,
+) -> None:
+    """Predict whether re-routing will help, before anything is calibrated: decode times by batch, and a verdict."""
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.schema import ArtifactError
+    from sere_dist.calibration.checkpoint import Checkpoint
+    from sere_dist.cli import forecast as told
+    from sere_dist.console import tables
+    from sere_dist.forecast import DEVICES, ModelCost
+
+    if hardware not in DEVICES:
+        raise typer.BadParameter(f"no numbers of {hardware!r}: choose {', '.join(DEVICES)}", param_hint="--hardware")
+    device = DEVICES[hardware]
+    if host_ms is not None:
+        device = replace(device, host_seconds=host_ms / 1e3)
+    try:
+        rows = [int(batch) for batch in batches.split(",")]
+        checkpoint = Checkpoint(model)
+        empty = checkpoint.empty_model()
+        stored = bits / 8 if bits else checkpoint.stored_bytes(empty.num_parameters())
+        cost = ModelCost.of(empty, stored).on_ranks(ranks)
+        known = None if artifact is None else Artifact.load(artifact)
+        if known is not None:
+            known.check_serves(cost.shape, model, checkpoint.revision)
+    except (ValueError, ArtifactError) as error:
+        raise SystemExit(f"error: {error}") from error
+    load = told.Load(prompt, answer)
+    found = told.forecast(cost, device, load, rows, known)
+    if as_json:
+        print(json.dumps([each.numbers() for each in found], indent=2))
+        return
+    console = tables()
+    on = f"{model} on {device.name}" + (f", {ranks} tensor-parallel ranks" if ranks > 1 else "")
+    console.print(f"{on}: {device.source}", highlight=False)
+    table = Table("batch", "setting", "active experts", "ms per step", "experts", "times faster", "with prefill")
+    for each in found:
+        table.add_row(*told.as_cells(each))
+    console.print(table)
+    console.print(told.verdict(found, cost, device, load, known), highlight=False)
