@@ -7,7 +7,7 @@ the model and the texts; the driver hands them trials, and keeps every result.
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import ray
@@ -21,6 +21,7 @@ from calibration_jobs.pool import ActorPool
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult
+from sere_dist.evaluation.rerouters import Estimating
 from sere_dist.evaluation.tuning import candidates, losses_of_steps, rerouter_of
 from sere_dist.moe import load_model
 
@@ -77,7 +78,11 @@ class Evaluator:
     def run_trial(self, trial: Trial) -> dict[str, Any]:
         """Returns the fields of a LockstepResult."""
         rerouter = rerouter_of(self.tables, self.policy, trial.layers)
-        return asdict(self.held_out[trial.texts].run(rerouter, trial.batch))
+        if self.policy != "projection":
+            return asdict(self.held_out[trial.texts].run(rerouter, trial.batch))
+        estimating = Estimating(rerouter, self.tables)
+        result = self.held_out[trial.texts].run(estimating, trial.batch)
+        return asdict(replace(result, estimated_error=estimating.error))
 
 
 @dataclass

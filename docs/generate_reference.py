@@ -26,7 +26,7 @@ from sere_dist.environment import VARIABLES
 from sere_dist.method.counters import COUNTERS
 from sere_dist.testing.expert_choice import CAPABILITIES, LAYOUTS, QUANTISATIONS, chosen, pretended_gpu, verdict
 from sere_dist.vllm_plugin.expert_kernels import DISPATCHERS, EXPERTS, Takes
-from serve_apps.metrics import DESCRIPTIONS, SETTINGS
+from serve_apps.metrics import DESCRIPTIONS, KL_DESCRIPTION, SETTINGS
 from serve_apps.sere import AppConfig, Pool
 from serve_apps.settings import Trial
 
@@ -138,6 +138,7 @@ def metrics() -> str:
     ]
     meanings = {name: description for name, _, _, description in fields(ReroutingConfig)}
     rows += [(code(f"ray_sere_{name}"), "", meanings[name]) for name in SETTINGS]
+    rows.append((code("ray_sere_estimated_kl"), "bound", KL_DESCRIPTION))
     return table(("metric", "labels", "meaning"), rows)
 
 

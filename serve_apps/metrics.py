@@ -7,6 +7,7 @@ from ray.serve.metrics import Counter, Gauge
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from vllm.v1.metrics.stats import IterationStats
 
+from sere_dist.artifact.recommendation import KlEstimate
 from sere_dist.config import RECOMMENDED, ReroutingConfig
 from sere_dist.method.counters import COUNTERS
 
@@ -25,6 +26,10 @@ DESCRIPTIONS = {
     "estimated_error": "Squared error that re-routing is estimated to make, in the unit of the prices, summed over "
     "rows and layers. It is 0 under the paper's policy, which has no estimate.",
 }
+KL_DESCRIPTION = (
+    "KL divergence that re-routing is estimated to cost, nats per token, since the last report: as the tuning of the "
+    "artifact found it, with one standard deviation as `low` and `high`."
+)
 SETTINGS = ("enabled", "select_top_k", "threshold", "expert_price", "traffic_price", "min_rows", "share")
 
 
@@ -35,9 +40,9 @@ class ReroutingMetrics:
     `model`, `rank` and `drafts`, all metrics those that Ray Serve adds: application, deployment, replica.
     """
 
-    def __init__(self, model: str, artifact: dict[str, str]):
-        """`artifact` has labels of `sere_info`: `artifact` and `method`."""
-        self.model, self.artifact = model, artifact
+    def __init__(self, model: str, artifact: dict[str, str], kl_estimate: KlEstimate | None = None):
+        """`artifact` has labels of `sere_info`: `artifact` and `method`. Without an estimate there is no KL gauge."""
+        self.model, self.artifact, self.kl_estimate = model, artifact, kl_estimate
         self.seen: dict[tuple[int, str, str], float] = {}  # (rank, counter, drafts) -> its total when last read
         self.counters = {}
         for name, description in DESCRIPTIONS.items():
@@ -49,6 +54,8 @@ class ReroutingMetrics:
             self.counters |= {} if is_pair else {name: (counter, {})}
         fields = ReroutingConfig.model_fields
         self.settings = {name: Gauge(f"sere_{name}", fields[name].description or "", ("model",)) for name in SETTINGS}
+        of_bounds = ("model", "bound")
+        self.estimated_kl = Gauge("sere_estimated_kl", KL_DESCRIPTION, of_bounds)  # ty: ignore[invalid-argument-type]
         self.info = Gauge(
             "sere_info",
             "Always 1. Its labels name the artifact and the policy.",
@@ -57,6 +64,7 @@ class ReroutingMetrics:
 
     def update(self, workers: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         """Takes what `sere_counters` returned for every worker, and what `sere_settings` did for one."""
+        recent: Totals[str] = Totals()
         for worker in workers:
             for name, (counter, labels) in self.counters.items():
                 total = sum(layer[name] for layer in worker["layers"].values())
@@ -66,9 +74,14 @@ class ReroutingMetrics:
                     before = self.seen.get(place, 0)
                     added = counted - before if counted >= before else counted  # they were set to 0 meanwhile
                     self.seen[place] = counted
+                    recent[name] += added
                     if added:
                         own = {"model": self.model, "rank": str(worker["rank"]), "drafts": drafts, **labels}
                         counter.inc(added, own)
+        if self.kl_estimate is not None and recent["rows"]:
+            kl, spread = self.kl_estimate.of(recent["estimated_error"], recent["rows"]), self.kl_estimate.spread
+            for bound, value in (("low", kl / spread), ("estimate", kl), ("high", kl * spread)):
+                self.estimated_kl.set(value, {"model": self.model, "bound": bound})
         is_recommended = settings["policy"] == "recommended"  # some settings differ from layer to layer
         for name, gauge in self.settings.items():
             if is_recommended and name in RECOMMENDED:

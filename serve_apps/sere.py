@@ -258,16 +258,22 @@ def build_app(args: dict[str, Any]) -> Application:
         artifact.settings_by_layer(config.rerouting)
         of_model = artifact.config
         shape = {name: getattr(of_model, name) for name in ("num_experts", "num_experts_per_token")}
+        kl_estimate = None if artifact.recommended is None else artifact.recommended.kl_estimate
         deployed = serve.deployment(
             name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
         )
         settings = config.rerouting.resolved().model_dump(mode="json")
         keeper = deployed(DeployedKeeper).bind(
-            settings, artifact.config.num_experts_per_token, NAME_PREFIX, is_group=config.data_parallel_size > 1
+            settings,
+            artifact.config.num_experts_per_token,
+            NAME_PREFIX,
+            is_group=config.data_parallel_size > 1,
+            kl_estimate=kl_estimate,
         )
         arguments |= {
             "keeper": keeper,
             "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
+            "kl_estimate": kl_estimate,
         }
     if config.prefill is not None:
         arguments["prefill_server"] = build_servers(

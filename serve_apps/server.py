@@ -16,6 +16,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import DPServer, LLMServer, PDDecodeServer, PDPrefillServer
 from vllm.exceptions import GracefulHTTPError
 
+from sere_dist.artifact.recommendation import KlEstimate
 from serve_apps.metrics import Latencies, ReroutingMetrics, totals_of
 from serve_apps.settings import HEARTBEAT_SECONDS, Follower
 
@@ -151,15 +152,24 @@ class EndsWithEngine(Server):
 class Rerouting(EndsWithEngine):
     """Goes before a class of Ray Serve LLM's servers.
 
-    `keeper` is the application's `SettingsKeeper`, `artifact` what the metrics say of it.
+    `keeper` is the application's `SettingsKeeper`, `artifact` what the metrics say of it, and `kl_estimate` what they
+    make of estimated errors.
     """
 
-    async def __init__(self, llm_config: LLMConfig, *, keeper: DeploymentHandle, artifact: dict[str, str], **kwargs):
+    async def __init__(
+        self,
+        llm_config: LLMConfig,
+        *,
+        keeper: DeploymentHandle,
+        artifact: dict[str, str],
+        kl_estimate: KlEstimate | None,
+        **kwargs,
+    ):
         await super().__init__(llm_config, **kwargs)
         settings = llm_config.engine_kwargs["additional_config"]["sere"]
         replica = serve.get_replica_context().replica_id.unique_id
         self.follower = Follower(replica, settings, keeper.follow.remote, self._apply_settings, self._count)
-        self.metrics = ReroutingMetrics(llm_config.model_id, artifact)
+        self.metrics = ReroutingMetrics(llm_config.model_id, artifact, kl_estimate)
         self.latencies = Latencies()
         if (vllm_loggers := getattr(self._client(), "logger_manager", None)) is not None:  # none if it logs nothing
             vllm_loggers.stat_loggers.append(self.latencies)

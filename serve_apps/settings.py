@@ -14,6 +14,7 @@ from ray import serve
 from ray.experimental import internal_kv
 from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
+from sere_dist.artifact.recommendation import KlEstimate
 from sere_dist.config import CHANGEABLE, RECOMMENDED, ReroutingConfig, explain
 
 KEEPER = "SereSettings"  # the deployment's name
@@ -23,7 +24,9 @@ FEWEST_REQUESTS = 16  # of a replica, before a limit of a trial is compared with
 
 logger = logging.getLogger("ray.serve")
 
-Limited = Literal["inter_token_ms", "first_token_ms", "refused_share", "rerouted_share", "estimated_error"]
+Limited = Literal[
+    "inter_token_ms", "first_token_ms", "refused_share", "rerouted_share", "estimated_error", "estimated_kl"
+]
 
 
 class Trial(BaseModel):
@@ -40,10 +43,13 @@ class Trial(BaseModel):
     )
 
 
-def measures(totals: dict[str, float], num_experts_per_token: int) -> dict[str, float]:
+def measures(
+    totals: dict[str, float], num_experts_per_token: int, kl_estimate: KlEstimate | None = None
+) -> dict[str, float]:
     """Returns what a replica's totals since its settings last changed amount to: `requests`, the share of them that it
-    refused, mean latencies, experts per layer and step, the share of slots that were re-routed, and the error that this
-    is estimated to make per row and layer. What nothing was counted for is left out."""
+    refused, mean latencies, experts per layer and step, the share of slots that were re-routed, the error that this is
+    estimated to make per row and layer, and the KL divergence per token that this comes to. What nothing was counted
+    for is left out."""
     of = {
         "inter_token_ms": (1000 * totals.get("next_token_s", 0.0), totals.get("next_tokens", 0)),
         "first_token_ms": (1000 * totals.get("first_token_s", 0.0), totals.get("first_tokens", 0)),
@@ -53,6 +59,8 @@ def measures(totals: dict[str, float], num_experts_per_token: int) -> dict[str, 
         "estimated_error": (totals.get("estimated_error", 0.0), totals.get("rows", 0)),
     }
     means = {name: total / count for name, (total, count) in of.items() if count}
+    if kl_estimate is not None and totals.get("rows"):
+        means["estimated_kl"] = kl_estimate.of(totals["estimated_error"], totals["rows"])
     return {"requests": totals.get("requests", 0), **means}
 
 
@@ -106,15 +114,23 @@ class SettingsKeeper:
     limit is exceeded. `revision` counts the changes of all three.
 
     `is_group` says that replicas are the ranks of data-parallel groups, which can't run different settings.
+    `kl_estimate` says what estimated errors come to, where the artifact was tuned.
     """
 
     def __init__(
-        self, settings: dict[str, Any], num_experts_per_token: int, cluster: Cluster, *, is_group: bool = False
+        self,
+        settings: dict[str, Any],
+        num_experts_per_token: int,
+        cluster: Cluster,
+        *,
+        is_group: bool = False,
+        kl_estimate: KlEstimate | None = None,
     ):
         self.initial = ReroutingConfig.model_validate(settings)
         self.num_experts_per_token = num_experts_per_token
         self.cluster = cluster
         self.is_group = is_group
+        self.kl_estimate = kl_estimate
         self.changes: dict[str, Any] = {}
         self.trial: Trial | None = None
         self.triers: set[str] = set()
@@ -207,6 +223,11 @@ class SettingsKeeper:
                         )
                     if "estimated_error" in started.take_back_if and self.initial.policy == "sere":
                         raise ValueError("policy sere estimates no error: leave that limit out, or serve projection")
+                    if "estimated_kl" in started.take_back_if and self.kl_estimate is None:
+                        raise ValueError(
+                            "estimated_kl needs an artifact of method projection that was tuned: run python -m "
+                            "calibration_jobs.tune, or limit estimated_error"
+                        )
             except ValueError as error:
                 message = explain(error) if isinstance(error, ValidationError) else str(error)
                 logger.warning("audit: no trial: %s; asked for by %s", message, by)
@@ -232,7 +253,7 @@ class SettingsKeeper:
             "trial": None if self.trial is None else self.trial.model_dump() | {"triers": sorted(self.triers)},
             "taken_back": self.taken_back,
             "measured": {
-                replica: measures(totals, self.num_experts_per_token)
+                replica: measures(totals, self.num_experts_per_token, self.kl_estimate)
                 for replica, totals in sorted(self.measured.items())
                 if replica in living
             },
@@ -275,7 +296,7 @@ class SettingsKeeper:
         """Ends the trial if what this replica measured exceeds a limit."""
         if self.trial is None or replica not in self.triers:
             return
-        measured = measures(self.measured[replica], self.num_experts_per_token)
+        measured = measures(self.measured[replica], self.num_experts_per_token, self.kl_estimate)
         if measured["requests"] < FEWEST_REQUESTS:
             return
         for name, limit in self.trial.take_back_if.items():
@@ -298,8 +319,16 @@ class SettingsKeeper:
 class DeployedKeeper(SettingsKeeper):
     """The keeper as Ray Serve starts it, for the replicas of deployments whose names have this prefix."""
 
-    def __init__(self, settings: dict[str, Any], num_experts_per_token: int, deployment_prefix: str, is_group: bool):
-        super().__init__(settings, num_experts_per_token, ServeCluster(deployment_prefix), is_group=is_group)
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        num_experts_per_token: int,
+        deployment_prefix: str,
+        is_group: bool,
+        kl_estimate: KlEstimate | None,
+    ):
+        cluster = ServeCluster(deployment_prefix)
+        super().__init__(settings, num_experts_per_token, cluster, is_group=is_group, kl_estimate=kl_estimate)
 
 
 class Follower:

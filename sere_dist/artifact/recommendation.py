@@ -1,5 +1,7 @@
 """The settings that a tuning recommends for an artifact: what each layer does, and what it was seen to cost."""
 
+import math
+import statistics
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -43,6 +45,23 @@ class Outcome(BaseModel):
     perplexity: float
     top1: float  # share of the steps whose likeliest token stays
     top1_error: float
+    # That re-routing is estimated to make, per token, summed over layers, in the unit of w² n. None: not estimated, as
+    # under the paper's policy and by older versions.
+    estimated_error: float | None = None
+
+
+class KlEstimate(BaseModel):
+    """What the errors that an engine estimates come to in KL divergence, as a tuning saw it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    nats: float  # of KL divergence per token, by an estimated error of 1 per token, summed over layers
+    spread: float  # the factor by which that was off, up or down: one standard deviation of the ratios' logarithms
+    layers: int
+
+    def of(self, error: float, rows: float) -> float:
+        """Returns nats per token. `error` is summed over rows and layers, and `rows` are counted in each layer."""
+        return self.nats * error * self.layers / rows
 
 
 class Recommendation(BaseModel):
@@ -70,6 +89,23 @@ class Recommendation(BaseModel):
         if self.batch not in [outcome.batch for outcome in self.off]:
             raise ValueError(f"nothing was measured at the batch of {self.batch} that it was tuned for")
         return self
+
+    @property
+    def kl_estimate(self) -> KlEstimate | None:
+        """What estimated errors come to: the geometric mean over the settings that were measured.
+
+        None: no two of them have both an estimated error and a KL divergence that is more than twice its own error.
+        """
+        measured = [*self.curve, self.tuned, *self.recommended]
+        logs = [
+            math.log(each.kl / each.estimated_error)
+            for each in measured
+            if each.estimated_error and each.kl > 2 * each.kl_error
+        ]
+        if len(logs) < 2:
+            return None
+        nats, spread = math.exp(statistics.fmean(logs)), math.exp(statistics.stdev(logs))
+        return KlEstimate(nats=nats, spread=spread, layers=len(self.layers))
 
     def at(self, outcomes: list[Outcome]) -> Outcome:
         """Returns that of these outcomes which is of the tuned batch."""

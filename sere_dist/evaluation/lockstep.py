@@ -37,6 +37,7 @@ class LockstepResult:
     tokens: int  # scored, of all sequences
     active_sum: int  # active experts, summed over steps and layers
     steps: int  # decode steps times MoE layers
+    estimated_error: float | None = None  # of all tokens and layers; None: not estimated, see `rerouters.Estimating`
 
     def __add__(self, other: "LockstepResult") -> "LockstepResult":
         return LockstepResult(

@@ -30,4 +30,5 @@ def outcome_of(result: LockstepResult, baseline: LockstepResult, batch: int) -> 
         perplexity=rounded(result.perplexity),
         top1=rounded(top1),
         top1_error=rounded(top1_error),
+        estimated_error=None if result.estimated_error is None else rounded(result.estimated_error / result.tokens),
     )

@@ -10,7 +10,7 @@ import torch
 
 from sere_dist.evaluation.lockstep import Rerouter, Routed, active_by_step, unchanged
 from sere_dist.evaluation.traffic import Layout
-from sere_dist.method.projection import reroute_projection
+from sere_dist.method.projection import FIXED_POINT_ONE, estimated_error, reroute_projection
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import heaviest_slots, replace_experts, substitutes
 
@@ -61,6 +61,25 @@ def projection_rerouter(
         return torch.vmap(step)(weights_DBK, ids_DBK)
 
     return route
+
+
+class Estimating:
+    """A projection's rerouter that also adds up the error that it is estimated to make, in the unit of w² n.
+
+    Attributes:
+        error: of all rows and layers so far.
+    """
+
+    def __init__(self, rerouter: Rerouter, tables: Mapping[int, LayerTables]):
+        self.rerouter, self.tables, self.error = rerouter, tables, 0.0
+
+    def __call__(
+        self, layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None
+    ) -> Routed:
+        weights, ids = self.rerouter(layer, weights_DBK, ids_DBK, scores_DBE)
+        step = Step(weights_DBK.flatten(0, 1), ids_DBK.flatten(0, 1))
+        self.error += float(estimated_error(step, ids.flatten(0, 1), self.tables[layer])) / FIXED_POINT_ONE
+        return weights, ids
 
 
 def of_each_rank(rerouter: Rerouter, num_ranks: int) -> Rerouter:

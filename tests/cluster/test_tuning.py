@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from sere_dist.artifact.folder import Artifact
 from sere_dist.calibration.texts import read_texts, tokenise
 from sere_dist.evaluation.lockstep import HeldOut, unchanged
 from sere_dist.evaluation.outcome import outcome_of
-from sere_dist.evaluation.rerouters import projection_rerouter
+from sere_dist.evaluation.rerouters import Estimating, projection_rerouter
 from sere_dist.evaluation.tuning import rerouter_of
 from sere_dist.method.records import Settings
 from tests.soak.load import processes
@@ -65,9 +66,15 @@ def test_what_is_recommended_costs_what_it_says_on_texts_that_had_no_say(model, 
     for off, ours in zip(found.off, found.recommended, strict=True):
         as_it_is = report.run(unchanged, off.batch)
         assert off.active_experts == pytest.approx(as_it_is.active_experts, rel=1e-3)
-        again = outcome_of(report.run(rerouter, ours.batch), as_it_is, ours.batch)
+        estimating = Estimating(rerouter, artifact.tables)
+        result = report.run(estimating, ours.batch)
+        again = outcome_of(replace(result, estimated_error=estimating.error), as_it_is, ours.batch)
         assert ours.model_dump() == pytest.approx(again.model_dump(), rel=1e-2, abs=1e-6)
     assert [outcome.batch for outcome in found.off] == [1, 3, 4]
+    estimate = found.kl_estimate
+    assert estimate is not None and estimate.layers == len(artifact.layers)
+    inside = found.tuned.kl / estimate.of(found.tuned.estimated_error, rows=estimate.layers)
+    assert 1 / estimate.spread**3 < inside < estimate.spread**3
     assert found.at(found.off).batch == 3
     again = report.run(projection_rerouter(artifact.tables, Settings(2)), 3)
     assert found.uniform[2].kl == pytest.approx(again.divergence, rel=1e-2)

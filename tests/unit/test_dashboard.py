@@ -11,7 +11,9 @@ from vllm.v1.metrics import loggers
 from vllm.v1.spec_decode import metrics as speculation
 
 from examples.application import ROOT
+from sere_dist.artifact.recommendation import KlEstimate
 from sere_dist.config import ReroutingConfig
+from sere_dist.method.counters import COUNTERS
 from serve_apps import metrics
 
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "sere_dashboard.json").read_text())
@@ -58,8 +60,35 @@ def test_what_differs_from_layer_to_layer_is_not_shown_as_one_number(monkeypatch
     assert seen.keys() == {f"sere_{name}" for name in (*metrics.SETTINGS, "info")} and seen["sere_select_top_k"] == 3
 
 
+def test_estimated_errors_become_a_kl_divergence(monkeypatch):
+    """Two workers of a model with 3 layers, of which a report sees what is new since the one before."""
+    seen = {}
+
+    class Gauge:
+        def __init__(self, name, *_):
+            self.name = name
+
+        def set(self, value, labels):
+            seen[self.name, labels.get("bound")] = value
+
+    monkeypatch.setattr(metrics, "Gauge", Gauge)
+    about = {"artifact": "0fceb5430c7d", "method": "projection"}
+    ours = metrics.ReroutingMetrics("tiny-moe", about, KlEstimate(nats=0.5, spread=2.0, layers=3))
+    settings = ReroutingConfig(artifact="a", policy="projection", select_top_k=1).model_dump(mode="json")
+
+    def report(rows: int, error: float) -> list[float | None]:
+        layer = dict.fromkeys(COUNTERS, 0) | {"rows": rows, "estimated_error": error}
+        ours.update([{"rank": rank, "layers": {0: layer, 1: layer, 2: layer}} for rank in range(2)], settings)
+        return [seen.get(("sere_estimated_kl", bound)) for bound in ("low", "estimate", "high")]
+
+    assert report(0, 0.0) == [None, None, None]
+    assert report(10, 1.0) == pytest.approx([0.075, 0.15, 0.3])  # 0.1 per row and layer, three layers, half a nat
+    assert report(10, 1.0) == pytest.approx([0.075, 0.15, 0.3])  # nothing was decoded since
+    assert report(20, 4.0) == pytest.approx([0.225, 0.45, 0.9])
+
+
 def test_every_metric_of_ours_is_shown_and_no_other(exported):
-    assert len(exported) == len(metrics.DESCRIPTIONS) + len(metrics.SETTINGS) + 1
+    assert len(exported) == len(metrics.DESCRIPTIONS) + len(metrics.SETTINGS) + 2
     assert named("ray_sere_") == exported.keys()
 
 

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from sere_dist.artifact.recommendation import KlEstimate
 from serve_apps.settings import Follower, SettingsKeeper, measures
 
 TOP_K = 8
@@ -287,6 +288,10 @@ def test_a_trial_of_all_replicas_ends_when_told_to(keeper, end):
         ({"changes": {"select_top_k": 9}}, r"select_top_k \(9\) must be between 1 and"),
         (TRIAL | {"replicas": 0}, "replicas: .* greater than or equal to 1"),
         (TRIAL | {"take_back_if": {"estimated_error": 0.1}}, "policy sere estimates no error: leave that limit out"),
+        (
+            TRIAL | {"take_back_if": {"estimated_kl": 0.1}},
+            "estimated_kl needs an artifact of method projection that was",
+        ),
         (TRIAL | {"take_back_if": {"mood": 1}}, "take_back_if.mood.*: Input should be 'inter_token_ms', "),
         (TRIAL | {"until": 3}, "until: Extra inputs"),
     ],
@@ -321,3 +326,6 @@ def test_measures():
         "estimated_error": 0.025,
     }
     assert measures({}, TOP_K) == {"requests": 0}
+    estimate = KlEstimate(nats=0.8, spread=1.5, layers=6)
+    assert measures(totals, TOP_K, estimate)["estimated_kl"] == pytest.approx(0.8 * 0.025 * 6)
+    assert measures({}, TOP_K, estimate) == {"requests": 0}

@@ -26,7 +26,7 @@ from sere_dist.evaluation.tuning import (
 )
 from sere_dist.method.projection import FIXED_POINT_ONE, primary_losses
 from sere_dist.method.records import Settings, Step
-from tests.support.artifacts import small_artifact
+from tests.support.artifacts import recommend, small_artifact
 from tests.support.commands import invoke
 from tests.support.tuning import options
 
@@ -84,6 +84,19 @@ def test_what_a_budget_lies_between():
     assert bracket(measured, Budget("active_experts", 10)) == (None, 9)
     # By the luck of few texts a harder setting may cost less: nothing beyond the first that is outside is trusted.
     assert bracket({**measured, 7: outcome(25, 0.011)}, Budget("kl", 0.015)) == (0, 5)
+
+
+def test_what_estimated_errors_come_to():
+    """Of the three that count the KL divergence is 0.4, 0.5 and 0.625 times the error; the others are too uncertain."""
+    measured = [(0.004, 0.01), (0.05, 0.1), (0.0625, 0.1), (0.0001, 0.5), (0.1, None), (0.0, 0.0)]
+    curve = [outcome(10, kl, 0.0001).model_copy(update={"estimated_error": error}) for kl, error in measured]
+    recommended = recommend(small_artifact(), "projection", {0: LayerSetting(select_top_k=1)})
+    found = recommended.model_copy(update={"curve": curve}).kl_estimate
+    assert found is not None and found.layers == 1
+    assert found.nats == pytest.approx(0.5)
+    assert found.spread == pytest.approx(1.25)
+    assert found.of(error=6.0, rows=3) == pytest.approx(1.0)
+    assert recommended.kl_estimate is None  # its evidence has no estimate
 
 
 def test_evenly():
