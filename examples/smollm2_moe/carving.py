@@ -28,7 +28,7 @@ class Shape:
     shared: int = 768
     blocks: int = 8
     experts_per_block: int = 8
-    width: int = 64  # neurons of an expert
+    width: int = 80  # neurons of an expert
 
     @property
     def num_experts(self) -> int:

@@ -178,7 +178,7 @@ def main(
     start: Annotated[Path | None, typer.Option(help="A carving to train further. By default, layer by layer.")] = None,
     output: Annotated[Path, typer.Option(help="File to write.")] = CARVINGS,
     shared: Annotated[int, typer.Option(help="Neurons of the shared expert.")] = 768,
-    width: Annotated[int, typer.Option(help="Neurons of each routed expert.")] = 64,
+    width: Annotated[int, typer.Option(help="Neurons of each routed expert.")] = 80,
     tokens: Annotated[int, typer.Option(help="Tokens that each layer learns from by itself.")] = 65536,
     epochs: Annotated[int, typer.Option(help="Times that each layer sees them.")] = 6,
     minutes: Annotated[float, typer.Option(help="Minutes of training end to end.")] = 60,
