@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import ray
 import typer
@@ -32,6 +32,7 @@ from ray.exceptions import (
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+from calibration_jobs.coverage import certainty_line, coverage_warnings
 from calibration_jobs.finished_layers import FinishedLayers
 from calibration_jobs.job import JobConfig, refuse_lost_output
 from calibration_jobs.options import make_command
@@ -54,6 +55,7 @@ from sere_dist.calibration.layers import (
 from sere_dist.calibration.plan import Plan
 from sere_dist.calibration.sensitivity import Sensitivities, layer_sensitivities, weigh_layers
 from sere_dist.files import FilePath
+from sere_dist.method.certainty import GROUPS
 from sere_dist.method.cka import Kernel
 from sere_dist.method.similarity import METHODS, MethodName
 from sere_dist.moe import MoeShape
@@ -83,6 +85,18 @@ class CalibrationConfig(JobConfig):
     min_tokens_per_expert: int = Field(
         default=MIN_TOKENS_PER_EXPERT, ge=0, description="Warn about experts that received fewer tokens than this."
     )
+    min_substitute_kept: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="Warn about layers where a substitute chosen on half of the texts keeps less than this of what the "
+        "best is worth on the other half; 1 is the best, 0 one at random. Not of --method cka, weights and random.",
+    )
+    on_low_coverage: Literal["warn", "stop"] = Field(
+        default="warn",
+        description="What such a warning does: `stop` ends the job at the first layer that has one, before an artifact "
+        "is written. Finished layers are kept.",
+    )
     block_tokens: int | None = Field(default=None, ge=1, description="Tokens that a scoring task processes at a time.")
     sensitivity_samples: int = Field(
         default=64,
@@ -109,7 +123,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     """Runs the calibration on the connected Ray cluster, or a local one, and saves the artifact; None for a dry run.
 
     Raises:
-        ValueError: the model, the dataset or a setting can't be used.
+        ValueError: the model, the dataset or a setting can't be used; or coverage is low, and that is to stop the job.
         OSError: the output is already there, or can't be written; nothing was changed.
         MemoryError: a task does not fit in memory.
         RayError: tasks died again and again. Finished layers are kept; the same command goes on from them.
@@ -142,16 +156,22 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
         results = {result.statistics.layer: result for result in finished}
         if results:
             print(f"{len(results)} of {len(plan.layer_names)} layers are finished already", flush=True)
+        for result in results.values():
+            check_coverage(result, config, len(texts))
         remaining = sorted(plan.layer_names.keys() - results.keys())
         measuring = start_sensitivities(config, checkpoint, workers, texts) if finished.sensitivities is None else None
+        blocks = text_blocks(texts, groups=GROUPS)
         with tqdm(
             total=len(plan.layer_names), initial=len(results), unit="layer", disable=not sys.stderr.isatty()
         ) as bar:
-            for result in score_layers(config, checkpoint, plan, workers, text_blocks(texts), remaining):
+            for result in score_layers(config, checkpoint, plan, workers, blocks, remaining):
                 finished.add(result)
                 results[result.statistics.layer] = result
                 bar.update()
-                report_layer(result, len(results), plan, config.min_tokens_per_expert, quiet=not bar.disable)
+                report_layer(result, len(results), plan, quiet=not bar.disable)
+                check_coverage(result, config, len(texts))
+        if line := certainty_line(result.statistics for result in results.values()):
+            print(line, flush=True)
         if measuring is not None:
             finished.sensitivities = wait_for_sensitivities(measuring, workers)
         nats_per_error = add_sensitivities(results, finished.sensitivities or {})
@@ -402,30 +422,43 @@ def score_task(
         return score_layer(Checkpoint(model, revision), layer, inputs, method, kernel, seed, block_tokens, device)
 
 
-def report_layer(result: LayerResult, done: int, plan: Plan, min_tokens: int, quiet: bool) -> None:
-    """Prints a line about a finished layer unless `quiet`, and in any case what should worry its user."""
+def report_layer(result: LayerResult, done: int, plan: Plan, quiet: bool) -> None:
+    """Prints a line about a finished layer unless `quiet`, and in any case whether its memory ran out."""
     row, total = result.statistics, len(plan.layer_names)
-    lines = []
     if not quiet:
         line = (
             f"layer {row.layer} scored ({done}/{total}) in {row.seconds:.1f} s: similarity {row.similarity_mean:.3f} "
             f"mean, {row.similarity_min:.3f} to {row.similarity_max:.3f}"
         )
+        if row.similarity_error is not None:
+            line += f", standard error {row.similarity_error:.4f}"
         if result.tokens_E is not None:
             line += f"; tokens per expert: {row.tokens_per_expert_min} fewest, {row.tokens_per_expert_median:g} median"
-        lines.append(line)
+        write_line(line)
     if result.halved:
-        lines.append(f"layer {row.layer}: memory ran out; went on with {result.block_tokens} tokens at a time")
-    if result.tokens_E is not None and (few := (result.tokens_E < min_tokens).nonzero().flatten().tolist()):
-        counts = ", ".join(f"{expert} ({result.tokens_E[expert]})" for expert in few[:8])
-        more = f" and {len(few) - 8} more" if len(few) > 8 else ""
-        lines.append(
-            f"layer {row.layer}: {len(few)} experts got fewer than {min_tokens} tokens: {counts}{more}; "
-            "use more texts (--num-samples), or texts of more kinds"
+        write_line(f"layer {row.layer}: memory ran out; went on with {result.block_tokens} tokens at a time")
+
+
+def check_coverage(result: LayerResult, config: CalibrationConfig, num_texts: int) -> None:
+    """Prints what a layer's experts were seen too little of.
+
+    Raises:
+        ValueError: there is something, and it is to stop the job.
+    """
+    warnings = coverage_warnings(result, num_texts, config.min_tokens_per_expert, config.min_substitute_kept)
+    if warnings and config.on_low_coverage == "stop":
+        raise ValueError(
+            f"{'; '.join(warnings)}. Stopped, as --on-low-coverage says. Other texts need --restart; "
+            "--on-low-coverage warn goes on with these, from the layers that are finished"
         )
-    for line in lines:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+    for line in warnings:
+        write_line(line)
+
+
+def write_line(line: str) -> None:
+    """Prints a line above the bar of progress, at once."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def run(config: CalibrationConfig) -> None:

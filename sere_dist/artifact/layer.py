@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 import torch
 from pydantic import BaseModel
 
+from sere_dist.method.certainty import Certainty
 from sere_dist.method.records import LayerTables
 
 
@@ -19,6 +20,9 @@ class LayerStatistics(BaseModel):
         "similarity mean",
         "min",
         "max",
+        "its error",
+        "same substitute",
+        "substitute kept",
         "sensitivity",
     )
 
@@ -33,6 +37,10 @@ class LayerStatistics(BaseModel):
     mean_square: float | None = None  # of experts and tokens, what sizes are relative to. Of method projection alone
     sensitivity: float | None = None  # what an error costs, relative to the mean over layers. None: not measured
     sensitivity_error: float | None = None  # its standard error over texts
+    # Over different experts, see `Certainty`. None: too few texts, another method, or an older version.
+    similarity_error: float | None = None
+    same_substitute: float | None = None
+    substitute_kept: float | None = None
 
     @classmethod
     def of(
@@ -43,6 +51,7 @@ class LayerStatistics(BaseModel):
         tokens_E: torch.Tensor | None = None,
         seconds: float = 0.0,
         mean_square: float | None = None,
+        certainty: Certainty | None = None,
     ) -> "LayerStatistics":
         """Sums up a layer's similarities, and the tokens routed to each expert where there were any."""
         different = similarity_EE[~torch.eye(len(similarity_EE), dtype=torch.bool)]
@@ -56,6 +65,7 @@ class LayerStatistics(BaseModel):
             similarity_max=float(different.max()),
             seconds=round(seconds, 3),
             mean_square=mean_square,
+            **({} if certainty is None else certainty._asdict()),
         )
 
     def cells(self) -> list[str]:
@@ -66,6 +76,8 @@ class LayerStatistics(BaseModel):
             str(self.layer),
             *("-" if value is None else f"{value:g}" for value in tokens),
             *(f"{value:.3f}" for value in similarity),
+            "-" if self.similarity_error is None else f"{self.similarity_error:.4f}",
+            *("-" if share is None else f"{share:.0%}" for share in (self.same_substitute, self.substitute_kept)),
             "-" if self.sensitivity is None else f"{self.sensitivity:.2f} ±{self.sensitivity_error:.2f}",
         ]
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -19,12 +20,15 @@ from sere_dist.artifact.layer import Layer, LayerStatistics
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.memory import is_out_of_memory, with_halving
 from sere_dist.method.blocks import BLOCK_BYTES
+from sere_dist.method.certainty import Certainty, certainty_of
 from sere_dist.method.cka import Kernel
 from sere_dist.method.similarity import (
     METHODS,
+    SIMILARITY_OF_GROUPS,
     MethodName,
-    expert_projection,
+    Projection,
     expert_similarity,
+    projection_of_groups,
     random_similarity,
     tokens_a_block,
     weight_similarity,
@@ -40,6 +44,7 @@ class Texts(NamedTuple):
 
     ids_BL: np.ndarray
     lengths_B: np.ndarray
+    group: int = 0  # of texts: see `certainty`
 
     @property
     def is_token_BL(self) -> np.ndarray:
@@ -52,6 +57,7 @@ class ExpertInputs(NamedTuple):
     hidden_states_NH: np.ndarray
     top_k_index_NK: np.ndarray
     top_k_weights_NK: np.ndarray
+    group: int = 0  # that the texts belong to
 
 
 @dataclass
@@ -67,16 +73,24 @@ class LayerResult(Layer):
     halved: int = 0
 
 
-def text_blocks(texts: Sequence[Sequence[int]], tokens_a_block: int = TOKENS_A_FORWARD) -> list[Texts]:
-    """Pads the token ids of texts, the longest first, into blocks of about `tokens_a_block` tokens."""
-    texts, blocks = sorted(texts, key=len, reverse=True), []
-    while texts:
-        count = max(1, tokens_a_block // len(texts[0]))
-        ids_BL = np.zeros((len(texts[:count]), len(texts[0])), dtype=np.int64)
-        for row, text in zip(ids_BL, texts, strict=False):
-            row[: len(text)] = text
-        blocks.append(Texts(ids_BL, np.array([len(text) for text in texts[:count]])))
-        texts = texts[count:]
+def text_blocks(texts: Sequence[Sequence[int]], tokens_a_block: int = TOKENS_A_FORWARD, groups: int = 1) -> list[Texts]:
+    """Pads the token ids of texts, the longest first, into blocks of about `tokens_a_block` tokens.
+
+    A block holds texts of one group. Groups are runs of texts in the order given, of about equal numbers of texts.
+    Their number is even, so that they make halves: `groups`, or what there are texts for.
+    """
+    count = max(1, min(groups, len(texts)) // 2 * 2)
+    edges = [len(texts) * group // count for group in range(count + 1)]
+    blocks = []
+    for group, (start, stop) in enumerate(pairwise(edges)):
+        left = sorted(texts[start:stop], key=len, reverse=True)
+        while left:
+            taken = left[: max(1, tokens_a_block // len(left[0]))]
+            ids_BL = np.zeros((len(taken), len(taken[0])), dtype=np.int64)
+            for row, text in zip(ids_BL, taken, strict=True):
+                row[: len(text)] = text
+            blocks.append(Texts(ids_BL, np.array([len(text) for text in taken]), group))
+            left = left[len(taken) :]
     return blocks
 
 
@@ -115,7 +129,7 @@ def run_layer(
                 if routing:
                     is_token_N = torch.from_numpy(block.is_token_BL[part].flatten())
                     inputs.append([tensor.cpu()[is_token_N] for tensor in routing])
-            return torch.cat(outputs).numpy(), ExpertInputs(*_joined(inputs)) if inputs else None
+            return torch.cat(outputs).numpy(), ExpertInputs(*_joined(inputs), block.group) if inputs else None
 
         result, texts_at_last = with_halving(texts, forward, f"the forward pass through layer {layer}")
         if texts_at_last < texts:
@@ -309,25 +323,35 @@ def score_layer(
             lambda _: checkpoint.load(model, lambda parameter: parameter.startswith(f"{name}."), device),
             f"loading the experts of layer {layer}",
         )
-    tokens_E, coactivation_EE, coefficient_EE, size_E, mean_square, halved = None, None, None, None, None, 0
+    tokens_E, coactivation_EE, projection, certainty, halved = None, None, None, None, 0
     if method == "random":
         similarity_EE, block_tokens = random_similarity(experts.num_experts, seed + layer), 0
     elif method == "weights":
         similarity_EE, block_tokens = weight_similarity(experts.parameters()), 0
     else:
-        outputs = ExpertOutputs(experts, inputs, device)
+        inputs = sorted(inputs, key=lambda block: block.group)
+        outputs, groups = ExpertOutputs(experts, inputs, device), token_groups(inputs)
         num_experts, num_tokens, hidden_size = outputs.shape
         default_block = tokens_a_block(num_experts, hidden_size, METHODS[method], BLOCK_BYTES_ON[device])
         first_block = min(num_tokens, block_tokens or default_block)
 
-        def score(block: int) -> tuple[torch.Tensor, ...]:
+        def score(block: int) -> tuple[torch.Tensor, Projection | None, Certainty | None]:
             if method == "projection":
-                return expert_projection(outputs, RoutingWeights(inputs, num_experts, device), block)
-            return (expert_similarity(outputs, method, kernel, block),)
+                projected = projection_of_groups(outputs, RoutingWeights(inputs, num_experts, device), groups, block)
+                whole = projected(range(len(groups)))
+                return (
+                    whole.similarity_EE,
+                    whole,
+                    certainty_of(lambda chosen: projected(chosen).similarity_EE, len(groups)),
+                )
+            if method in SIMILARITY_OF_GROUPS:
+                similarity_of = SIMILARITY_OF_GROUPS[method](outputs, groups, block)
+                return similarity_of(range(len(groups))), None, certainty_of(similarity_of, len(groups))
+            return expert_similarity(outputs, method, kernel, block), None, None
 
-        (similarity_EE, *projection), block_tokens = with_halving(first_block, score, f"scoring layer {layer}")
-        if projection:
-            coefficient_EE, size_E, mean_square = (tensor.cpu() for tensor in projection)
+        (similarity_EE, projection, certainty), block_tokens = with_halving(
+            first_block, score, f"scoring layer {layer}"
+        )
         halved = (first_block // block_tokens).bit_length() - 1
         tokens_E = torch.zeros(num_experts, dtype=torch.int64)
         for block in inputs:
@@ -340,11 +364,26 @@ def score_layer(
         similarity_EE,
         tokens_E,
         time.perf_counter() - started,
-        None if mean_square is None else float(mean_square),
+        None if projection is None else float(projection.mean_square),
+        certainty,
     )
     return LayerResult(
-        similarity_EE, statistics, coefficient_EE, size_E, coactivation_EE, tokens_E, block_tokens, halved
+        similarity_EE,
+        statistics,
+        None if projection is None else projection.coefficient_EE.cpu(),
+        None if projection is None else projection.size_E.cpu(),
+        coactivation_EE,
+        tokens_E,
+        block_tokens,
+        halved,
     )
+
+
+def token_groups(inputs: Sequence[ExpertInputs]) -> list[slice]:
+    """Returns the tokens of each group of texts, where the blocks of a group follow one another."""
+    ends = accumulate(len(block.hidden_states_NH) for block in inputs)
+    last = {block.group: end for block, end in zip(inputs, ends, strict=True)}
+    return [slice(start, stop) for start, stop in pairwise([0, *last.values()])]
 
 
 def coactivation(inputs: Sequence[ExpertInputs], num_experts: int) -> torch.Tensor:

@@ -1,16 +1,16 @@
 """How alike are the experts of a layer? Computed from the outputs of every expert on the same tokens.
 
-Pure functions on tensors. Shape suffixes: E experts, N tokens, H hidden size, B and C tokens of a block. Outputs
-[E, N, H] are a tensor, or anything with its `shape` that gives a tensor when sliced, `outputs[experts, tokens]`: then
-nothing that grows with the number of tokens is ever in memory at once.
+Pure functions on tensors. Shape suffixes: E experts, N tokens, H hidden size, B and C tokens of a block, G groups of
+tokens. Outputs [E, N, H] are a tensor, or anything with its `shape` that gives a tensor when sliced,
+`outputs[experts, tokens]`: then nothing that grows with the number of tokens is ever in memory at once.
 
 No method loops over pairs of experts. Frobenius, cosine and projection are sums over tokens of something made of one
 token's Gram matrix [E, E] of expert outputs; CKA is a sum over pairs of tokens, taken over pairs of blocks. Products
-within a few tokens are float32, except CKA's; sums over tokens are float64.
+within a few tokens are float32, except CKA's; sums over tokens are float64. Groups of tokens can have their own sums.
+Then what some of the tokens alone would give takes no second pass.
 """
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -44,6 +44,9 @@ METHODS = {
     )
 }
 
+# The similarity [E, E] by the tokens of some groups alone, named by their places. It makes no pass over the tokens.
+OfGroups = Callable[[Sequence[int]], torch.Tensor]
+
 GRAM_TOKENS = 64  # whose products are summed in float32, or whose Gram matrices exist at a time
 FLOAT32_ERROR = 1e-6  # of an inner product over GRAM_TOKENS, relative to the factors' sizes; 5e-8 is usual
 TOLERANCE = 1e-5  # of a similarity
@@ -65,16 +68,16 @@ def expert_similarity(
         ValueError: the method or the kernel is not one of these, or there is no token.
     """
     num_experts, num_tokens, hidden_size = outputs_ENH.shape
-    functions = {"frobenius": _frobenius, "cosine": _cosine, "cka": partial(expert_cka, kernel=kernel)}
-    if method not in functions:
-        raise ValueError(f"method {method!r} is not one of {', '.join(functions)}")
+    if method not in (*SIMILARITY_OF_GROUPS, "cka"):
+        raise ValueError(f"method {method!r} is not one of {', '.join((*SIMILARITY_OF_GROUPS, 'cka'))}")
     if kernel not in get_args(Kernel):
         raise ValueError(f"kernel {kernel!r} is not one of {', '.join(get_args(Kernel))}")
     if num_tokens == 0:
         raise ValueError("no tokens: similarity needs the experts' outputs on at least one")
     block = block_tokens or tokens_a_block(num_experts, hidden_size, METHODS[method])
-    similarity_EE = functions[method](outputs_ENH, block=block)
-    return ((similarity_EE + similarity_EE.T) / 2).fill_diagonal_(1).float()
+    if method == "cka":
+        return _symmetric(expert_cka(outputs_ENH, kernel, block))
+    return SIMILARITY_OF_GROUPS[method](outputs_ENH, [slice(0, num_tokens)], block)([0])
 
 
 def method_named(name: str) -> Method:
@@ -89,34 +92,55 @@ def tokens_a_block(num_experts: int, hidden_size: int, method: Method, block_byt
     return max(1, block_bytes // (4 * num_experts * hidden_size))
 
 
-def _token_grams(outputs_ENH: torch.Tensor | Outputs, block: int) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yields tokens, and [B, E, E], the inner products of all experts' outputs on each of them in float32."""
-    for tokens in split_evenly(outputs_ENH.shape[1], block):
+def _symmetric(similarity_EE: torch.Tensor) -> torch.Tensor:
+    return ((similarity_EE + similarity_EE.T) / 2).fill_diagonal_(1).float()
+
+
+def _pieces(groups: Sequence[slice], block: int) -> Iterator[tuple[int, slice]]:
+    """Yields a group's place and at most `block` of its tokens, until all tokens of all groups have come."""
+    for place, group in enumerate(groups):
+        for piece in split_evenly(group.stop - group.start, block):
+            yield place, slice(group.start + piece.start, group.start + piece.stop)
+
+
+def _token_grams(
+    outputs_ENH: torch.Tensor | Outputs, groups: Sequence[slice], block: int
+) -> Iterator[tuple[int, slice, torch.Tensor]]:
+    """Yields a group's place, tokens of it, and [B, E, E], the inner products of all experts' outputs on each of these
+    in float32.
+    """
+    for place, tokens in _pieces(groups, block):
         outputs_EBH = outputs_ENH[:, tokens].float()
         for part in split_evenly(tokens.stop - tokens.start, GRAM_TOKENS):
             outputs_BEH = outputs_EBH[:, part].transpose(0, 1)
-            yield slice(tokens.start + part.start, tokens.start + part.stop), outputs_BEH @ outputs_BEH.transpose(1, 2)
+            these = slice(tokens.start + part.start, tokens.start + part.stop)
+            yield place, these, outputs_BEH @ outputs_BEH.transpose(1, 2)
 
 
-def _frobenius(outputs_ENH: torch.Tensor | Outputs, block: int) -> torch.Tensor:
+def frobenius_of_groups(outputs_ENH: torch.Tensor | Outputs, groups: Sequence[slice], block: int) -> OfGroups:
+    """Returns method frobenius as a function of groups of tokens; takes `block` tokens at a time."""
     num_experts = outputs_ENH.shape[0]
-    gram_EE = float64_zeros(outputs_ENH, num_experts, num_experts)
-    for tokens in split_evenly(outputs_ENH.shape[1], block):
+    gram_GEE = float64_zeros(outputs_ENH, len(groups), num_experts, num_experts)
+    for place, tokens in _pieces(groups, block):
         for outputs_EBH in outputs_ENH[:, tokens].float().split(GRAM_TOKENS, dim=1):
             flat = outputs_EBH.flatten(1)
-            gram_EE += (flat @ flat.T).double()
-    distance_EE, rounding = _distances(gram_EE)
+            gram_GEE[place] += (flat @ flat.T).double()
+    _, rounding = _distances(gram_GEE.sum(dim=0))
     if rounding > TOLERANCE:
         # Experts that are nearly equal, as in upcycled models: their distance is what is left of a difference of large
         # numbers. Once more in float64, without what all experts share at a token, which no distance depends on.
-        gram_EE.zero_()
-        for tokens in split_evenly(outputs_ENH.shape[1], block):
+        gram_GEE.zero_()
+        for place, tokens in _pieces(groups, block):
             outputs_EBH = outputs_ENH[:, tokens].to(torch.float64, copy=True)
             flat = outputs_EBH.sub_(outputs_EBH.mean(dim=0)).flatten(1)
-            gram_EE += flat @ flat.T
-        distance_EE, _ = _distances(gram_EE)
-    largest = distance_EE.max()
-    return 1 - distance_EE / largest if largest > 0 else torch.ones_like(distance_EE)
+            gram_GEE[place] += flat @ flat.T
+
+    def of(chosen: Sequence[int]) -> torch.Tensor:
+        distance_EE, _ = _distances(gram_GEE[list(chosen)].sum(dim=0))
+        largest = distance_EE.max()
+        return _symmetric(1 - distance_EE / largest if largest > 0 else torch.ones_like(distance_EE))
+
+    return of
 
 
 def _distances(gram_EE: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -129,13 +153,24 @@ def _distances(gram_EE: torch.Tensor) -> tuple[torch.Tensor, float]:
     return distance_EE, float(rounding_EE[different].nan_to_num(nan=torch.inf).max()) if len(gram_EE) > 1 else 0.0
 
 
-def _cosine(outputs_ENH: torch.Tensor | Outputs, block: int) -> torch.Tensor:
-    num_experts, num_tokens, _ = outputs_ENH.shape
-    cosine_EE = float64_zeros(outputs_ENH, num_experts, num_experts)
-    for _, gram_BEE in _token_grams(outputs_ENH, block):
+def cosine_of_groups(outputs_ENH: torch.Tensor | Outputs, groups: Sequence[slice], block: int) -> OfGroups:
+    """Returns method cosine as a function of groups of tokens; takes `block` tokens at a time."""
+    num_experts = outputs_ENH.shape[0]
+    cosine_GEE = float64_zeros(outputs_ENH, len(groups), num_experts, num_experts)
+    for place, _, gram_BEE in _token_grams(outputs_ENH, groups, block):
         length_BE = gram_BEE.diagonal(dim1=1, dim2=2).sqrt().clamp(min=1e-12)
-        cosine_EE += gram_BEE.div_(length_BE[:, :, None]).div_(length_BE[:, None, :]).sum(dim=0, dtype=torch.float64)
-    return (cosine_EE / num_tokens + 1) / 2
+        cosine_BEE = gram_BEE.div_(length_BE[:, :, None]).div_(length_BE[:, None, :])
+        cosine_GEE[place] += cosine_BEE.sum(dim=0, dtype=torch.float64)
+
+    def of(chosen: Sequence[int]) -> torch.Tensor:
+        num_tokens = sum(groups[place].stop - groups[place].start for place in chosen)
+        return _symmetric((cosine_GEE[list(chosen)].sum(dim=0) / num_tokens + 1) / 2)
+
+    return of
+
+
+# What is a sum over tokens: CKA is not.
+SIMILARITY_OF_GROUPS = {"frobenius": frobenius_of_groups, "cosine": cosine_of_groups}
 
 
 class Projection(NamedTuple):
@@ -158,6 +193,21 @@ def expert_projection(
     Raises:
         ValueError: there is no token, or the routing weights are not [N, E].
     """
+    num_tokens = outputs_ENH.shape[1]
+    return projection_of_groups(outputs_ENH, routing_weights_NE, [slice(0, num_tokens)], block_tokens)([0])
+
+
+def projection_of_groups(
+    outputs_ENH: torch.Tensor | Outputs,
+    routing_weights_NE: torch.Tensor | Outputs,
+    groups: Sequence[slice],
+    block_tokens: int | None = None,
+) -> Callable[[Sequence[int]], Projection]:
+    """Returns `expert_projection` as a function of groups of tokens, which are named by their places.
+
+    Raises:
+        ValueError: see `expert_projection`.
+    """
     num_experts, num_tokens, hidden_size = outputs_ENH.shape
     if num_tokens == 0:
         raise ValueError("no tokens: projection needs the experts' outputs on at least one")
@@ -165,25 +215,32 @@ def expert_projection(
         raise ValueError(f"routing weights are {tuple(routing_weights_NE.shape)}, not [N, E] {num_tokens, num_experts}")
     block = block_tokens or tokens_a_block(num_experts, hidden_size, METHODS["projection"])
     # Sums of r^2 <O_i, O_j>, of r^2 |O_j|^2, and of |O_i|^2.
-    product_EE, squared_EE = (float64_zeros(outputs_ENH, num_experts, num_experts) for _ in range(2))
-    size_E = float64_zeros(outputs_ENH, num_experts)
-    reached_E = torch.zeros_like(size_E, dtype=torch.bool)
+    product_GEE, squared_GEE = (float64_zeros(outputs_ENH, len(groups), num_experts, num_experts) for _ in range(2))
+    size_GE = float64_zeros(outputs_ENH, len(groups), num_experts)
+    reached_E = torch.zeros_like(size_GE[0], dtype=torch.bool)
     for tokens in split_evenly(num_tokens, block):
         reached_E |= (routing_weights_NE[tokens, :] != 0).any(dim=0)
-    for tokens, gram_BEE in _token_grams(outputs_ENH, block):
+    for place, tokens, gram_BEE in _token_grams(outputs_ENH, groups, block):
         gram_BEE = gram_BEE.double()
         squared_BE = gram_BEE.diagonal(dim1=1, dim2=2).clone()
         importance_BE = torch.where(reached_E, routing_weights_NE[tokens, :].double() ** 2, 1.0)
-        product_EE += gram_BEE.mul_(importance_BE[:, :, None]).sum(dim=0)
-        squared_EE += importance_BE.T @ squared_BE
-        size_E += squared_BE.sum(dim=0)
-    own_E1 = squared_EE.diagonal()[:, None]
-    product_EE.clamp_(min=0)
-    coefficient_EE = (product_EE / squared_EE).nan_to_num(nan=0.0).fill_diagonal_(1)
-    similarity_EE = (product_EE / squared_EE * product_EE / own_E1).nan_to_num(nan=0.0).clamp(max=1).fill_diagonal_(1)
-    mean_size = size_E.mean()
-    size_E = size_E / mean_size if mean_size > 0 else torch.ones_like(size_E)
-    return Projection(*(t.float() for t in (similarity_EE, coefficient_EE, size_E, mean_size / num_tokens)))
+        product_GEE[place] += gram_BEE.mul_(importance_BE[:, :, None]).sum(dim=0)
+        squared_GEE[place] += importance_BE.T @ squared_BE
+        size_GE[place] += squared_BE.sum(dim=0)
+
+    def of(chosen: Sequence[int]) -> Projection:
+        count = sum(groups[place].stop - groups[place].start for place in chosen)
+        product_EE, squared_EE, size_E = (sums[list(chosen)].sum(dim=0) for sums in (product_GEE, squared_GEE, size_GE))
+        own_E1 = squared_EE.diagonal()[:, None]
+        product_EE.clamp_(min=0)
+        multiple_EE = product_EE / squared_EE
+        coefficient_EE = multiple_EE.nan_to_num(nan=0.0).fill_diagonal_(1)
+        similarity_EE = (multiple_EE * product_EE / own_E1).nan_to_num(nan=0.0).clamp(max=1).fill_diagonal_(1)
+        mean_size = size_E.mean()
+        size_E = size_E / mean_size if mean_size > 0 else torch.ones_like(size_E)
+        return Projection(*(t.float() for t in (similarity_EE, coefficient_EE, size_E, mean_size / count)))
+
+    return of
 
 
 def weight_similarity(weights: Iterable[torch.Tensor]) -> torch.Tensor:

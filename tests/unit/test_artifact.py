@@ -30,6 +30,7 @@ from sere_dist.artifact.recommendation import LayerSetting
 from sere_dist.artifact.schema import ArtifactConfig, ArtifactError
 from sere_dist.cli.commands import app
 from sere_dist.config import ReroutingConfig
+from sere_dist.method.certainty import Certainty
 from sere_dist.moe import MoeShape
 from tests.support.artifacts import change_layers, recommend, small_artifact
 
@@ -221,7 +222,7 @@ def test_an_artifact_of_an_older_version(saved):
     path, artifact = saved
     edit_config(path, schema_version=1)
     table = path / LAYERS_FILE
-    newer = {"mean_square", "sensitivity", "sensitivity_error"}
+    newer = {"mean_square", "sensitivity", "sensitivity_error", *Certainty._fields}
     rows = list(csv.DictReader(table.open(newline="")))
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, [name for name in rows[0] if name not in newer], extrasaction="ignore")
@@ -230,6 +231,16 @@ def test_an_artifact_of_an_older_version(saved):
     again = Artifact.load(path)
     assert again.config.nats_per_error is None
     assert again.layers[0].statistics == artifact.layers[0].statistics
+
+
+def test_how_surely_similarities_are_known(saved, tmp_path):
+    _, artifact = saved
+    for name, value in zip(Certainty._fields, (0.0123, 0.75, 0.0), strict=True):
+        setattr(artifact.layers[0].statistics, name, value)
+    artifact.save(tmp_path / "again")
+    again = [layer.statistics for layer in Artifact.load(tmp_path / "again").layers.values()]
+    assert again == [layer.statistics for layer in artifact.layers.values()]
+    assert again[0].cells()[-4:-1] == ["0.0123", "75%", "0%"] and again[1].cells()[-4:-1] == ["-", "-", "-"]
 
 
 def test_a_missing_layer(saved):

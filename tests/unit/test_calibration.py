@@ -21,6 +21,7 @@ from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import LayerResult, expert_inputs, run_layer, score_layer, text_blocks
 from sere_dist.calibration.memory import with_halving
 from sere_dist.calibration.sensitivity import Sensitivity
+from sere_dist.method.certainty import certainty_of
 from sere_dist.method.similarity import expert_projection, expert_similarity, random_similarity, weight_similarity
 from tests.support.commands import invoke
 from tests.support.direct import calibration_texts, direct
@@ -41,9 +42,10 @@ def ragged(count: int, lengths: tuple[int, ...]) -> list[list[int]]:
 def test_streamed_layers_and_padded_blocks_are_exact(model, method):
     """Texts of five lengths, in blocks that pad them; the other side never pads."""
     texts = ragged(20, (32, 9, 25, 32, 2))
-    blocks = text_blocks(texts, tokens_a_block=100)
-    assert len(blocks) > 3 and any(len(set(block.lengths_B)) > 1 for block in blocks)
-    expected = direct(model, sorted(texts, key=len, reverse=True))
+    blocks = text_blocks(texts, tokens_a_block=100, groups=4)
+    assert len(blocks) > 4 and any(len(set(block.lengths_B)) > 1 for block in blocks)
+    expected = direct(model, texts)
+    edges = [sum(map(len, texts[: 5 * group])) for group in range(5)]
     checkpoint = Checkpoint(str(MODEL))
     for layer, inputs in expert_inputs(checkpoint, blocks):
         outputs_ENH, weights_NE = expected[layer]
@@ -61,6 +63,21 @@ def test_streamed_layers_and_padded_blocks_are_exact(model, method):
             assert result.coefficient_EE is None and result.size_E is None
             theirs = expert_similarity(outputs_ENH, method, "polynomial")
             assert (result.similarity_EE - theirs).abs().max() < 1e-4
+        if method == "cka":
+            assert result.statistics.similarity_error is None
+            continue
+
+        def by(chosen, outputs_ENH=outputs_ENH, weights_NE=weights_NE):
+            tokens = torch.cat([torch.arange(edges[group], edges[group + 1]) for group in chosen])
+            if method == "projection":
+                return expert_projection(outputs_ENH[:, tokens], weights_NE[tokens]).similarity_EE
+            return expert_similarity(outputs_ENH[:, tokens], method)
+
+        if method != "projection":  # by which some experts are reached in some of the groups alone
+            sure = certainty_of(by, 4)
+            assert result.statistics.similarity_error == pytest.approx(sure.similarity_error, rel=1e-3)
+            assert result.statistics.same_substitute == pytest.approx(sure.same_substitute, abs=0.02)
+            assert result.statistics.substitute_kept == pytest.approx(sure.substitute_kept, abs=1e-3)
 
 
 def test_what_an_error_costs_weighs_the_sizes():
@@ -88,6 +105,26 @@ def test_blocks_hold_each_text_once():
     assert sorted(unpadded) == sorted(texts)
     assert all(block.ids_BL.size <= 64 for block in blocks)
     assert text_blocks([]) == []
+
+
+@pytest.mark.parametrize(("count", "groups"), [(20, 8), (8, 8), (7, 6), (3, 2), (1, 1)])
+def test_groups_are_runs_of_the_texts(count, groups):
+    texts = [[place] * (1 + place % 3) for place in range(count)]
+    blocks = text_blocks(texts, groups=8)
+    assert [block.group for block in blocks] == list(range(groups))
+    members = [sorted(set(block.ids_BL.max(axis=1).tolist())) for block in blocks]
+    assert [place for each in members for place in each] == list(range(count))
+    sizes = [len(each) for each in members]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_an_expert_reached_in_one_group_alone_is_not_sure():
+    """The example model on 8 texts of 8 tokens; projection looks at the tokens of an expert."""
+    texts = ragged(8, (8,))
+    *_, (layer, inputs) = expert_inputs(Checkpoint(str(MODEL)), text_blocks(texts, groups=8))
+    few = score_layer(Checkpoint(str(MODEL)), layer, inputs, "projection").statistics
+    assert few.same_substitute < 0.5 and few.substitute_kept < 0.7
+    assert 0.01 < few.similarity_error < 1
 
 
 def test_methods_without_data(model):

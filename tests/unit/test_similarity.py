@@ -146,6 +146,28 @@ def test_projection(outputs, block):
     assert size_E.mean() == pytest.approx(1)
 
 
+@pytest.mark.parametrize("shared", [0, 1e4], ids=["", "nearly equal"])
+@pytest.mark.parametrize("method", ["frobenius", "cosine", "projection"])
+def test_some_groups_give_what_their_tokens_give(outputs, method, shared):
+    """Without another pass over the tokens. Nearly equal experts take frobenius's second pass."""
+    outputs = outputs + shared * torch.randn(N, H)
+    weights = 0.1 + torch.rand(N, E)
+    groups = [slice(0, 11), slice(11, 12), slice(12, 30), slice(30, N)]
+    if method == "projection":
+        of_groups = similarity.projection_of_groups(outputs, weights, groups, 7)
+    else:
+        of_groups = similarity.SIMILARITY_OF_GROUPS[method](outputs, groups, 7)
+    for chosen in ([0, 1, 2, 3], [1], [3, 0]):
+        tokens = torch.cat([torch.arange(N)[groups[place]] for place in chosen])
+        if method == "projection":
+            expected = expert_projection(outputs[:, tokens], weights[tokens])
+        else:
+            expected = (expert_similarity(outputs[:, tokens], method),)
+        found = of_groups(chosen)
+        for ours, theirs in zip(found if method == "projection" else (found,), expected, strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-5)
+
+
 def test_projection_finds_the_multiple(outputs):
     outputs[5] = 2.5 * outputs[1]
     similarity_EE, coefficient_EE, *_ = expert_projection(outputs, torch.rand(N, E))
