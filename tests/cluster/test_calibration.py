@@ -61,6 +61,7 @@ def test_the_job_says_what_it_did(job_artifact):
     rows = [layer.statistics for layer in artifact.layers.values()]
     assert [row.layer for row in rows] == list(range(config.num_layers))
     assert all(row.seconds > 0 and 0 <= row.similarity_min <= row.similarity_max <= 1 for row in rows)
+    assert all(0 < row.similarity_error < 0.1 and 0 < row.same_substitute < row.substitute_kept <= 1 for row in rows)
     assert config.base_model in (job_artifact / "README.md").read_text()
     assert not job_artifact.with_name("tiny-moe-sere.partial").exists()
 
@@ -88,6 +89,26 @@ def test_projection_from_a_file_and_flags(projection_job, model):
     few = {layer: int((found.tokens_E < 20).sum()) for layer, found in artifact.layers.items()}
     warned = {int(layer): int(count) for layer, count in re.findall(r"layer (\d): (\d+) experts got fewer", printed)}
     assert warned == {layer: count for layer, count in few.items() if count}
+
+
+def test_low_coverage_stops_the_job_and_keeps_what_it_finished(cluster, tmp_path):
+    """The same command stops again, at once; with `warn` it goes on from the layers that are finished."""
+    command = [sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(MODEL), "--cpus-per-task", "4"]
+    command += ["--dataset", str(CALIBRATION), "--output", str(tmp_path / "out")]
+    command += ["--num-samples", "4", "--max-length", "16", "--on-low-coverage"]
+    for _ in range(2):
+        done = cluster.run([*command, "stop"], capture_output=True, text=True)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert re.search(r"error: layer \d: \d+ experts got fewer than 32 tokens: .*--num-samples", done.stderr)
+        assert "from the layers that are finished" in done.stderr and not (tmp_path / "out").exists()
+        kept = list((tmp_path / "out.partial").glob("layer-*.safetensors"))
+        assert len(kept) == 1
+    assert "1 of 6 layers are finished already" in done.stdout and "scored" not in done.stdout
+    printed = job(cluster, *command[3:], "warn")
+    assert "1 of 6 layers are finished already" in printed
+    assert len(re.findall(r"layer \d: \d+ experts got fewer", printed)) == 6
+    assert "substitutes chosen on half of the texts" in printed
+    assert len(Artifact.load(tmp_path / "out").layers) == 6
 
 
 @pytest.mark.slow

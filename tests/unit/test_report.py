@@ -11,6 +11,7 @@ from PIL import Image
 from sere_dist.artifact.recommendation import LayerSetting
 from sere_dist.cli import report
 from sere_dist.cli.report import clustered_order, hardest_to_replace, similar_pairs, write_report
+from sere_dist.method.certainty import Certainty
 from tests.support.artifacts import change_layers, recommend, small_artifact
 
 # Tags that HTML never closes.
@@ -140,6 +141,19 @@ def test_page(tmp_path):
         assert fact in page.text("top")
     assert "mean 0.5000 min 0.1000 max 0.9000" in page.text("layer-7")
     assert os.listdir(tmp_path) == ["report.html"], "something was left beside it"
+
+
+def test_how_surely_it_is_known(tmp_path):
+    artifact = an_artifact()
+    assert "How surely" not in read(artifact, tmp_path / "unknown.html").text("layer-1")
+    for name, value in zip(Certainty._fields, (0.0123, 0.756, 0.98), strict=True):
+        for layer in artifact.layers.values():
+            setattr(layer.statistics, name, value)
+    page = read(artifact, tmp_path / "report.html")
+    assert "It halves with four times as many texts" in page.text("summary")
+    shown = page.text("layer-1")
+    for known in ("similarity 0.0123", "either half of the texts 76 %", "kept by half of the texts 98 %"):
+        assert known in shown
 
 
 def test_colours_of_a_heat_map(tmp_path):
