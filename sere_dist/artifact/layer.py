@@ -20,7 +20,7 @@ class LayerStatistics(BaseModel):
         "similarity mean",
         "min",
         "max",
-        "its error",
+        "similarity error",
         "same substitute",
         "substitute kept",
         "sensitivity",

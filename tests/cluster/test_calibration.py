@@ -91,6 +91,7 @@ def test_projection_from_a_file_and_flags(projection_job, model):
     assert warned == {layer: count for layer, count in few.items() if count}
 
 
+@pytest.mark.slow
 def test_low_coverage_stops_the_job_and_keeps_what_it_finished(cluster, tmp_path):
     """The same command stops again, at once; with `warn` it goes on from the layers that are finished."""
     command = [sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(MODEL), "--cpus-per-task", "4"]
