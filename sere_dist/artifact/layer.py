@@ -20,9 +20,9 @@ class LayerStatistics(BaseModel):
         "similarity mean",
         "min",
         "max",
-        "similarity error",
-        "same substitute",
-        "substitute kept",
+        "error",
+        "same best",
+        "best kept",
         "sensitivity",
     )
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -44,7 +45,8 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of the artifact.")
     facts.add_row("SHA-256", config.tensors_sha256)
     tuned = artifact.recommended
     facts.add_row("recommended", str(tuned or "nothing yet: run python -m calibration_jobs.tune"))
-    layers = Table(*LayerStatistics.HEADINGS, *(("recommended",) if tuned else ()))
+    headings = (*LayerStatistics.HEADINGS, *(("recommended",) if tuned else ()))
+    layers = Table(*headings, box=box.SIMPLE, padding=0)  # narrow: there are many
     for row in (layer.statistics for layer in artifact.layers.values()):
         layers.add_row(*row.cells(), *([str(tuned.layers[row.layer])] if tuned else []))
     console = Console()
