@@ -41,8 +41,9 @@ from calibration_jobs.tables import plan_table
 from calibration_jobs.transient import TransientError, transient_errors
 from calibration_jobs.workers import Workers
 from sere_dist import console
-from sere_dist.artifact.folder import CONFIG_FILE, MIN_TOKENS_PER_EXPERT, Artifact, check_output
-from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig
+from sere_dist.artifact.folder import Artifact, check_output
+from sere_dist.artifact.layer import MIN_TOKENS_PER_EXPERT
+from sere_dist.artifact.schema import CONFIG_FILE, SCHEMA_VERSION, ArtifactConfig
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import (
     ExpertInputs,

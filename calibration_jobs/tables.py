@@ -63,28 +63,18 @@ def flops(count: float) -> str:
 
 def tuning_tables(recommended: Recommendation, budget: Budget) -> list[Table]:
     """Returns the trade-off, what was found for each layer, and what it costs on held-out texts."""
-    headings = ("active experts", "KL", "loss", "perplexity", "likeliest token kept")
-    curve = _open_table("", *headings, title=f"trade-off on the texts to tune on, batch {recommended.batch}")
+    curve = _open_table("", *Outcome.HEADINGS, title=f"trade-off on the texts to tune on, batch {recommended.batch}")
     for outcome in recommended.curve:
         mark = "->" if outcome == recommended.tuned else "" if budget.holds(outcome) else "over budget"
-        curve.add_row(mark, *_cells(outcome))
+        curve.add_row(mark, *outcome.cells())
     layers = _open_table("layer", "setting", title=f"recommended, policy {recommended.policy}")
     for layer, setting in recommended.layers.items():
         layers.add_row(str(layer), str(setting))
-    held_out = _open_table("", *headings, title="on held-out texts")
-    for off, ours in zip(recommended.off, recommended.recommended, strict=True):
-        held_out.add_row(f"recommended, batch {ours.batch}", *_cells(ours, off))
-    for keep, outcome in recommended.uniform.items():
-        held_out.add_row(f"S = {keep}, batch {outcome.batch}", *_cells(outcome, recommended.at(recommended.off)))
+    held_out = _open_table("", *Outcome.HEADINGS, title="on held-out texts")
+    for row in recommended.held_out():
+        held_out.add_row(*row)
     return [curve, layers, held_out]
 
 
 def _open_table(*headings: str, title: str) -> Table:
     return Table(*headings, title=title, title_justify="left", box=box.SIMPLE)
-
-
-def _cells(outcome: Outcome, off: Outcome | None = None) -> list[str]:
-    active = f"{outcome.active_experts:.1f}" + (f" of {off.active_experts:.1f}" if off else "")
-    kl = f"{outcome.kl:.4f} ±{outcome.kl_error:.4f}"
-    rise = f"{outcome.loss_rise:+.4f} ±{outcome.loss_rise_error:.4f}"
-    return [active, kl, rise, f"{outcome.perplexity:.2f}", f"{outcome.top1:.1%} ±{outcome.top1_error:.1%}"]

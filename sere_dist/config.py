@@ -1,11 +1,12 @@
 """What a user may set: `additional_config={"sere": {...}}` in vLLM. It is checked once, here."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sere_dist.files import FilePath
+from sere_dist.files import ArtifactName, FilePath, HubName
 from sere_dist.method.records import Settings
 
 # Settings that may change in a running engine.
@@ -32,7 +33,10 @@ class PolicyConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    artifact: FilePath = Field(description="Folder of the artifact that a calibration wrote.")
+    artifact: ArtifactName = Field(
+        description="Folder of the artifact that a calibration wrote, or `hf://ORG/NAME` or `hf://ORG/NAME@REVISION` "
+        "for one on the Hugging Face Hub."
+    )
     policy: Literal["sere", "projection", "recommended"] = Field(
         default="sere",
         description="`sere` is the paper's policy. `projection` changes each slot as cheaply as possible, and needs an "
@@ -151,12 +155,12 @@ class ReroutingConfig(PolicyConfig):
         return Settings(self.select_top_k or 0, self.threshold, self.expert_price, self.traffic_price)
 
     def resolved(self) -> "ReroutingConfig":
-        """Returns the same with absolute paths: other processes may run elsewhere."""
-        paths: dict[str, Any] = {
-            name: path.resolve() for name in ("artifact", "placement") if (path := getattr(self, name))
-        }
+        """Returns the same with absolute paths: other processes may run elsewhere. Names on the Hub stay."""
+        paths: dict[str, Any] = {"artifact": absolute(self.artifact)}
+        if self.placement is not None:
+            paths["placement"] = self.placement.resolve()
         if self.draft is not None:
-            paths["draft"] = self.draft.model_copy(update={"artifact": self.draft.artifact.resolve()})
+            paths["draft"] = self.draft.model_copy(update={"artifact": absolute(self.draft.artifact)})
         return self.model_copy(update=paths)
 
     def of_draft(self) -> "ReroutingConfig | None":
@@ -183,6 +187,11 @@ class ReroutingConfig(PolicyConfig):
             raise ValueError(explain(error)) from error
         settings.check_top_k(num_experts_per_token)
         return settings
+
+
+def absolute(artifact: str) -> str:
+    """Returns the absolute path of an artifact, or its name on the Hub."""
+    return artifact if HubName.parse(artifact) else str(Path(artifact).resolve())
 
 
 def explain(error: ValidationError) -> str:

@@ -1,10 +1,11 @@
-"""Paths that a user names, and files and folders that are there whole, or not at all."""
+"""Paths and artifacts that a user names, and files and folders that are there whole, or not at all."""
 
 import os
 import re
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,54 @@ def _no_address(path: Any) -> Any:
 
 # A path in a file system. "s3://bucket/folder" would be taken for a folder named "s3:" below the current one.
 FilePath = Annotated[Path, BeforeValidator(_no_address)]
+
+HUB = "hf://"  # how the name of an artifact on the Hub begins
+REPOSITORY = r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*"
+
+
+def is_repository(name: str) -> bool:
+    """Says whether this is written as a repository of the Hugging Face Hub is: ORG/NAME."""
+    return re.fullmatch(REPOSITORY, name, re.ASCII) is not None
+
+
+@dataclass(frozen=True)
+class HubName:
+    """The name of an artifact on the Hugging Face Hub: `hf://ORG/NAME`, or `hf://ORG/NAME@REVISION`.
+
+    Attributes:
+        repository: ORG/NAME.
+        revision: a branch, tag or commit; None for what the branch `main` holds now.
+    """
+
+    repository: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, name: str | Path) -> "HubName | None":
+        """Returns None for a path.
+
+        Raises:
+            ValueError: the name begins as one of the Hub does, and is none.
+        """
+        if not (isinstance(name, str) and name.startswith(HUB)):
+            return None
+        repository, _at, revision = name.removeprefix(HUB).partition("@")
+        if not is_repository(repository) or name.endswith("@"):
+            raise ValueError(f"{name} is no artifact on the Hub: write hf://ORG/NAME, or hf://ORG/NAME@REVISION")
+        return cls(repository, revision or None)
+
+    def __str__(self) -> str:
+        return HUB + self.repository + (f"@{self.revision}" if self.revision else "")
+
+
+def _artifact_name(name: Any) -> Any:
+    if isinstance(name, str) and HubName.parse(name):
+        return name
+    return str(Path(_no_address(name))) if isinstance(name, str | Path) else name
+
+
+# A folder's path, or the name of an artifact on the Hub, which a path would not keep: Path("hf://x") is "hf:/x".
+ArtifactName = Annotated[str, BeforeValidator(_artifact_name)]
 
 
 @contextmanager

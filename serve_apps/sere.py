@@ -16,6 +16,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.llm import LLMConfig, build_dp_deployment, build_llm_deployment
 
+from sere_dist.artifact.hub import pinned
 from sere_dist.artifact.reference import load_artifact_of
 from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY, PLUGIN, plugin_is_disabled
@@ -245,6 +246,9 @@ def llm_config(config: AppConfig, prefill: Pool | None = None) -> LLMConfig:
 def build_app(args: dict[str, Any]) -> Application:
     """Builds the application from the `args` of a Serve configuration file.
 
+    An artifact on the Hub is pinned to its commit of this moment. So a replica that starts later loads what its
+    siblings did, whatever is pushed meanwhile.
+
     Raises:
         ValueError: an argument is unknown or out of range, or the artifact is not for the model.
     """
@@ -253,6 +257,7 @@ def build_app(args: dict[str, Any]) -> Application:
     arguments: dict[str, Any] = dict(watched)
     if config.rerouting is not None:
         check_plugin_loads(config)
+        config.rerouting = pinned(config.rerouting)
         artifact = load_artifact_of(config.rerouting.artifact, config.model)
         config.rerouting.check_top_k(artifact.config.num_experts_per_token)
         artifact.settings_by_layer(config.rerouting)
@@ -262,7 +267,7 @@ def build_app(args: dict[str, Any]) -> Application:
         deployed = serve.deployment(
             name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
         )
-        settings = config.rerouting.resolved().model_dump(mode="json")
+        settings = config.rerouting.model_dump(mode="json")
         keeper = deployed(DeployedKeeper).bind(
             settings,
             artifact.config.num_experts_per_token,

@@ -22,21 +22,26 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
 from sere_dist.artifact.card import card
+from sere_dist.artifact.hub import local_folder
 from sere_dist.artifact.layer import Layer, LayerStatistics, layer_of
 from sere_dist.artifact.recommendation import Recommendation
-from sere_dist.artifact.schema import ArtifactConfig, ArtifactError
+from sere_dist.artifact.schema import (
+    CARD_FILE,
+    CONFIG_FILE,
+    EXPERTS_FILE,
+    LAYERS_FILE,
+    RECOMMENDATION_FILE,
+    SETTINGS_FILE,
+    TENSORS_FILE,
+    ArtifactConfig,
+    ArtifactError,
+)
 from sere_dist.config import RECOMMENDED, ReroutingConfig
 from sere_dist.files import written_whole
 from sere_dist.method.records import LayerTables
 from sere_dist.moe import MoeShape
 
 logger = logging.getLogger(__name__)
-
-MIN_TOKENS_PER_EXPERT = 32  # an expert that got fewer in a calibration is worth a warning
-CONFIG_FILE, TENSORS_FILE, LAYERS_FILE = "sere_config.json", "similarity.safetensors", "layers.csv"
-EXPERTS_FILE = "experts.csv"  # tokens routed to each expert; absent where no token was looked at
-CARD_FILE, SETTINGS_FILE = "README.md", "calibration.yaml"
-RECOMMENDATION_FILE = "recommended.json"  # absent until `calibration_jobs.tune` has found one
 
 _EXPERTS_HEADER = ["layer", "expert", "tokens"]
 
@@ -172,7 +177,7 @@ class Artifact:
             (written / CONFIG_FILE).write_text(config.model_dump_json(indent=2) + "\n")
             (written / TENSORS_FILE).write_bytes(payload)
             (written / SETTINGS_FILE).write_text(yaml.safe_dump(self.settings, sort_keys=False))
-            (written / CARD_FILE).write_text(card(config, rows, self.recommended))
+            (written / CARD_FILE).write_text(card(config, self.layers.values(), self.recommended))
             if self.recommended is not None:
                 (written / RECOMMENDATION_FILE).write_text(self.recommended.model_dump_json(indent=1) + "\n")
             with (written / LAYERS_FILE).open("w", newline="") as file:
@@ -189,12 +194,13 @@ class Artifact:
 
     @classmethod
     def load(cls, path: str | Path) -> "Artifact":
-        """Reads and checks an artifact.
+        """Reads and checks an artifact in a folder, or on the Hub: `hf://ORG/NAME`, or `hf://ORG/NAME@REVISION`.
 
         Raises:
-            ArtifactError: a file is missing or damaged, or a field is wrong; the message names it.
+            ArtifactError: a file is missing or damaged, or a field is wrong, and the message names it; or it can't be
+                fetched.
         """
-        path = Path(path)
+        path = local_folder(path)
         try:
             config = ArtifactConfig.model_validate_json((path / CONFIG_FILE).read_bytes())
             payload = (path / TENSORS_FILE).read_bytes()
@@ -245,10 +251,9 @@ def write_recommendation(path: Path, recommended: Recommendation) -> None:
     """
     artifact = Artifact.load(path)
     _check_recommended(path, artifact.config, recommended)
-    rows = [layer.statistics for layer in artifact.layers.values()]
     texts = {
         RECOMMENDATION_FILE: recommended.model_dump_json(indent=1) + "\n",
-        CARD_FILE: card(artifact.config, rows, recommended),
+        CARD_FILE: card(artifact.config, artifact.layers.values(), recommended),
     }
     for name, text in texts.items():
         with written_whole(path / name) as file:

@@ -9,6 +9,8 @@ from pydantic import BaseModel
 from sere_dist.method.certainty import Certainty
 from sere_dist.method.records import LayerTables
 
+MIN_TOKENS_PER_EXPERT = 32  # an expert that got fewer in a calibration is worth a warning
+
 
 class LayerStatistics(BaseModel):
     """One row of `layers.csv`. Similarities are those of different experts."""

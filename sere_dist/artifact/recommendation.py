@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from typing import Literal
+from collections.abc import Iterator
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -35,6 +36,7 @@ class Outcome(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    HEADINGS: ClassVar = ("active experts", "KL", "loss", "perplexity", "likeliest token kept")
 
     batch: int
     active_experts: float  # that a layer runs in a step, the mean over layers and steps
@@ -48,6 +50,13 @@ class Outcome(BaseModel):
     # That re-routing is estimated to make, per token, summed over layers, in the unit of w² n. None: not estimated, as
     # under the paper's policy and by older versions.
     estimated_error: float | None = None
+
+    def cells(self, off: "Outcome | None" = None) -> list[str]:
+        """The outcome as people read it, below `HEADINGS`; beside `off`, the outcome of the model as it is."""
+        active = f"{self.active_experts:.1f}" + (f" of {off.active_experts:.1f}" if off else "")
+        kl = f"{self.kl:.4f} ±{self.kl_error:.4f}"
+        rise = f"{self.loss_rise:+.4f} ±{self.loss_rise_error:.4f}"
+        return [active, kl, rise, f"{self.perplexity:.2f}", f"{self.top1:.1%} ±{self.top1_error:.1%}"]
 
 
 class KlEstimate(BaseModel):
@@ -110,6 +119,13 @@ class Recommendation(BaseModel):
     def at(self, outcomes: list[Outcome]) -> Outcome:
         """Returns that of these outcomes which is of the tuned batch."""
         return next(outcome for outcome in outcomes if outcome.batch == self.batch)
+
+    def held_out(self) -> Iterator[list[str]]:
+        """Yields what was measured on held-out texts as people read it: a setting, and its cells."""
+        for off, ours in zip(self.off, self.recommended, strict=True):
+            yield [f"recommended, batch {ours.batch}", *ours.cells(off)]
+        for keep, outcome in self.uniform.items():
+            yield [f"S = {keep}, batch {outcome.batch}", *outcome.cells(self.at(self.off))]
 
     def __str__(self) -> str:
         off, ours = self.at(self.off), self.at(self.recommended)

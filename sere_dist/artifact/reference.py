@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from sere_dist.artifact.folder import CONFIG_FILE, Artifact
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.hub import local_folder
 from sere_dist.artifact.layer import Layer, LayerStatistics
-from sere_dist.artifact.schema import SCHEMA_VERSION, ArtifactConfig, ArtifactError
+from sere_dist.artifact.schema import CONFIG_FILE, SCHEMA_VERSION, ArtifactConfig, ArtifactError
 from sere_dist.moe import MoeShape
 
 MATRICES_FILE = "similarity_matrices.pt"
@@ -28,14 +29,16 @@ ARCHITECTURES = {
 SELECT_TOP_K = 4
 
 
-def load_artifact(path: Path, shape: MoeShape, model: str) -> Artifact:
+def load_artifact(name: str | Path, shape: MoeShape, model: str) -> Artifact:
     """Reads an artifact of sere_dist, or what the reference implementation wrote for a model of this shape.
 
-    `path` is an artifact, a checkpoint of the reference implementation, or its `similarity_matrices.pt`.
+    `name` is an artifact in a folder or on the Hub, a checkpoint of the reference implementation, or its
+    `similarity_matrices.pt`.
 
     Raises:
         ArtifactError: it can't be read or used; the message names what is wrong.
     """
+    path = local_folder(name)
     if path.is_dir() and (path / CONFIG_FILE).exists():
         return Artifact.load(path)
     matrices = _matrices(path)
@@ -60,7 +63,7 @@ def load_artifact(path: Path, shape: MoeShape, model: str) -> Artifact:
     return Artifact(about, layers)
 
 
-def load_artifact_of(path: Path, model: str) -> Artifact:
+def load_artifact_of(name: str | Path, model: str) -> Artifact:
     """The same for a checkpoint folder or Hub id `model`, and checks that the artifact is this model's.
 
     Raises:
@@ -72,7 +75,7 @@ def load_artifact_of(path: Path, model: str) -> Artifact:
     except (OSError, ValueError) as error:
         raise ValueError(f"model: no configuration of {model!r} could be read: {error}") from error
     shape = MoeShape.from_config(config)
-    artifact = load_artifact(path, shape, model)
+    artifact = load_artifact(name, shape, model)
     artifact.check_serves(shape, model, getattr(config, "_commit_hash", None))
     return artifact
 

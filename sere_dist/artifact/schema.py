@@ -1,4 +1,4 @@
-"""The file `sere_config.json` of an artifact: what was calibrated, on what, with what."""
+"""The files of an artifact, and what `sere_config.json` holds: what was calibrated, on what, with what."""
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -6,6 +6,12 @@ from sere_dist.method.similarity import method_named
 from sere_dist.moe import MoeShape
 
 SCHEMA_VERSION = 2  # 1 knew no sensitivities
+
+CONFIG_FILE, TENSORS_FILE, LAYERS_FILE = "sere_config.json", "similarity.safetensors", "layers.csv"
+EXPERTS_FILE = "experts.csv"  # tokens routed to each expert; absent where no token was looked at
+CARD_FILE, SETTINGS_FILE = "README.md", "calibration.yaml"
+RECOMMENDATION_FILE = "recommended.json"  # absent until `calibration_jobs.tune` has found one
+FILES = (CONFIG_FILE, TENSORS_FILE, LAYERS_FILE, EXPERTS_FILE, CARD_FILE, SETTINGS_FILE, RECOMMENDATION_FILE)
 
 
 class ArtifactError(ValueError):

@@ -15,6 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+ArtifactArgument = Annotated[
+    str, typer.Argument(help="Folder of the artifact, or its name on the Hub: hf://ORG/NAME or hf://ORG/NAME@REVISION.")
+]
 STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red"}  # of a check of `doctor`
 
 
@@ -24,7 +27,7 @@ def main() -> None:
 
 
 @app.command()
-def inspect(path: Annotated[Path, typer.Argument(help="Folder of the artifact.")]) -> None:
+def inspect(path: ArtifactArgument) -> None:
     """Check an artifact and describe it."""
     from sere_dist.artifact.folder import Artifact
     from sere_dist.artifact.layer import LayerStatistics
@@ -35,7 +38,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of the artifact.")
     except ArtifactError as error:
         raise SystemExit(f"error: {error}") from error
     config = artifact.config
-    facts = Table(title=str(path), show_header=False, title_justify="left")
+    facts = Table(title=path, show_header=False, title_justify="left")
     facts.add_row("base model", config.base_model + (f" at {config.revision}" if config.revision else ""))
     facts.add_row("architecture", f"{config.architecture}, {config.num_layers} layers, hidden {config.hidden_size}")
     facts.add_row("experts", f"{config.num_experts} per layer, {config.num_experts_per_token} per token")
@@ -56,7 +59,7 @@ def inspect(path: Annotated[Path, typer.Argument(help="Folder of the artifact.")
 
 @app.command()
 def report(
-    path: Annotated[Path, typer.Argument(help="Folder of the artifact.")],
+    path: ArtifactArgument,
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Draw an artifact as one HTML page, with a heat map of the similarities per layer."""
@@ -73,7 +76,7 @@ def report(
 
 @app.command()
 def place(
-    path: Annotated[Path, typer.Argument(help="Folder of the artifact.")],
+    path: ArtifactArgument,
     ranks: Annotated[int, typer.Option(help="Number of expert-parallel ranks.")],
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("placement.json"),
     max_load: Annotated[
@@ -109,6 +112,26 @@ def place(
     if placement.affinity == "similarity":
         console.print("The artifact has no coactivation: which experts tokens use together is guessed from similarity.")
     print(f"wrote {output}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of the artifact.")],
+    repository: Annotated[str, typer.Argument(help="Repository of the Hugging Face Hub, ORG/NAME.")],
+) -> None:
+    """Push an artifact to the Hugging Face Hub, in one commit. A repository that is missing is made, a private one."""
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.hub import push as push_folder
+    from sere_dist.artifact.schema import ArtifactError
+    from sere_dist.files import is_repository
+
+    if not is_repository(repository):
+        raise SystemExit(f"error: {repository} is no repository of the Hub: write ORG/NAME")
+    try:
+        Artifact.load(folder)  # nothing is pushed that would not load
+        push_folder(folder, repository)
+    except (ArtifactError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 @app.command()
@@ -262,7 +285,9 @@ def measured_table(state: dict[str, Any]) -> Table:
 
 @app.command()
 def doctor(
-    artifact: Annotated[Path | None, typer.Option(help="Folder of an artifact to check.")] = None,
+    artifact: Annotated[
+        str | None, typer.Option(help="Folder of an artifact to check, or its name on the Hub.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Checkpoint folder or Hugging Face id of the model that the artifact must fit.")
     ] = None,

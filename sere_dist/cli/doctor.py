@@ -56,9 +56,7 @@ class Finding:
     advice: str = ""
 
 
-def examine(
-    artifact: Path | None = None, model: str | None = None, ray_address: str | None = None
-) -> Iterator[Finding]:
+def examine(artifact: str | None = None, model: str | None = None, ray_address: str | None = None) -> Iterator[Finding]:
     """Yields what each check found, in order. The checks run at the same time: most of them wait for imports."""
     gpus = read_gpus()
     with ThreadPoolExecutor() as pool:
@@ -275,7 +273,7 @@ def look_at_cluster(address: str) -> dict[str, Any]:
     }
 
 
-def check_artifact(path: Path | None, model: str | None) -> Finding:
+def check_artifact(path: str | None, model: str | None) -> Finding:
     if path is None:
         return Finding("artifact", "ok", "not asked: no --artifact")
     from sere_dist.artifact.folder import Artifact

@@ -20,8 +20,8 @@ from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.spatial.distance import squareform
 from tqdm import tqdm
 
-from sere_dist.artifact.folder import MIN_TOKENS_PER_EXPERT, Artifact
-from sere_dist.artifact.layer import Layer, LayerStatistics
+from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.layer import MIN_TOKENS_PER_EXPERT, Layer, LayerStatistics
 from sere_dist.artifact.recommendation import Recommendation
 from sere_dist.evaluation.figures import ACTIVE_EXPERTS, BLUE, GREY, KL_DIVERGENCE, PALE_RED, RED, draw_recommendation
 from sere_dist.files import written_whole

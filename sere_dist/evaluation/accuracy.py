@@ -33,10 +33,11 @@ from sere_dist.admin import AdminError, change_settings, request_settings
 from sere_dist.console import progress, tables
 from sere_dist.environment import API_KEY, environment_secrets
 from sere_dist.evaluation.errors import with_error
+from sere_dist.files import HubName
 from sere_dist.provenance import keep, machine, versions
 
 REQUEST_SECONDS = 3600  # a long answer in a full batch
-PATHS = ("artifact", "placement")  # settings that are paths: only their names are kept
+PATHS = ("artifact", "placement")  # settings that may be paths: only the last part of a path is kept
 TASKS = Path(__file__).parent / "tasks"
 SUITES = ("paper", "paper_chat")  # the bundled ones
 CODE_SWITCH = "HF_ALLOW_CODE_EVAL"  # the metric's own
@@ -198,6 +199,11 @@ def answers(result: dict[str, Any], name: str, only_filter: str | None = None) -
     return found
 
 
+def name_of(path: str) -> str:
+    """Returns the last part of a path; all of a name on the Hub."""
+    return path if HubName.parse(path) else Path(path).name
+
+
 def num_requests(result: dict[str, Any]) -> int:
     """Returns how many answers the model gave."""
     records = (record for task in result["samples"] for record in answers(result, task).values())
@@ -298,7 +304,7 @@ def run(evaluation: Evaluation, results: Path | None = None) -> None:
         "model": model,
         "chat": chat,
         "concurrency": evaluation.concurrency,
-        "settings": settings | {key: Path(settings[key]).name for key in PATHS if settings[key]},
+        "settings": settings | {key: name_of(settings[key]) for key in PATHS if settings[key]},
         "runs": {
             way: {"requests": num_requests(result), "seconds": result["seconds"]}
             for way, result in (("off", off), ("on", on))

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.hub import pinned
 from sere_dist.artifact.placement import Placement
 from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ALLOW_UNTESTED_VLLM, environment_flag, is_tested_release
@@ -33,7 +34,7 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         )
     additional = vllm_config.additional_config
     assert isinstance(additional, dict)  # it has a `sere` entry
-    settings = settings_of(additional["sere"]).resolved()
+    settings = pinned(settings_of(additional["sere"]))  # all workers load what is checked here
     artifact = checked_artifact(settings, vllm_config.model_config)
     shape = artifact.config.shape
     for unsupported, advice in unsupported_features(vllm_config):

@@ -20,7 +20,7 @@ def arguments(artifact, **changes) -> dict:
         ({"select_top_k": 0}, "select_top_k\n.*greater than or equal to 1"),
         ({"select_top_k": 9}, r"select_top_k \(9\) must be between 1 and the model's experts per token \(8\)"),
         ({"threshold": 1.5}, "threshold\n"),
-        ({"artifact": "nowhere"}, "no artifact at nowhere"),
+        ({"artifact": "nowhere"}, "no artifact at .*/nowhere: "),
         ({"artifact": "s3://bucket/artifact"}, "s3://bucket/artifact is an address, this is a path: mount the bucket"),
         ({"select_top_k": None, "policy": "recommended"}, "needs an artifact that was tuned"),
         ({"policy": "projection"}, "needs an artifact of method projection"),

@@ -219,7 +219,7 @@ def test_a_draft_models_experts_have_settings_of_their_own(artifact_path):
     sere = {"artifact": str(artifact_path), "select_top_k": 2}
     config = configure(sere | {"draft": sere | {"select_top_k": 3}}, **speculative(DRAFTS_ITSELF))
     own = settings_of(pickle.loads(pickle.dumps(config)).additional_config["sere"]).draft
-    assert own is not None and (own.select_top_k, own.artifact) == (3, artifact_path.resolve())
+    assert own is not None and (own.select_top_k, own.artifact) == (3, str(artifact_path.resolve()))
     alone = configure(sere, **speculative(DRAFTS_ITSELF))
     assert config.compute_hash() != alone.compute_hash(), "a draft model that is re-routed is other code"
 
