@@ -125,7 +125,8 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
 
     Raises:
         ValueError: the model, the dataset or a setting can't be used; or coverage is low, and that is to stop the job.
-        OSError: the output is already there, or can't be written; nothing was changed.
+        OSError: the output is already there, or can't be written, or the artifact may not be pushed; nothing was
+            changed. Or pushing it failed at the end; it is at the output.
         MemoryError: a task does not fit in memory.
         RayError: tasks died again and again. Finished layers are kept; the same command goes on from them.
     """
@@ -133,10 +134,14 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     before = finished_before(config)
     checkpoint = Checkpoint(config.model, config.revision)
     MoeShape.from_config(checkpoint.config)  # before any text is read
+    if not config.dry_run:
+        config.check_push()
     method = METHODS[config.method]
     texts = tokenise_texts(config, checkpoint) if method.needs_data and not config.dry_run else []
     if before is not None and not config.dry_run:
-        return again(before, fingerprint(config, checkpoint, texts), config)
+        artifact = again(before, fingerprint(config, checkpoint, texts), config)
+        config.push(config.output)
+        return artifact
     num_tokens = sum(map(len, texts)) or config.num_samples * config.max_length
     workers = Workers.of_cluster(config, may_start=not config.dry_run)
     plan = Plan.of(
@@ -197,12 +202,14 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
         )
         artifact.save(config.output, overwrite=config.overwrite)
         finished.discard()
+    print(f"wrote {config.output}: similarity of {len(artifact.layers)} layers", flush=True)
+    config.push(config.output)
     return artifact
 
 
 def settings_of(config: CalibrationConfig) -> dict[str, Any]:
     """Returns the settings that an artifact keeps."""
-    return config.model_dump(mode="json", exclude={"overwrite", "restart", "dry_run"})
+    return config.model_dump(mode="json", exclude={"overwrite", "restart", "dry_run", "push_to_hub"})
 
 
 def finished_before(config: CalibrationConfig) -> Artifact | None:
@@ -464,8 +471,7 @@ def write_line(line: str) -> None:
 
 def run(config: CalibrationConfig) -> None:
     """Calibrate a Mixture-of-Experts model on a Ray cluster, one task per MoE layer, and write the artifact."""
-    if artifact := calibrate(config):
-        print(f"wrote {artifact.settings['output']}: similarity of {len(artifact.layers)} layers", flush=True)
+    calibrate(config)
 
 
 main = make_command(CalibrationConfig, run)

@@ -8,8 +8,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sere_dist.artifact.hub import check_may_push, push
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.texts import load_tokenizer, read_texts, tokenise
+from sere_dist.files import is_repository
 
 # Ray unpacks the --working-dir of a job below such a folder, and deletes it afterwards.
 RAY_WORKING_DIR = "working_dir_files"
@@ -65,6 +67,19 @@ class JobConfig(BaseModel):
     )
     memory_per_task: float | None = Field(default=None, gt=0, description="Memory in GiB that Ray reserves per task.")
 
+    push_to_hub: str | None = Field(
+        default=None,
+        description="Repository of the Hugging Face Hub, ORG/NAME, to push the artifact to at the end. One that is "
+        "missing is made, a private one.",
+    )
+
+    @field_validator("push_to_hub")
+    @classmethod
+    def _is_repository(cls, value: str | None) -> str | None:
+        if value is not None and not is_repository(value):
+            raise ValueError(f"{value} is no repository of the Hub: write ORG/NAME")
+        return value
+
     @field_validator("mixture", mode="before")
     @classmethod
     def _read_mixture(cls, value: Any) -> Any:
@@ -97,6 +112,27 @@ class JobConfig(BaseModel):
             return self.dataset
         whole = sum(source.weight for source in self.mixture)
         return ", ".join(f"{source.dataset} ({source.weight / whole:.0%})" for source in self.mixture)
+
+    def check_push(self) -> None:
+        """Raises OSError if the artifact may not be pushed: before hours of work, not after."""
+        if self.push_to_hub is not None:
+            check_may_push(self.push_to_hub)
+
+    def push(self, artifact: Path) -> None:
+        """Pushes the artifact that the job has written, if it shall.
+
+        Raises:
+            OSError: it can't be pushed. It is on disk, and the message says how to push it later.
+        """
+        if self.push_to_hub is None:
+            return
+        try:
+            push(artifact, self.push_to_hub)
+        except OSError as error:
+            raise OSError(
+                f"{error}. Nothing is lost: the artifact is at {artifact}. Push it with "
+                f"`sere-dist push {artifact} {self.push_to_hub}`"
+            ) from error
 
     def read_token_ids(
         self,

@@ -14,11 +14,11 @@ for every setting of every layer alone, then for combinations along the trade-of
 
 import hashlib
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import typer
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from calibration_jobs.job import JobConfig, refuse_lost_output
 from calibration_jobs.measurements import Measurements
@@ -34,7 +34,7 @@ from sere_dist.artifact.folder import Artifact, check_output, write_recommendati
 from sere_dist.artifact.recommendation import LayerSetting, Recommendation
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.evaluation.tuning import Budget
-from sere_dist.files import FilePath
+from sere_dist.files import FilePath, HubName
 from sere_dist.moe import MoeShape
 from sere_dist.provenance import versions
 
@@ -82,6 +82,18 @@ class TuningConfig(JobConfig):
         description="Data type of the weights; auto takes the checkpoint's own on GPUs, float32 on CPUs.",
     )
 
+    @field_validator("artifact", mode="before")
+    @classmethod
+    def _is_on_disk(cls, value: Any) -> Any:
+        if (on_hub := HubName.parse(value)) is None:
+            return value
+        revision = f" --revision {on_hub.revision}" if on_hub.revision else ""
+        name = on_hub.repository.rpartition("/")[2]
+        raise ValueError(
+            f"{value} is on the Hub, and a tuning writes into the artifact. Download it, and give the folder: "
+            f"hf download {on_hub.repository}{revision} --local-dir {name}. --push-to-hub brings the tuned one back"
+        )
+
     @model_validator(mode="after")
     def _fits_together(self) -> "TuningConfig":
         given = [self.max_kl, self.max_perplexity_rise, self.active_experts]
@@ -108,7 +120,8 @@ def tune(config: TuningConfig) -> Recommendation:
 
     Raises:
         ValueError: the model, the artifact, the texts or a setting can't be used, or nothing fits the budget.
-        OSError: the artifact can't be written.
+        OSError: the artifact can't be written, or may not be pushed. Or pushing it failed at the end; the artifact on
+            disk is tuned.
         RayError: workers died again and again. What was measured is kept; the same command goes on from there.
     """
     refuse_lost_output(config.artifact, "--artifact")
@@ -116,6 +129,7 @@ def tune(config: TuningConfig) -> Recommendation:
     check_output(config.artifact.resolve(), overwrite=True)
     checkpoint = Checkpoint(config.model, config.revision)
     artifact.check_serves(MoeShape.from_config(checkpoint.config), config.model, checkpoint.revision)
+    config.check_push()
     texts = split_texts(config, checkpoint)
     if config.dataset_name == artifact.config.dataset:
         print(f"{config.dataset_name} is what the artifact was calibrated on: texts that it saw flatter it", flush=True)
@@ -132,6 +146,11 @@ def tune(config: TuningConfig) -> Recommendation:
     for table in tuning_tables(recommended, config.budget):
         console.tables().print(table)
     write_recommendation(config.artifact, recommended)
+    number = getattr(recommended.at(recommended.recommended), config.budget.kind)
+    verdict = "within" if number <= config.budget.most else "NOT within"
+    print(f"wrote {config.artifact}: {recommended}")
+    print(f"On held-out texts, that is {verdict} the budget. Serve it with policy: recommended", flush=True)
+    config.push(config.artifact)
     return recommended
 
 
@@ -197,12 +216,7 @@ def find_recommendation(config: TuningConfig, artifact: Artifact, runner: TrialR
 
 def run(config: TuningConfig) -> None:
     """Find the settings that fit a budget best, and add them to an artifact as its recommended settings."""
-    recommended = tune(config)
-    ours = recommended.at(recommended.recommended)
-    number = getattr(ours, config.budget.kind)
-    verdict = "within" if number <= config.budget.most else "NOT within"
-    print(f"wrote {config.artifact}: {recommended}")
-    print(f"On held-out texts, that is {verdict} the budget. Serve it with policy: recommended", flush=True)
+    tune(config)
 
 
 main = make_command(TuningConfig, run)
