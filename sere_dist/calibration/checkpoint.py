@@ -5,6 +5,7 @@ names). transformers knows how to convert each; this module applies its conversi
 alone, which are dequantised one by one as they are read.
 """
 
+import json
 import platform
 from collections import defaultdict
 from collections.abc import Callable
@@ -32,9 +33,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from sere_dist.calibration.dequantise import block_size, from_float8, from_mxfp4, unpack_scales
+from sere_dist.calibration.dequantise import Parts, Quantisation, from_mxfp4, unpack_scales, weight_parts
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+MODELOPT_FILE = "hf_quant_config.json"
 QUANTISED_DTYPES = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "I8", "U8")  # by safetensors' names
 STACKED = ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])  # how experts become one parameter
 READERS = 4  # threads, each with one tensor at a time
@@ -90,11 +92,21 @@ class Checkpoint:
                 f"the Hub, with a config.json that transformers {transformers.__version__} itself can read: {error}"
             ) from error
         self._dtype = getattr(self.config, "dtype", None) or torch.float32
-        self._block: tuple[int, int] | None = None  # None: not quantised
+        self._quantisation = None if (content := self._quantisation_config()) is None else Quantisation(name, content)
+
+    def _quantisation_config(self) -> dict | None:
+        """Returns what the configuration says of quantisation, and takes it out; None for a model as it was trained."""
+        found = None
         for config in (self.config, self.config.get_text_config()):
             if quantisation := getattr(config, "quantization_config", None):
-                self._block = block_size(name, quantisation)
+                found = quantisation
                 del config.quantization_config
+        if found is not None:
+            return found
+        try:
+            return json.loads(self.path(MODELOPT_FILE).read_bytes())  # ModelOpt before 0.31 had it in a file of its own
+        except FileNotFoundError:
+            return None
 
     @cached_property
     def files(self) -> dict[str, str]:
@@ -200,7 +212,7 @@ class Checkpoint:
         pieces_of, converter_of = self._pieces(model)
         pieces_of = {name: pieces for name, pieces in pieces_of.items() if name in empty}
         tensors = [tensor for pieces in pieces_of.values() for each in pieces.values() for tensor in each]
-        files = sorted({self.files[part] for tensor in tensors for part in self._parts[tensor]})
+        files = sorted({self.files[part] for tensor in tensors for part in self._parts[tensor].values()})
         loaded: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
             opened = {file: stack.enter_context(_opened(self.path(file))) for file in files}
@@ -274,42 +286,36 @@ class Checkpoint:
             )
 
     @cached_property
-    def _parts(self) -> dict[str, list[str]]:
-        """What the files hold of every tensor: the tensor, or its quantised values and their scales."""
-        if self._block is None:
-            return {key: [key] for key in self.files}
-        parts = {}
-        for key in self.files:
-            name = key.removesuffix("_blocks")  # MXFP4's
-            scales = [f"{name}_scales"] if name != key else [f"{key}_scale_inv", f"{key}_scale"]
-            parts[name] = [key, *(scale for scale in scales if scale in self.files)]
-        scales = {scale for _, *scales in parts.values() for scale in scales}
-        return {name: keys for name, keys in parts.items() if name not in scales}
+    def _parts(self) -> dict[str, dict[str, str]]:
+        """The names of what every tensor is made of: its values, and scales and the like if it is quantised."""
+        if self._quantisation is None:
+            return {key: {"values": key} for key in self.files}
+        return weight_parts(self.files)
 
     def _read(self, opened: dict[str, Any], device: str, tensor: str) -> torch.Tensor:
         """Returns a tensor from the opened files; one that was quantised in float32."""
-        parts = self._parts[tensor]
+        names = self._parts[tensor]
         try:
-            values, *scales = (opened[self.files[part]].get_slice(part) for part in parts)
+            slices = {part: opened[self.files[name]].get_slice(name) for part, name in names.items()}
         except SafetensorError as error:
             raise ValueError(
-                f"--model {self.name}: not in {self.files[parts[0]]}, as {INDEX_FILE} says: {error}"
+                f"--model {self.name}: not in {self.files[names['values']]}, as {INDEX_FILE} says: {error}"
             ) from error
-        if scales:
-            assert self._block is not None  # only a quantised checkpoint has scales
-            scale = unpack_scales(scales[0][...]).to(device)
-            if len(values.get_shape()) == 4:
-                return from_mxfp4(values, scale)
-            try:
-                return from_float8(values[...].to(device), scale, self._block)
-            except ValueError as error:
-                raise ValueError(f"--model {self.name}: {tensor}: {error}") from error
-        if values.get_dtype() in QUANTISED_DTYPES:
-            raise ValueError(
-                f"--model {self.name}: {tensor} is {values.get_dtype()} and has no scale: calibrate the checkpoint "
-                "that this one was made from"
-            )
-        return values[...]
+        values = slices["values"]
+        if "scales" not in slices:
+            if values.get_dtype() in QUANTISED_DTYPES or names["values"] != tensor:
+                raise ValueError(
+                    f"--model {self.name}: {tensor} is {values.get_dtype()} and has no scale: calibrate the checkpoint "
+                    "that this one was made from"
+                )
+            return values[...]
+        assert self._quantisation is not None  # only a quantised checkpoint has scales
+        if len(values.get_shape()) == 4:
+            return from_mxfp4(values, unpack_scales(slices["scales"][...]).to(device))
+        try:
+            return self._quantisation.undo(Parts({part: each[...].to(device) for part, each in slices.items()}))
+        except ValueError as error:
+            raise ValueError(f"--model {self.name}: {tensor}: {error}") from error
 
 
 def _converted(

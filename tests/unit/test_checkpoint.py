@@ -29,8 +29,9 @@ from transformers import (
 )
 
 from sere_dist.calibration.checkpoint import Checkpoint
-from sere_dist.calibration.layers import expert_inputs, score_layer, text_blocks
+from sere_dist.calibration.layers import score_layer
 from sere_dist.moe import MoeShape, routed_experts
+from tests.support.checkpoints import assert_same_model, assert_same_results, calibrated, write_quantised
 
 COMMON = {
     "vocab_size": 128,
@@ -73,34 +74,6 @@ def save_random(config: PretrainedConfig, folder: Path, dtype: torch.dtype = tor
         tensor.normal_(mean=float("norm" in name), std=0.3)
     model.to(dtype).save_pretrained(folder, **how)
     return folder
-
-
-def calibrated(folder: Path | str, revision: str | None = None) -> dict[int, torch.Tensor]:
-    """Returns the similarity of each MoE layer."""
-    texts = [torch.arange(3, 3 + length).tolist() for length in (9, 20, 13)]
-    checkpoint = Checkpoint(str(folder), revision)
-    return {
-        layer: score_layer(checkpoint, layer, inputs, "frobenius").similarity_EE
-        for layer, inputs in expert_inputs(checkpoint, text_blocks(texts))
-    }
-
-
-def assert_same_model(folder: Path, reference: Path) -> None:
-    """The parameters of `folder`, loaded here, are those of `reference`, loaded by transformers, bit by bit."""
-    expected = AutoModelForCausalLM.from_pretrained(reference, dtype=torch.float32).state_dict()
-    checkpoint = Checkpoint(str(folder))
-    model = checkpoint.empty_model()
-    checkpoint.load(model, lambda name: True, "cpu")
-    loaded = model.state_dict()
-    assert loaded.keys() == expected.keys()
-    for name, tensor in loaded.items():
-        assert tensor.dtype == torch.float32 and torch.equal(tensor, expected[name]), name
-
-
-def assert_same_results(folder: Path, reference: Path) -> None:
-    ours, theirs = calibrated(folder), calibrated(reference)
-    assert ours.keys() == theirs.keys() != set()
-    assert all(torch.equal(ours[layer], theirs[layer]) for layer in ours)
 
 
 @pytest.fixture(scope="module")
@@ -208,16 +181,6 @@ def write_float8(kind: Float8, folder: Path) -> tuple[Path, Path]:
     return write_quantised(plain, stored, dequantised, kind.quantisation)
 
 
-def write_quantised(plain: Path, stored: dict, dequantised: dict, quantisation: dict) -> tuple[Path, Path]:
-    save_file(dequantised, plain / "model.safetensors", {"format": "pt"})
-    folder = plain.parent / "quantised"
-    folder.mkdir()
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((plain / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantisation}))
-    return folder, plain
-
-
 def write_mxfp4(folder: Path) -> tuple[Path, Path]:
     """Returns a GPT-OSS checkpoint as published, and what it stands for in float32."""
     plain = save_random(GPT_OSS, folder / "plain", torch.bfloat16)
@@ -296,39 +259,52 @@ def test_scales_of_another_block_size_are_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(
         ValueError,
-        match=r"--model .*_proj\.weight: weights \(\d+, \d+\) in blocks of \(64, 128\) have scales \(\d, \d\)",
+        match=r"--model .*_proj\.weight: weights \(\d+, \d+\) in blocks of \(64, 128\) or .* have scales \(\d, \d\)",
     ):
         calibrated(folder)
 
 
+NVIDIA = {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}
+ROTATED = {"format": "pack-quantized", "config_groups": {}, "transform_config": {"config_groups": {"R1": {}}}}
+COMPRESSED = {"quant_method": "compressed-tensors"}
+MARLIN = COMPRESSED | {"format": "marlin-24", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+
+
 @pytest.mark.parametrize(
-    ("method", "name", "sibling"),
+    ("quantisation", "what", "name", "sibling"),
     [
-        ("awq", "Qwen/Qwen3-30B-A3B-AWQ", "Qwen/Qwen3-30B-A3B"),
-        ("gptq", "Qwen/Qwen3-30B-A3B-GPTQ-Int4", "Qwen/Qwen3-30B-A3B"),
-        ("compressed-tensors", "zai-org/GLM-4.5-Air-FP8", "zai-org/GLM-4.5-Air"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "awq 4 bits gemv", "Qwen/Qwen3-AWQ", "Qwen/Qwen3"),
+        ({"quant_method": "gptq", "bits": 3}, "gptq 3 bits gptq", "Qwen/Qwen3-30B-A3B-GPTQ-Int3", "Qwen/Qwen3-30B-A3B"),
+        ({"quant_method": "gptq"}, "gptq None bits gptq", "Qwen/Qwen3-30B-A3B-GPTQ-Int4", "Qwen/Qwen3-30B-A3B"),
+        (MARLIN, "compressed-tensors marlin-24", "zai-org/GLM-4.5-Air-FP8", "zai-org/GLM-4.5-Air"),
         (
-            "compressed-tensors",
+            COMPRESSED | ROTATED,
+            "compressed-tensors transforms",
             "RedHatAI/Mixtral-8x7B-Instruct-v0.1-FP8-dynamic",
             "RedHatAI/Mixtral-8x7B-Instruct-v0.1",
         ),
-        ("compressed-tensors", "RedHatAI/Qwen3-30B-A3B-quantized.w4a16", "RedHatAI/Qwen3-30B-A3B"),
-        ("bitsandbytes", "unsloth/Qwen3-30B-A3B-unsloth-bnb-4bit", "unsloth/Qwen3-30B-A3B"),
-        ("awq", "models/my_moe_awq", "models/my_moe"),
-        ("awq", "models/my-moe", None),
+        (
+            COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            "compressed-tensors sparse",
+            "RedHatAI/Qwen3-30B-A3B-quantized.w4a16",
+            "RedHatAI/Qwen3-30B-A3B",
+        ),
+        (NVIDIA, "modelopt W4A8_AWQ", "models/moe", None),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes", "unsloth/Qwen3-unsloth-bnb-4bit", "unsloth/Qwen3"),
+        ({"quant_method": "quark"}, "quark", "models/my_moe_awq", "models/my_moe"),
+        ({"bits": 4}, "None", "models/my-moe", None),
     ],
 )
 def test_other_quantised_checkpoints_are_refused_for_what_they_were_made_from(
-    tmp_path, monkeypatch, method, name, sibling
+    tmp_path, monkeypatch, quantisation, what, name, sibling
 ):
     monkeypatch.chdir(tmp_path)
     Path(name).mkdir(parents=True)
-    quantisation = {"quant_method": method, "bits": 4}
     (Path(name) / "config.json").write_text(json.dumps(SMALL.to_dict() | {"quantization_config": quantisation}))
     where = f"{sibling}, by its name" if sibling else "base_model in its card"
     with pytest.raises(ValueError) as error:
         Checkpoint(name)
-    assert f"--model {name} is quantised ({method})" in str(error.value)
+    assert f"--model {name} is quantised ({what}), which is dequantised here only for fp8, " in str(error.value)
     assert f"calibrate the checkpoint it was made from ({where});" in str(error.value)
 
 
