@@ -71,6 +71,7 @@ class Checkpoint:
         Raises:
             ValueError: there is no such model, transformers does not know its architecture, or it is quantised in a way
                 that can't be undone here; the message says what to use instead.
+            OSError: a file that may say how it is quantised can't be fetched.
         """
         self.name, self._is_folder = name, Path(name).is_dir()
         self.place = str(Path(name).resolve()) if self._is_folder else name

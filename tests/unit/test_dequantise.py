@@ -20,6 +20,10 @@ from compressed_tensors.quantization.utils import (
     maybe_pad_tensor_for_block_quant,
 )
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.layers.quantization.utils.mxfp8_utils import (
+    _mxfp8_e4m3_quantize_torch,
+    dequant_mxfp8_to_bf16,
+)
 from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import dequantize_to_dtype, ref_nvfp4_quant
 from vllm.model_executor.layers.quantization.utils.quant_utils import (
     GroupShape,
@@ -129,7 +133,7 @@ def gptq_weight(weight: torch.Tensor, kind: ScalarType, version: int, ordered: b
     return parts, undone[back].T
 
 
-ONES = {4: 0x11111111, 8: 0x01010101}  # what GPTQModel 5's convert_gptq_v2_to_v1_format takes off each word of zeros
+ONES = {4: 0x11111111, 8: 0x01010101}  # what GPTQModel takes off each word of zeros for version 1
 
 
 def int_weight(weight_CR: torch.Tensor, kind: ScalarType, group: int) -> tuple[torch.Tensor, ...]:
@@ -164,6 +168,13 @@ def modelopt_fp8_weight(weight: torch.Tensor, shape: GroupShape) -> Quantised:
     stored = {GroupShape.PER_TENSOR: scales.squeeze(), GroupShape.PER_TOKEN: scales[:, 0]}
     parts = {".weight": values[:rows, :columns], ".weight_scale": stored.get(shape, scales[:, None, :, None])}
     return parts, undone[:rows, :columns]
+
+
+def modelopt_mxfp8_weight(weight: torch.Tensor) -> Quantised:
+    values, scales = _mxfp8_e4m3_quantize_torch(weight)
+    return {".weight": values, ".weight_scale": scales}, dequant_mxfp8_to_bf16(
+        values, scales
+    ).float()  # nothing is lost
 
 
 def modelopt_nvfp4_weight(weight: torch.Tensor) -> Quantised:
@@ -211,7 +222,9 @@ FORMATS = {
         "FP8_PER_CHANNEL_PER_TOKEN", partial(modelopt_fp8_weight, shape=GroupShape.PER_TOKEN)
     ),
     "ModelOpt FP8 by block": modelopt("fp8_pb_wo", partial(modelopt_fp8_weight, shape=GroupShape(128, 128))),
+    "ModelOpt MXFP8": modelopt("MXFP8", modelopt_mxfp8_weight),
     "ModelOpt NVFP4": modelopt("NVFP4", modelopt_nvfp4_weight),
+    "ModelOpt NVFP4, weights alone": modelopt("W4A16_NVFP4", modelopt_nvfp4_weight),
 }
 
 
