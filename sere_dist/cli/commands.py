@@ -319,7 +319,8 @@ def forecast(
     model: Annotated[str, typer.Option(help="Checkpoint folder or Hugging Face id; only its configuration is read.")],
     hardware: Annotated[str, typer.Option(help="What it runs on: a GPU's name in small letters, such as h100.")],
     artifact: Annotated[
-        Path | None, typer.Option(help="The model's artifact: how popular its experts are, and what was tuned.")
+        str | None,
+        typer.Option(help="The model's artifact, in a folder or on the Hub: how popular experts are, what was tuned."),
     ] = None,
     batches: Annotated[str, typer.Option(help="Requests that decode together, with commas.")] = "1,4,16,64,128,256",
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt, as a mean.")] = 512,
