@@ -1,4 +1,4 @@
-"""Serves the example model, and runs a command with the page's address and the admin token behind it.
+"""Serves the demo's model, and runs a command with the page's address and the admin token behind it.
 
     python -m tests.browser.served .venv-browser/bin/python tests/browser/try_page.py
 
@@ -8,17 +8,19 @@ Exits with the command's status.
 import subprocess
 import sys
 
-from examples.application import ROOT, TINY_MOE, calibrate, served
-from examples.demo import WIDE, WIDTH
-from examples.tiny_moe.widen import widen
+from examples.application import ROOT, SMOLLM2_MOE, calibrate, served
+from examples.smollm2_moe.assemble import CARVINGS, assemble
+from examples.smollm2_moe.carving import load_carvings
+from examples.smollm2_moe.dense import dense_model
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 
 
 def main(command: list[str]) -> int:
+    assemble(SMOLLM2_MOE.model, *dense_model(), load_carvings(CARVINGS))
     with LocalCluster() as cluster:
-        calibrate(cluster)
-        with served(cluster, free_ports(1)[0], model=str(widen(TINY_MOE.model, WIDE, WIDTH))) as url:
+        calibrate(cluster, SMOLLM2_MOE)
+        with served(cluster, free_ports(1)[0], SMOLLM2_MOE) as url:
             address = url.removesuffix("/v1") + "/"
             return subprocess.run([*command, address, cluster.environment[ADMIN_TOKEN]], cwd=ROOT).returncode
 

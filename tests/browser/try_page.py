@@ -18,7 +18,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 SIZES = {"page.png": (1120, 900), "page-narrow.png": (420, 900)}
 PATIENCE = 300_000  # milliseconds
-LAYERS, QUESTION = 6, "And the king answered and said unto"
+LAYERS, QUESTION = 30, "What is the capital of France?"
 
 
 def settings(address: str, token: str) -> dict:
@@ -38,7 +38,7 @@ def ask(page: Page) -> None:
 
 def try_page(page: Page, address: str, token: str) -> None:
     page.goto(address)
-    expect(page.locator("#model")).to_have_text("tiny-moe")
+    expect(page.locator("#model")).to_have_text("smollm2-moe")
     expect(page.locator("#closed")).to_contain_text("can be changed with the admin token")
     assert page.locator("#sliders input").count() == 0
 

@@ -20,6 +20,7 @@ SHAPES = ROOT / "benchmarks" / "shapes"
 # The published shape of each model that a file names.
 SHAPE_OF = {
     "examples/tiny_moe/model": MODEL,
+    "build/smollm2-moe": SHAPES / "smollm2-moe",
     "Qwen/Qwen1.5-MoE-A2.7B-Chat": SHAPES / "qwen1.5-moe-a2.7b",
     "deepseek-ai/DeepSeek-V2-Lite-Chat": SHAPES / "deepseek-v2-lite",
     "Qwen/Qwen3-30B-A3B": SHAPES / "qwen3-30b-a3b",
