@@ -217,6 +217,7 @@ def field(
     bench: HeldOut,
     kinds: Sequence[str],
     field_of: dict[str, Callable[[int], Rerouter]],
+    batches: Sequence[int],
     keeps: Sequence[int],
     priced: Callable[[float], Rerouter],
 ) -> list[dict[str, Any]]:
@@ -225,8 +226,8 @@ def field(
     `kinds` are those of the texts. `priced` is projection at an expert's price; it is compared with all `RIVALS`.
     """
     rows = []
-    bar = tqdm(total=len(BATCHES) * (1 + len(field_of) * len(keeps) + len(PRICES)), desc="field")
-    for batch in BATCHES:
+    bar = tqdm(total=len(batches) * (1 + len(field_of) * len(keeps) + len(PRICES)), desc="field")
+    for batch in batches:
         off, results = bench.run(unchanged, batch), {}
         bar.update()
         for name, rerouter_of in field_of.items():
@@ -239,11 +240,11 @@ def field(
             bar.update()
         by_kinds = {"kl_of_kinds": kl_of_kinds(off, kinds)}
         rows.append({"policy": OFF, "knob": None, **outcome_of(off, off, batch).model_dump(), **by_kinds})
-        curves = {name: [results[Point(name, keep)] for keep in keeps] for name in RIVALS}
+        curves = {name: [results[Point(name, keep)] for keep in keeps] for name in RIVALS if name in field_of}
         for point, result in results.items():
             row = {**point._asdict(), **outcome_of(result, off, batch).model_dump()}
             beside = {}
-            for rival in RIVALS if point.policy == PRICED else (PAPER,):
+            for rival in curves if point.policy == PRICED else (PAPER,):
                 if (theirs := at_active_experts(curves[rival], result.active_experts)) is not None:
                     beside[rival] = compared(result.divergence_of_texts, theirs)
             rows.append(row | {"kl_of_kinds": kl_of_kinds(result, kinds), "beside": beside})
@@ -465,6 +466,8 @@ def samples_table(rows: list[dict[str, Any]]) -> Table:
 def main(
     example: Annotated[str, typer.Option(help=f"The model: {' or '.join(EXAMPLES)}.")] = "tiny-moe",
     parts: Annotated[list[Part] | None, typer.Option(help="What to measure. By default, all of it.")] = None,
+    only_drawn: Annotated[bool, typer.Option("--drawn", help="Of the field, only what the figures show.")] = False,
+    batches: Annotated[list[int] | None, typer.Option(help=f"Batches of the field, {BATCHES} by default.")] = None,
     half: Annotated[Half, typer.Option(help="The half of each kind's held-out texts: final, or choice.")] = "final",
     texts: Annotated[int, typer.Option(help="Held-out texts of all kinds together.")] = TEXTS,
     texts_of_kind: Annotated[int, typer.Option(help="Held-out texts of each kind, in batches of one kind.")] = 32,
@@ -520,8 +523,10 @@ def main(
     }
     if "field" in parts:
         kinds = [text.kind for text in of_all]
-        report["field"] = field(bench, kinds, field_of, keeps, partial(projection.projection, 1))
-        for batch in BATCHES:
+        wanted = {name: field_of[name] for name in field_of if name in LOOKS or not only_drawn}
+        sizes = batches or BATCHES
+        report["field"] = field(bench, kinds, wanted, sizes, keeps, partial(projection.projection, 1))
+        for batch in sizes:
             console.print(field_table(report["field"], batch, keeps))
             console.print(priced_table(report["field"], batch))
         draw(report, pictures)
