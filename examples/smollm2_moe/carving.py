@@ -25,10 +25,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 class Shape:
     """How many neurons and experts each layer has."""
 
-    shared: int = 768
+    shared: int = 1024
     blocks: int = 8
     experts_per_block: int = 8
-    width: int = 80  # neurons of an expert
+    width: int = 48  # neurons of an expert
 
     @property
     def num_experts(self) -> int:
@@ -128,6 +128,10 @@ class CarvedFeedForward(torch.nn.Module):
 
     It gives what Qwen2-MoE's layer gives whose weights `moe_weights` returns. Gradients reach the router by the weights
     of the experts that it chose.
+
+    Attributes:
+        imbalance: of the last tokens, 1 where all experts are chosen alike, more otherwise: the auxiliary loss of
+            Switch Transformers. Without it in the loss a router ends with a few experts that suit every token.
     """
 
     def __init__(self, dense: LlamaMLP, carving: Carving, top_k: int):
@@ -137,6 +141,7 @@ class CarvedFeedForward(torch.nn.Module):
         self.router_EH = torch.nn.Parameter(carving.router_EH)
         self.shared_scale_S = torch.nn.Parameter(carving.shared_scale_S)
         self.expert_scale_EM = torch.nn.Parameter(carving.expert_scale_EM)
+        self.imbalance = torch.tensor(1.0)
 
     def trained(self) -> list[torch.nn.Parameter]:
         return [self.router_EH, self.shared_scale_S, self.expert_scale_EM]
@@ -150,7 +155,11 @@ class CarvedFeedForward(torch.nn.Module):
         """Returns weights that add up to the top-k, and ids [..., K], in the router's order."""
         with torch.autocast("cpu", enabled=False):  # bfloat16 would make equals of experts that are close
             logits = linear(inputs_TH.float(), self.router_EH)
-        weights, ids = softmax(logits, dim=-1).topk(self.top_k)
+        shares_TE = softmax(logits, dim=-1)
+        weights, ids = shares_TE.topk(self.top_k)
+        num_experts = len(self.router_EH)
+        chosen_E = torch.bincount(ids.flatten(), minlength=num_experts) / ids.numel()
+        self.imbalance = num_experts * (chosen_E * shares_TE.flatten(0, -2).mean(0)).sum()
         return self.top_k * weights / weights.sum(-1, keepdim=True), ids
 
     def shares(self, inputs_TH: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,8 @@
 
 First layer by layer: neurons are grouped by what they do for the learned text, the router learns which experts keep
 most of a token, then router and scales learn to give what the dense layer gives. Then end to end: they and the
-normalisations learn the dense model's distribution of the next token, by KL divergence.
+normalisations learn the dense model's distribution of the next token, by KL divergence. All along, routers pay for
+using some experts more than others.
 
 Learns from the conversations of `chats.py`, and from the kinds `manual` and `dictionary` of the example model's
 calibration text. The kind `scripture` is held out.
@@ -37,6 +38,9 @@ LEARNED_KINDS = ("manual", "dictionary")
 ROUTER_TEMPERATURE = 0.25  # of what the router first learned: the experts that it chooses begin with like weights
 CHUNK = 2048  # tokens of a step of a layer
 PEAK = 2e-3  # learning rate end to end
+# What imbalance costs: of a layer's relative error, and of the KL divergence (for each layer). With less of it, batches
+# would run far fewer experts than those of other models do.
+BALANCE, BALANCE_END_TO_END = 0.02, 0.004
 SAVE_SECONDS = 600
 
 
@@ -91,7 +95,7 @@ def distil(layer: CarvedFeedForward, inputs_TH: torch.Tensor, epochs: int) -> No
     for rows in steps:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = layer.error(inputs_TH[rows])
+            loss = layer.error(inputs_TH[rows]) + BALANCE * layer.imbalance
         loss.backward()
         optimizer.step()
         schedule.step()
@@ -114,7 +118,10 @@ def carve_layer_by_layer(
         distil(layer, inputs_TH, epochs)
         with torch.no_grad():
             after = float(layer.error(held_out_inputs[number].float()))
-        print(f"layer {number}: relative error {before:.3f}, then {after:.3f}", flush=True)
+        print(
+            f"layer {number}: relative error {before:.3f}, then {after:.3f}; imbalance {float(layer.imbalance):.2f}",
+            flush=True,
+        )
         carvings.append(layer.carving(carving.norm_H))
     return carvings
 
@@ -128,13 +135,14 @@ def carved(model: LlamaForCausalLM, carvings: list[Carving]) -> LlamaForCausalLM
     return model
 
 
+def carved_layers(model: LlamaForCausalLM) -> list[CarvedFeedForward]:
+    return [cast(CarvedFeedForward, layer.mlp) for layer in decoder_layers(model)]
+
+
 def carvings_of(model: LlamaForCausalLM) -> list[Carving]:
     """Returns what a carved model has learned, by layer."""
-    carvings = []
-    for layer in decoder_layers(model):
-        assert isinstance(layer.mlp, CarvedFeedForward)
-        carvings.append(layer.mlp.carving(layer.post_attention_layernorm.weight))
-    return carvings
+    norms = [layer.post_attention_layernorm.weight for layer in decoder_layers(model)]
+    return [layer.carving(norm_H) for layer, norm_H in zip(carved_layers(model), norms, strict=True)]
 
 
 def divergence(student: LlamaForCausalLM, teacher: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
@@ -162,7 +170,7 @@ def distil_end_to_end(
             group["lr"] = learning_rate(step, done, group["peak"])
         loss = divergence(student, teacher, ids[torch.randint(len(ids), (batch,))])
         optimizer.zero_grad()
-        loss.backward()
+        (loss + BALANCE_END_TO_END * sum(layer.imbalance for layer in carved_layers(student))).backward()
         torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
         optimizer.step()
         step += 1
@@ -177,8 +185,8 @@ def distil_end_to_end(
 def main(
     start: Annotated[Path | None, typer.Option(help="A carving to train further. By default, layer by layer.")] = None,
     output: Annotated[Path, typer.Option(help="File to write.")] = CARVINGS,
-    shared: Annotated[int, typer.Option(help="Neurons of the shared expert.")] = 768,
-    width: Annotated[int, typer.Option(help="Neurons of each routed expert.")] = 80,
+    shared: Annotated[int, typer.Option(help="Neurons of the shared expert.")] = 1024,
+    width: Annotated[int, typer.Option(help="Neurons of each routed expert.")] = 48,
     tokens: Annotated[int, typer.Option(help="Tokens that each layer learns from by itself.")] = 65536,
     epochs: Annotated[int, typer.Option(help="Times that each layer sees them.")] = 6,
     minutes: Annotated[float, typer.Option(help="Minutes of training end to end.")] = 60,
