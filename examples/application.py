@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 
 from examples.tiny_moe import data as tiny_moe
+from sere_dist.method.similarity import MethodName
 from sere_dist.testing.local_cluster import LocalCluster
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,8 @@ class Example:
     held_out: Path
     artifact: Path
     app: Path  # the file for `serve run`
+    method: MethodName = "frobenius"  # of the artifact
+    samples: int = 64  # texts to calibrate on
 
 
 TINY_MOE = Example(
@@ -42,7 +45,17 @@ TINY_MOE = Example(
     artifact=ROOT / "build" / "tiny-moe-sere",
     app=ROOT / "serve_apps" / "tiny_moe.yaml",
 )
-EXAMPLES = {TINY_MOE.model_id: TINY_MOE}
+SMOLLM2_MOE = Example(
+    model_id="smollm2-moe",
+    model=ROOT / "build" / "smollm2-moe",  # `examples.smollm2_moe.assemble` writes it
+    calibration=ROOT / "examples" / "smollm2_moe" / "calibration.parquet",
+    held_out=ROOT / "examples" / "smollm2_moe" / "heldout.parquet",
+    artifact=ROOT / "build" / "smollm2-moe-sere",
+    app=ROOT / "serve_apps" / "smollm2_moe.yaml",
+    method="projection",
+    samples=32,  # a layer takes 5 to 10 s on two cores
+)
+EXAMPLES = {example.model_id: example for example in (TINY_MOE, SMOLLM2_MOE)}
 
 
 def calibrate(
@@ -57,7 +70,8 @@ def calibrate(
         *("ray", "job", "submit", "--log-style=record", "--log-color=false", "--runtime-env"),
         *("calibration_jobs/runtime_env.yaml", "--", "python", "-m", "calibration_jobs.calibrate"),
         *("--model", str(example.model), "--dataset", str(example.calibration)),
-        *("--num-samples", "64", "--output", str(artifact or example.artifact), "--overwrite"),
+        *("--num-samples", str(example.samples), "--method", example.method),
+        *("--output", str(artifact or example.artifact), "--overwrite"),
         *("--cpus-per-task", str(cpus_per_task)),
     ]
     if cluster.run(command, cwd=ROOT).returncode:

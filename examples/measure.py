@@ -29,7 +29,7 @@ from sere_dist.console import tables
 from sere_dist.evaluation.lockstep import unchanged
 from sere_dist.evaluation.outcome import outcome_of
 from sere_dist.evaluation.protocol import BATCH, PROMPT, Text, decoded, held_out_texts
-from sere_dist.evaluation.rerouters import paper_rerouter
+from sere_dist.evaluation.rerouters import paper_rerouter, projection_rerouter
 from sere_dist.method.records import Settings
 from sere_dist.moe import load_model
 from sere_dist.provenance import machine, versions
@@ -88,7 +88,9 @@ def measure_serving(
 def measure_quality(model: Path, texts: list[Text], artifact: Artifact, settings: dict[str, Any]) -> dict[bool, dict]:
     """Returns what held-out text, decoded in lockstep, comes to with re-routing off and on."""
     held_out = decoded(load_model(str(model), "cpu"), texts)
-    rerouted = paper_rerouter(artifact.tables, Settings(settings["select_top_k"], settings["threshold"]))
+    rerouter_of = projection_rerouter if settings["policy"] == "projection" else paper_rerouter
+    numbers = Settings(settings["select_top_k"], settings["threshold"], settings["expert_price"])
+    rerouted = rerouter_of(artifact.tables, numbers)
     baseline = held_out.run(unchanged, BATCH)
     outcomes = {
         False: outcome_of(baseline, baseline, BATCH),
@@ -124,6 +126,9 @@ def main(
         quality = measure_quality(example.model, texts, artifact, settings)
     result = {enabled: served[enabled] | quality[enabled] for enabled in served}
 
+    chosen = f"S = {settings['select_top_k']}"
+    if settings["policy"] == "projection":
+        chosen = f"{chosen}, expert_price {settings['expert_price']:g}"
     title = f"{example.model_id}, batch {BATCH}, {artifact.config.num_experts} experts per layer"
     table = Table(title=title, title_style="bold")
     table.add_column("re-routing")
@@ -134,7 +139,7 @@ def main(
     for enabled, measured in result.items():
         times = measured["ms_per_output_token"]
         table.add_row(
-            f"on, S = {settings['select_top_k']}" if enabled else "off",
+            f"on, {chosen}" if enabled else "off",
             f"{measured['active_experts']:.1f}",
             f"{statistics.median(times):.1f} ({min(times):.1f}-{max(times):.1f})",
             f"{measured['kl']:.4f} ±{measured['kl_error']:.4f}" if enabled else "0",
@@ -149,8 +154,7 @@ def main(
         "command": "make demo",
         "batch": BATCH,
         "new_tokens": new_tokens,
-        "select_top_k": settings["select_top_k"],
-        "threshold": settings["threshold"],
+        **{name: settings[name] for name in ("policy", "select_top_k", "threshold", "expert_price")},
         "off": result[False],
         "on": result[True],
         "machine": machine(),

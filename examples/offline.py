@@ -1,7 +1,8 @@
 """Re-route in vLLM's offline engine: the plugin loads by its entry point, so there is nothing to import.
 
-make demo                                          # calibrates the example model into build/tiny-moe-sere
-python -m examples.offline build/tiny-moe-sere
+    python -m calibration_jobs.calibrate --model examples/tiny_moe/model \\
+        --dataset examples/tiny_moe/calibration.parquet --output build/tiny-moe-sere
+    python -m examples.offline build/tiny-moe-sere
 """
 
 import sys

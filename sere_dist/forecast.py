@@ -77,7 +77,7 @@ DEVICES = {
         gpu("l40s", 0.864, 362),
         gpu("mi300x", 5.3, 1307),
         gpu("mi350x", 8.0, 2300),
-        # By benchmarks.decode, shape cpu-small; studies/forecast.py holds it against other shapes.
+        # By benchmarks.decode, shape cpu-small. It was not held against other shapes yet.
         Device("2-cpu-cores", 18e9, 115e9, 1.3e-3, 2e-3, False, 0.0, 0.15, "fitted to vLLM 0.32 in eager mode"),
     )
 }

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from examples.smollm2_moe.questions import HELD_OUT_KINDS, KINDS
 from studies.common import RESULTS, ROOT, at_kl
 
 PAGES = ROOT / "docs/results.md", ROOT / "docs/log.md", ROOT / "docs/design.md"
@@ -228,6 +229,30 @@ def sensitivity() -> str:
     return markdown(["batch", "active experts", f"KL, {policies[0]}", *policies[1:]], cells)
 
 
+def carving() -> str:
+    """Perplexity of SmolLM2 before and after it was carved, by what the recipe had seen."""
+    found = load(ROOT / "examples/smollm2_moe/comparison.json")["perplexity"]
+    groups = {
+        "Bible verses: a kind that it never saw": ["scripture"],
+        "answers to kinds of questions that it never saw": list(HELD_OUT_KINDS),
+        "answers about other topics, of kinds that it saw": [*KINDS, "sum"],
+        "manuals: other texts of a kind that it saw": ["manual"],
+        "dictionary entries: likewise": ["dictionary"],
+    }
+    rows = []
+    for label, kinds in groups.items():
+        texts = sum(found[kind]["texts"] for kind in kinds)
+
+        def mean(name: str, kinds: list[str] = kinds, texts: int = texts) -> float:
+            return math.exp(sum(found[kind]["texts"] * math.log(found[kind][name]) for kind in kinds) / texts)
+
+        times = [found[kind]["times"] for kind in kinds]
+        spread = f" ({min(times):.2f} to {max(times):.2f} by kind)" if len(kinds) > 1 else ""
+        dense, moe = (f"{mean(f'perplexity_{which}'):.1f}" for which in ("dense", "moe"))
+        rows.append([label, str(texts), dense, moe, f"{mean('times'):.2f}{spread}"])
+    return markdown(["held-out text", "texts", "dense", "mixture of experts", "times"], rows)
+
+
 def survival() -> str:
     found = load(ROOT / "tests/soak/results/survival.json")["survival"]
     rows = []
@@ -248,7 +273,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
-        *(sensitivity,),
+        *(sensitivity, carving),
     )
 }
 
