@@ -135,7 +135,7 @@ def popularity(artifact: Artifact, top_k: int) -> list[torch.Tensor]:
 def explained(artifact: Artifact) -> float | None:
     """Returns the share of an expert's mean square that its best substitute explains, as the median over experts.
 
-    None: the artifact is not of method projection, whose similarity is the square root of that.
+    None: the artifact is not of method projection, whose similarity is that share.
     """
     if not artifact.is_projection:
         return None
@@ -143,7 +143,7 @@ def explained(artifact: Artifact) -> float | None:
         layer.similarity_EE.masked_fill(torch.eye(len(layer.similarity_EE), dtype=torch.bool), 0).amax(1)
         for layer in artifact.layers.values()
     ]
-    return float(torch.cat(best).square().median())
+    return float(torch.cat(best).median())
 
 
 def verdict(found: Sequence[Forecast], cost: ModelCost, device: Device, load: Load, artifact: Artifact | None) -> str:

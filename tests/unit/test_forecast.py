@@ -119,7 +119,7 @@ def test_the_verdict_says_why_there_is_no_gain():
 def test_flat_similarities_are_pointed_out():
     artifact, cost, gpu = small_artifact(method="projection"), cost_of("qwen3-30b-a3b"), DEVICES["h200"]
     for layer in artifact.layers.values():
-        layer.similarity_EE = torch.eye(4) + 0.1 * (1 - torch.eye(4))
+        layer.similarity_EE = torch.eye(4) + 0.01 * (1 - torch.eye(4))
     assert told.explained(artifact) == pytest.approx(0.01)
     found = told.forecast(cost, gpu, LOAD, [16], None)
     assert "explains 1.0%" in told.verdict(found, cost, gpu, LOAD, artifact)
