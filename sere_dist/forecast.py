@@ -88,7 +88,6 @@ class ModelCost:
     """What a decode step of a model reads and computes.
 
     Attributes:
-        layers: decoder layers, dense ones included.
         expert_bytes: weights of one routed expert, summed over all MoE layers.
         other_bytes: all other weights that a step reads.
         expert_operations: of one slot in every MoE layer.
@@ -98,7 +97,6 @@ class ModelCost:
     """
 
     shape: MoeShape
-    layers: int
     expert_bytes: float
     other_bytes: float
     expert_operations: float
@@ -121,7 +119,6 @@ class ModelCost:
         cached, attended = _attention(model.config.get_text_config())
         return cls(
             shape,
-            layers=shape.num_layers,
             expert_bytes=one_expert * bytes_per_parameter,
             other_bytes=others * bytes_per_parameter,
             expert_operations=2 * one_expert,
@@ -160,9 +157,9 @@ def union(shares_E: torch.Tensor, rows: int) -> float:
     return float((1 - (1 - shares_E.double()) ** rows).sum())
 
 
-def uniform_shares(shape: MoeShape, per_token: float | None = None) -> torch.Tensor:
-    """Returns [E]: a router that likes all experts alike, and chooses so many per token (the model's top-k)."""
-    return torch.full((shape.num_experts,), (per_token or shape.num_experts_per_token) / shape.num_experts)
+def uniform_shares(shape: MoeShape) -> torch.Tensor:
+    """Returns [E]: how likely a token uses each expert, where the router likes all of them alike."""
+    return torch.full((shape.num_experts,), shape.num_experts_per_token / shape.num_experts)
 
 
 @dataclass(frozen=True)
@@ -194,7 +191,7 @@ def decode_step(cost: ModelCost, device: Device, rows: int, active: float, conte
         experts=device.seconds(active * cost.expert_bytes, slots * cost.expert_operations),
         others=device.seconds(cost.other_bytes, rows * cost.other_operations),
         attention=device.seconds(rows * context * cost.cache_bytes, rows * context * cost.attention_operations),
-        waiting=cost.layers * device.layer_seconds + device.step_seconds,
+        waiting=cost.shape.num_layers * device.layer_seconds + device.step_seconds,
         host=device.host_seconds,
     )
 
