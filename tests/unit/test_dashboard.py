@@ -42,17 +42,24 @@ def exported(monkeypatch) -> dict[str, tuple[str, ...]]:
     return declared
 
 
-def test_what_differs_from_layer_to_layer_is_not_shown_as_one_number(monkeypatch):
-    seen = {}
+@pytest.fixture
+def seen(monkeypatch) -> dict[str, float]:
+    """What gauges were set to last, by their names, and by the bound if they have several."""
+    values = {}
 
     class Gauge:
         def __init__(self, name, *_):
             self.name = name
 
         def set(self, value, labels):
-            seen[self.name] = value
+            bound = labels.get("bound")
+            values[self.name if bound is None else f"{self.name} {bound}"] = value
 
     monkeypatch.setattr(metrics, "Gauge", Gauge)
+    return values
+
+
+def test_what_differs_from_layer_to_layer_is_not_shown_as_one_number(seen):
     ours = metrics.ReroutingMetrics("tiny-moe", {"artifact": "0fceb5430c7d", "method": "frobenius"})
     ours.update([], ReroutingConfig(artifact="a", policy="recommended", min_rows=3).model_dump(mode="json"))
     assert seen == {"sere_enabled": 1, "sere_min_rows": 3, "sere_share": 1, "sere_info": 1}
@@ -60,18 +67,8 @@ def test_what_differs_from_layer_to_layer_is_not_shown_as_one_number(monkeypatch
     assert seen.keys() == {f"sere_{name}" for name in (*metrics.SETTINGS, "info")} and seen["sere_select_top_k"] == 3
 
 
-def test_estimated_errors_become_a_kl_divergence(monkeypatch):
+def test_estimated_errors_become_a_kl_divergence(seen):
     """Two workers of a model with 3 layers, of which a report sees what is new since the one before."""
-    seen = {}
-
-    class Gauge:
-        def __init__(self, name, *_):
-            self.name = name
-
-        def set(self, value, labels):
-            seen[self.name, labels.get("bound")] = value
-
-    monkeypatch.setattr(metrics, "Gauge", Gauge)
     about = {"artifact": "0fceb5430c7d", "method": "projection"}
     ours = metrics.ReroutingMetrics("tiny-moe", about, KlEstimate(nats=0.5, spread=2.0, layers=3))
     settings = ReroutingConfig(artifact="a", policy="projection", select_top_k=1).model_dump(mode="json")
@@ -79,7 +76,7 @@ def test_estimated_errors_become_a_kl_divergence(monkeypatch):
     def report(rows: int, error: float) -> list[float | None]:
         layer = dict.fromkeys(COUNTERS, 0) | {"rows": rows, "estimated_error": error}
         ours.update([{"rank": rank, "layers": {0: layer, 1: layer, 2: layer}} for rank in range(2)], settings)
-        return [seen.get(("sere_estimated_kl", bound)) for bound in ("low", "estimate", "high")]
+        return [seen.get(f"sere_estimated_kl {bound}") for bound in ("low", "estimate", "high")]
 
     assert report(0, 0.0) == [None, None, None]
     assert report(10, 1.0) == pytest.approx([0.075, 0.15, 0.3])  # 0.1 per row and layer, three layers, half a nat
