@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from examples.smollm2_moe.questions import HELD_OUT_KINDS, KINDS
@@ -241,15 +242,13 @@ def carving() -> str:
     }
     rows = []
     for label, kinds in groups.items():
-        texts = sum(found[kind]["texts"] for kind in kinds)
-
-        def mean(name: str, kinds: list[str] = kinds, texts: int = texts) -> float:
-            return math.exp(sum(found[kind]["texts"] * math.log(found[kind][name]) for kind in kinds) / texts)
-
-        times = [found[kind]["times"] for kind in kinds]
+        of_kinds = [found[kind] for kind in kinds]
+        texts, times = ([each[name] for each in of_kinds] for name in ("texts", "times"))
+        names = ("perplexity_dense", "perplexity_moe", "times")
+        dense, moe, mean = (fmean([math.log(each[name]) for each in of_kinds], texts) for name in names)
         spread = f" ({min(times):.2f} to {max(times):.2f} by kind)" if len(kinds) > 1 else ""
-        dense, moe = (f"{mean(f'perplexity_{which}'):.1f}" for which in ("dense", "moe"))
-        rows.append([label, str(texts), dense, moe, f"{mean('times'):.2f}{spread}"])
+        cells = [f"{math.exp(dense):.1f}", f"{math.exp(moe):.1f}", f"{math.exp(mean):.2f}{spread}"]
+        rows.append([label, str(sum(texts)), *cells])
     return markdown(["held-out text", "texts", "dense", "mixture of experts", "times"], rows)
 
 
