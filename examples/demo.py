@@ -17,9 +17,7 @@ import typer
 from openai.types.chat import ChatCompletionUserMessageParam
 
 from examples.application import ROOT, SMOLLM2_MOE, calibrate, console, served
-from examples.smollm2_moe.assemble import CARVINGS, assemble
-from examples.smollm2_moe.carving import load_carvings
-from examples.smollm2_moe.dense import dense_model
+from examples.smollm2_moe.assemble import assemble_committed
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import LocalCluster, port_is_free
 
@@ -45,7 +43,7 @@ def main(
     for stop in (signal.SIGINT, signal.SIGTERM):  # SIGINT is ignored in what a script starts in the background
         signal.signal(stop, signal.default_int_handler)
     with console.status("putting the model together"):
-        assemble(SMOLLM2_MOE.model, *dense_model(), load_carvings(CARVINGS))
+        assemble_committed(SMOLLM2_MOE.model)
     cluster = LocalCluster()
     with console.status("starting Ray"):
         cluster.__enter__()

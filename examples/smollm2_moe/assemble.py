@@ -79,9 +79,17 @@ def assemble(
     return folder
 
 
+def assemble_committed(folder: Path) -> Path:
+    """Writes the checkpoint of the committed carving.
+
+    Raises:
+        FileNotFoundError: the dense model's package is not installed.
+    """
+    return assemble(folder, *dense_model(), load_carvings(CARVINGS))
+
+
 def main(folder: Annotated[Path, typer.Argument(help="Folder to write the checkpoint to.")]) -> None:
-    assemble(folder, *dense_model(), load_carvings(CARVINGS))
-    print(f"wrote {folder}")
+    print(f"wrote {assemble_committed(folder)}")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,13 @@ import subprocess
 import sys
 
 from examples.application import ROOT, SMOLLM2_MOE, calibrate, served
-from examples.smollm2_moe.assemble import CARVINGS, assemble
-from examples.smollm2_moe.carving import load_carvings
-from examples.smollm2_moe.dense import dense_model
+from examples.smollm2_moe.assemble import assemble_committed
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import LocalCluster, free_ports
 
 
 def main(command: list[str]) -> int:
-    assemble(SMOLLM2_MOE.model, *dense_model(), load_carvings(CARVINGS))
+    assemble_committed(SMOLLM2_MOE.model)
     with LocalCluster() as cluster:
         calibrate(cluster, SMOLLM2_MOE)
         with served(cluster, free_ports(1)[0], SMOLLM2_MOE) as url:
