@@ -63,6 +63,9 @@ class LocalCluster:
             # Opens the settings of applications on this cluster: to whoever set it, too.
             ADMIN_TOKEN: os.environ.get(ADMIN_TOKEN, self.token),
         }
+        if (os.cpu_count() or 1) < self.num_cpus:
+            # Ray would give each task as many threads as it has of these CPUs, which are not there: six times slower.
+            self.environment.setdefault("OMP_NUM_THREADS", "1")
         # Meant for another cluster, or for engines that say nothing of it themselves.
         for other in (API_KEY, f"{API_KEY}_FILE", f"{ADMIN_TOKEN}_FILE", "VLLM_CPU_KVCACHE_SPACE"):
             self.environment.pop(other, None)
