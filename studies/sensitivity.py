@@ -39,10 +39,10 @@ from sere_dist.calibration.layers import (
     score_layer,
     text_blocks,
 )
-from sere_dist.calibration.sensitivity import layer_sensitivities
+from sere_dist.calibration.sensitivity import layer_sensitivities, weigh_layers
 from sere_dist.console import tables
 from sere_dist.evaluation.errors import with_error
-from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Rerouter, Routed, unchanged
+from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, unchanged
 from sere_dist.evaluation.protocol import (
     BATCH,
     CALIBRATION_LENGTH,
@@ -54,10 +54,9 @@ from sere_dist.evaluation.protocol import (
     decoded,
     held_out_texts,
 )
-from sere_dist.evaluation.rerouters import of_layers, paper_rerouter, projection_rerouter
+from sere_dist.evaluation.rerouters import Estimating, of_layers, paper_rerouter, projection_rerouter
 from sere_dist.evaluation.rivals import oea_rerouter
-from sere_dist.method.projection import FIXED_POINT_ONE, estimated_error
-from sere_dist.method.records import LayerTables, Settings, Step
+from sere_dist.method.records import LayerTables, Settings
 from sere_dist.moe import MoeShape, load_model, routed_experts
 from sere_dist.provenance import keep, machine, rounded, versions
 from studies.common import RESULTS
@@ -101,33 +100,13 @@ def routed_sizes(checkpoint: Checkpoint, layer: int, inputs: Sequence[ExpertInpu
     return ((tokens_E * own_E + PRIOR * mean) / (tokens_E + PRIOR) / mean).float()
 
 
-class Counted:
-    """A rerouter that also counts the error that it is estimated to make, by layer, in the unit of w² n."""
-
-    def __init__(self, rerouter: Rerouter, of_layer: dict[int, LayerTables]):
-        self.rerouter, self.of_layer = rerouter, of_layer
-        self.errors: dict[int, list[float]] = {}  # a row's, the mean over those of each batch
-
-    def __call__(
-        self, layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores: torch.Tensor | None
-    ) -> Routed:
-        weights, ids = self.rerouter(layer, weights_DBK, ids_DBK, scores)
-        step = Step(weights_DBK.flatten(0, 1), ids_DBK.flatten(0, 1))
-        error = float(estimated_error(step, ids.flatten(0, 1), self.of_layer[layer])) / FIXED_POINT_ONE
-        self.errors.setdefault(layer, []).append(error / len(step.ids_TK))
-        return weights, ids
-
-    def error(self, layer: int) -> float:
-        return sum(self.errors[layer]) / len(self.errors[layer])
-
-
 def measured_sensitivities(bench: HeldOut, of_layer: dict[int, LayerTables]) -> dict[int, float]:
     """Returns the KL divergence per estimated error of each layer, re-routed alone at S = 1 without a price."""
     found = {}
     for layer in tqdm(of_layer, desc="layers alone"):
-        counted = Counted(projection_rerouter(of_layer, Settings(1)), of_layer)
-        result = bench.run(of_layers({layer: counted}), BATCH)
-        found[layer] = result.divergence / counted.error(layer)
+        estimating = Estimating(projection_rerouter(of_layer, Settings(1)), of_layer)
+        result = bench.run(of_layers({layer: estimating}), BATCH)
+        found[layer] = result.divergence * result.tokens / estimating.error
     return found
 
 
@@ -150,9 +129,10 @@ def predictions(bench: HeldOut, of_layer: dict[int, LayerTables], nats_per_error
     rows = []
     for batch in BATCHES:
         for price in tqdm(PRICES, desc=f"predictions, batch {batch}"):
-            counted = Counted(projection_rerouter(of_layer, Settings(1, expert_price=price)), of_layer)
-            kl, kl_error = with_error(bench.run(counted, batch).divergence_of_texts)
-            predicted = nats_per_error * sum(counted.error(layer) for layer in of_layer)
+            estimating = Estimating(projection_rerouter(of_layer, Settings(1, expert_price=price)), of_layer)
+            result = bench.run(estimating, batch)
+            kl, kl_error = with_error(result.divergence_of_texts)
+            predicted = nats_per_error * estimating.error / result.tokens
             row = {"batch": batch, "price": price, "predicted": predicted, "kl": kl, "kl_error": kl_error}
             rows.append({name: rounded(number) for name, number in row.items()})
     return rows
@@ -214,8 +194,10 @@ def main(
     began = time.perf_counter()
     estimated = layer_sensitivities(checkpoint, [text.ids for text in to_calibrate[:sensitivity_samples]])
     seconds = {FIRST_ORDER: rounded(time.perf_counter() - began)}
-    squares = {layer: result.statistics.mean_square or 0.0 for layer, result in scored.items()}
-    first_order = {layer: found.nats * squares[layer] for layer, found in estimated.items()}
+    mean = weigh_layers(scored, estimated)
+    assert mean is not None  # errors of a trained model's layers cost something
+    rows_of = {layer: result.statistics for layer, result in scored.items()}
+    first_order = {layer: mean * (row.sensitivity or 0.0) for layer, row in rows_of.items()}
     model = load_model(str(own.model), "cpu")
     began = time.perf_counter()
     measured = measured_sensitivities(decoded(model, to_calibrate[:sensitivity_samples], 8), alone)
@@ -238,11 +220,10 @@ def main(
     for batch in BATCHES:
         rows += beside(curves(bench, batch, ways), batch)
         tables().print(table_of(rows, batch, bench.run(unchanged, batch).active_experts))
-    mean = sum(first_order.values()) / len(first_order)
     predicted = predictions(bench, ways[FIRST_ORDER], mean)
     for row in predicted:
         print(row | {"kl / predicted": rounded(row["kl"] / row["predicted"])}, flush=True)
-    errors = {layer: rounded(found.error * squares[layer]) for layer, found in estimated.items()}
+    errors = {layer: rounded(mean * (row.sensitivity_error or 0.0)) for layer, row in rows_of.items()}
     keep(
         results or RESULTS / f"sensitivity-{example}.json",
         {
