@@ -30,10 +30,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -91,8 +92,17 @@ from sere_dist.moe import MoeShape, load_model, routed_experts
 from sere_dist.provenance import line_by_line, machine, rounded, versions
 from studies.common import RESULTS, ROOT
 
-Part = Literal["field", "kinds", "beside-random", "transfer", "samples"]
-PARTS: tuple[Part, ...] = get_args(Part)
+
+class Part(StrEnum):
+    """A part of the study, as it is named above."""
+
+    FIELD = "field"
+    KINDS = "kinds"
+    BESIDE_RANDOM = "beside-random"
+    TRANSFER = "transfer"
+    SAMPLES = "samples"
+
+
 SAMPLES = (16, 32, 64, 128, 256, CALIBRATION_TEXTS)  # texts of a calibration; the last is what all other parts use
 SAMPLES_OF_CKA, SAMPLES_OF_KIND = 32, 128  # CKA takes the square of its tokens in time
 SENSITIVITY_SAMPLES = 64  # of the texts of a calibration, those that sensitivities are found on
@@ -481,7 +491,7 @@ def main(
     file = results / f"quality-{example}.json"
     if only_draw:
         return draw(json.loads(file.read_text()), pictures)
-    started, console, parts = time.perf_counter(), tables(), parts or list(PARTS)
+    started, console, parts = time.perf_counter(), tables(), parts or list(Part)
     own = EXAMPLES[example]
     tokenizer, checkpoint = AutoTokenizer.from_pretrained(own.model), Checkpoint(str(own.model))
     loaded = load_model(str(own.model), "cpu")
@@ -494,7 +504,7 @@ def main(
 
     in_turn = mixed(to_calibrate)
     counts = [count for count in SAMPLES if count <= len(in_turn)]
-    if "samples" not in parts:
+    if Part.SAMPLES not in parts:
         counts = counts[-1:]
     by_count = {
         count: calibrate(checkpoint, in_turn[:count], ("frobenius", "projection"))
@@ -504,7 +514,7 @@ def main(
     cosine, weights = calibrate(checkpoint, in_turn[: counts[-1]], ("cosine", "weights"))
     (cka,) = calibrate(checkpoint, in_turn[:SAMPLES_OF_CKA], ("cka",))
     field_of = policies(loaded, dict(zip(CALIBRATED, (frobenius, cosine, cka, projection, weights), strict=True)))
-    needs_kinds = {"kinds", "transfer"} & {*parts}
+    needs_kinds = {Part.KINDS, Part.TRANSFER} & {*parts}
     benches = {kind: decoded(loaded, of_kinds[kind][:texts_of_kind], prompt) for kind in of_kinds if needs_kinds}
 
     report: dict[str, Any] = {
@@ -521,7 +531,7 @@ def main(
         "sensitivity_texts": SENSITIVITY_SAMPLES,
         "calibration_length": calibration_length,
     }
-    if "field" in parts:
+    if Part.FIELD in parts:
         kinds = [text.kind for text in of_all]
         wanted = {name: field_of[name] for name in field_of if name in LOOKS or not only_drawn}
         sizes = batches or BATCHES
@@ -530,17 +540,17 @@ def main(
             console.print(field_table(report["field"], batch, keeps))
             console.print(priced_table(report["field"], batch))
         draw(report, pictures)
-    if "kinds" in parts:
+    if Part.KINDS in parts:
         report["kinds"] = in_batches_of_one_kind(benches, field_of)
         console.print(kinds_table(report["kinds"]))
-    if "beside-random" in parts:
+    if Part.BESIDE_RANDOM in parts:
         report["beside_random"] = compare_with_random(bench, field_of)
         console.print(random_table(report["beside_random"]))
-    if "transfer" in parts:
+    if Part.TRANSFER in parts:
         report["transfer"] = transfer(benches, checkpoint, by_kind(to_calibrate))
         for policy in (PAPER, PROJECTION):
             console.print(transfer_table(report["transfer"], policy))
-    if "samples" in parts:
+    if Part.SAMPLES in parts:
         report["samples"] = by_samples(bench, by_count)
         console.print(samples_table(report["samples"]))
     report["seconds"] = round(time.perf_counter() - started)

@@ -1,6 +1,7 @@
 """The names that others may import, and what importing them does not load."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections import defaultdict
@@ -8,8 +9,13 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
 import sere_dist
+from examples.application import ROOT
+
+ROOMS = ("benchmarks", "calibration_jobs", "deploy", "examples", "serve_apps", "studies")
 
 IMPORTS = """
 import sys
@@ -51,7 +57,7 @@ def rooms_imported(file: Path) -> set[str]:
         package, *inside = node.module.split(".")
         if package == "sere_dist":
             found |= {inside[0]} if inside else {alias.name for alias in node.names}
-        elif package in ("calibration_jobs", "serve_apps", "studies", "benchmarks", "examples", "tests"):
+        elif package in (*ROOMS, "tests"):
             found.add(package)
     return found
 
@@ -67,3 +73,22 @@ def test_rooms_import_one_way():
     assert len(imports) > 12
     assert set().union(*imports.values()) <= imports.keys()
     TopologicalSorter(imports).prepare()  # raises CycleError, with the circle
+
+
+def commands() -> list[str]:
+    """Returns the modules that are commands: those whose last line runs their `main`."""
+    files = sorted(file for room in ROOMS for file in (ROOT / room).rglob("*.py"))
+    return [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for file in files
+        if file.read_text().endswith("typer.run(main)\n")
+    ]
+
+
+@pytest.mark.parametrize("module", commands())
+def test_a_command_says_what_it_takes(module):
+    """Typer refuses some types of options, and says so only when a command runs."""
+    app = typer.Typer()
+    app.command()(importlib.import_module(module).main)
+    said = CliRunner().invoke(app, ["--help"])
+    assert said.exit_code == 0 and "Usage" in said.output, said.exception
