@@ -5,9 +5,13 @@
 
 The model is SmolLM2-135M-Instruct as a Mixture-of-Experts model of 64 experts per layer (`examples/smollm2_moe`). The
 demo puts it together, starts a Ray cluster of its own, submits the calibration with `ray job submit`, serves the model
-with `serve run`, talks to it with the official `openai` client, and stops everything that it started.
+with `serve run`, talks to it with the official `openai` client, with re-routing off and on, and stops everything that it
+started.
 """
 
+import asyncio
+import os
+import random
 import signal
 import sys
 from typing import Annotated, Any
@@ -18,20 +22,38 @@ from openai.types.chat import ChatCompletionUserMessageParam
 
 from examples.application import ROOT, SMOLLM2_MOE, calibrate, console, served
 from examples.smollm2_moe.assemble import assemble_committed
+from examples.smollm2_moe.questions import held_out
+from sere_dist.admin import change_settings
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.testing.local_cluster import LocalCluster, port_is_free
 
 QUESTIONS = ("What is the capital of France?", "Write a short poem about the sea.", "How do I boil an egg?")
+CROWD = 13  # other requests beside these: re-routing is for batches
 SAMPLING: dict[str, Any] = {"max_tokens": 80, "temperature": 0}
 
 
-def ask(url: str) -> None:
-    client = openai.OpenAI(base_url=url, api_key="none")
-    console.rule("ask: openai client")
-    for question in QUESTIONS:
+async def answers(url: str) -> list[str]:
+    """Returns the answers to our questions, which decode beside others as they would on a busy server."""
+    others = [question for _, question in random.Random(0).sample(held_out(), CROWD)]
+
+    async def answer(client: openai.AsyncOpenAI, question: str) -> str:
         message: ChatCompletionUserMessageParam = {"role": "user", "content": question}
-        answer = client.chat.completions.create(model=SMOLLM2_MOE.model_id, messages=[message], **SAMPLING)
-        console.print(f"[bold]{question}[/]\n{answer.choices[0].message.content}\n", highlight=False)
+        done = await client.chat.completions.create(model=SMOLLM2_MOE.model_id, messages=[message], **SAMPLING)
+        return done.choices[0].message.content or ""
+
+    async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
+        return await asyncio.gather(*(answer(client, question) for question in (*QUESTIONS, *others)))
+
+
+def ask(url: str) -> None:
+    console.rule("ask: openai client")
+    found = {}
+    for enabled in (False, True):
+        change_settings(url, {"enabled": enabled})
+        found[enabled] = asyncio.run(answers(url))
+    for question, off, on in zip(QUESTIONS, found[False], found[True], strict=False):
+        console.print(f"[bold]{question}[/]", highlight=False)
+        console.print(f"[dim]off:[/] {off}\n[dim]on:[/]  {on}\n", highlight=False)
 
 
 def main(
@@ -47,6 +69,7 @@ def main(
     cluster = LocalCluster()
     with console.status("starting Ray"):
         cluster.__enter__()
+    os.environ[ADMIN_TOKEN] = cluster.environment[ADMIN_TOKEN]  # it opens the settings of what is served
     try:
         calibrate(cluster, SMOLLM2_MOE)
         with served(cluster, port, SMOLLM2_MOE) as url:
