@@ -8,7 +8,9 @@ import httpx
 from sere_dist.environment import ADMIN_TOKEN, environment_secrets
 
 ADMIN_PATH = "/sere/"
-SETTINGS_PATH, TRIAL_PATH, ACTIVITY_PATH = (f"{ADMIN_PATH}{name}" for name in ("settings", "trial", "activity"))
+SETTINGS_PATH, TRIAL_PATH, CONTROL_PATH, ACTIVITY_PATH = (
+    f"{ADMIN_PATH}{name}" for name in ("settings", "trial", "control", "activity")
+)
 SECONDS = 60.0  # the server waits for its replicas before it answers
 FOLLOW_SECONDS = 120.0  # for replicas that were busy then
 
@@ -51,6 +53,15 @@ def request_trial(url: str, trial: dict[str, Any] | None) -> dict[str, Any]:
         AdminError: as `ask`.
     """
     return ask(url, "DELETE" if trial is None else "PUT", TRIAL_PATH, trial)
+
+
+def pin_price(url: str, pinned: bool) -> dict[str, Any]:
+    """Stops the controller at the price in force, or lets it go on. Returns the same as `request_settings`.
+
+    Raises:
+        AdminError: as `ask`.
+    """
+    return ask(url, "PUT", CONTROL_PATH, {"pinned": pinned})
 
 
 def ask(url: str, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sere_dist.admin import ACTIVITY_PATH, ADMIN_PATH, SETTINGS_PATH, TRIAL_PATH
+from sere_dist.admin import ACTIVITY_PATH, ADMIN_PATH, CONTROL_PATH, SETTINGS_PATH, TRIAL_PATH
 from sere_dist.config import CHANGEABLE, ReroutingConfig
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY, Secrets, fingerprint
 from sere_dist.method.counters import COUNTERS
@@ -244,7 +244,8 @@ class Guard:
 
 
 class SereIngress(OpenAiIngress):
-    """Ray Serve LLM's ingress with the routes `/sere/settings`, `/sere/trial` and `/sere/activity`, and a page.
+    """Ray Serve LLM's ingress with the routes `/sere/settings`, `/sere/trial`, `/sere/control` and `/sere/activity`,
+    and a page.
 
     `keeper` is the application's `SettingsKeeper`, if it has one. `replicas` are the servers of a model that is
     re-routed, and `shape` says how many experts it has. `bounds` has the most answers that a request may ask
@@ -380,6 +381,13 @@ class SereIngress(OpenAiIngress):
         """
         return await self._tell_keeper(request, "try_out", None)
 
+    async def pin_price(self, request: Request) -> JSONResponse:
+        """Stops the controller at the price in force, or lets it go on.
+
+        202 as for a change of settings.
+        """
+        return await self._tell_keeper(request, "pin", ("pinned",))
+
     async def _tell_keeper(self, request: Request, method: str, fields: tuple[str, ...] | None) -> JSONResponse:
         """Calls a method of the keeper with the body, an object of these fields; or with None, if it has no fields."""
         if refused := self._refused(request):
@@ -433,6 +441,7 @@ def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": meanings[status]} for status in statuses}
 
 
+PIN_SCHEMA = {"type": "object", "properties": {"pinned": {"type": "boolean"}}, "required": ["pinned"]}
 ENDPOINTS: dict[str, Callable[[FastAPI], Callable]] = {
     **DEFAULT_ENDPOINTS,
     "get_settings": lambda app: app.get(SETTINGS_PATH, responses=_errors(401, 403, 404)),
@@ -441,6 +450,9 @@ ENDPOINTS: dict[str, Callable[[FastAPI], Callable]] = {
     ),
     "start_trial": lambda app: app.put(
         TRIAL_PATH, responses=_errors(202, 400, 401, 403, 404), openapi_extra=_body(Trial.model_json_schema())
+    ),
+    "pin_price": lambda app: app.put(
+        CONTROL_PATH, responses=_errors(202, 400, 401, 403, 404), openapi_extra=_body(PIN_SCHEMA)
     ),
     "end_trial": lambda app: app.delete(TRIAL_PATH, responses=_errors(202, 401, 403, 404)),
     "activity": lambda app: app.get(ACTIVITY_PATH, responses=_errors(404, 503)),

@@ -1,5 +1,6 @@
 """What re-routing does, as Prometheus metrics beside Ray's and vLLM's own; and what a replica's clients wait for."""
 
+import math
 from collections import Counter as Totals
 from typing import Any
 
@@ -100,15 +101,22 @@ def totals_of(workers: list[dict[str, Any]]) -> dict[str, float]:
 
 
 class Latencies(AggregateStatLoggerBase):
-    """Seconds that the requests of an engine waited for their first token and for each further one, in total; and how
-    many of these tokens there were. vLLM calls `record` for every step."""
+    """Seconds that the requests of an engine waited for their first token and for each further one, in total; how many
+    of these tokens there were, and of the further ones, how many took longer than `slow_ms`; and the requests that
+    waited to run, summed over the engine's steps. vLLM calls `record` for every step."""
 
-    def __init__(self):
-        self.totals = dict.fromkeys(("first_tokens", "first_token_s", "next_tokens", "next_token_s"), 0.0)
+    def __init__(self, slow_ms: float | None = None):
+        self.slow_s = math.inf if slow_ms is None else slow_ms / 1000
+        names = ("first_tokens", "first_token_s", "next_tokens", "next_token_s", "slow_tokens")
+        self.totals = dict.fromkeys((*names, "engine_steps", "waiting_requests"), 0.0)
 
     def record(self, scheduler_stats: Any, iteration_stats: IterationStats | None, *_args: Any, **_kwargs: Any) -> None:
+        if scheduler_stats is not None:
+            self.totals["engine_steps"] += 1
+            self.totals["waiting_requests"] += scheduler_stats.num_waiting_reqs
         if iteration_stats is None:
             return
+        self.totals["slow_tokens"] += sum(took > self.slow_s for took in iteration_stats.inter_token_latencies_iter)
         for kind, seconds in (
             ("first", iteration_stats.time_to_first_tokens_iter),
             ("next", iteration_stats.inter_token_latencies_iter),

@@ -17,9 +17,11 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.llm import LLMConfig, build_dp_deployment, build_llm_deployment
 
 from sere_dist.artifact.hub import pinned
+from sere_dist.artifact.recommendation import KlEstimate
 from sere_dist.artifact.reference import load_artifact_of
 from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY, PLUGIN, plugin_is_disabled
+from serve_apps.control import ControlConfig
 from serve_apps.ingress import build_ingress
 from serve_apps.server import DECODE_SERVERS, PREFILL_SERVERS, SERVERS
 from serve_apps.settings import KEEPER, DeployedKeeper
@@ -105,6 +107,10 @@ class AppConfig(Pool):
         default=None,
         description="A pool of its own for prompts, without re-routing; none by default. Both pools then need a "
         "`kv_transfer_config` in `engine`.",
+    )
+    control: ControlConfig | None = Field(
+        default=None,
+        description="Lets `expert_price` follow the load, for policy projection; fixed by default.",
     )
     ingress: dict[str, Any] = Field(default_factory=dict, description="Deployment options of the HTTP ingress.")
     stream_batching_interval_ms: float = Field(
@@ -264,6 +270,7 @@ def build_app(args: dict[str, Any]) -> Application:
         of_model = artifact.config
         shape = {name: getattr(of_model, name) for name in ("num_experts", "num_experts_per_token")}
         kl_estimate = None if artifact.recommended is None else artifact.recommended.kl_estimate
+        check_control(config, artifact.policy(config.rerouting), kl_estimate)
         deployed = serve.deployment(
             name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
         )
@@ -274,12 +281,16 @@ def build_app(args: dict[str, Any]) -> Application:
             NAME_PREFIX,
             is_group=config.data_parallel_size > 1,
             kl_estimate=kl_estimate,
+            control=config.control,
         )
         arguments |= {
             "keeper": keeper,
             "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
             "kl_estimate": kl_estimate,
+            "slow_ms": None if config.control is None else config.control.token_ms,
         }
+    elif config.control is not None:
+        raise ValueError("control changes how requests are re-routed: set rerouting too, or leave control out")
     if config.prefill is not None:
         arguments["prefill_server"] = build_servers(
             llm_config(config, config.prefill), PREFILL_PREFIX, PREFILL_SERVERS, watched
@@ -301,6 +312,19 @@ def build_app(args: dict[str, Any]) -> Application:
         max_requests=config.max_requests or requests_of_engines(config),
         bounds={"n": config.max_answers, "prompt": config.max_prompts},
     )
+
+
+def check_control(config: AppConfig, policy: str, kl_estimate: KlEstimate | None) -> None:
+    """Raises ValueError if the controller could not change the price, or not see what it costs."""
+    if config.control is None:
+        return
+    assert config.rerouting is not None
+    if policy != "projection" or config.rerouting.policy == "recommended":
+        raise ValueError("control changes expert_price: set policy: projection in rerouting, or leave control out")
+    if config.control.max_kl is not None and kl_estimate is None:
+        raise ValueError(
+            "control.max_kl needs an artifact that was tuned: run python -m calibration_jobs.tune, or leave max_kl out"
+        )
 
 
 def requests_of_engines(config: AppConfig) -> int | None:

@@ -153,7 +153,7 @@ class Rerouting(EndsWithEngine):
     """Goes before a class of Ray Serve LLM's servers.
 
     `keeper` is the application's `SettingsKeeper`, `artifact` what the metrics say of it, and `kl_estimate` what they
-    make of estimated errors.
+    make of estimated errors. `slow_ms`: see `Latencies`.
     """
 
     async def __init__(
@@ -163,6 +163,7 @@ class Rerouting(EndsWithEngine):
         keeper: DeploymentHandle,
         artifact: dict[str, str],
         kl_estimate: KlEstimate | None,
+        slow_ms: float | None,
         **kwargs,
     ):
         await super().__init__(llm_config, **kwargs)
@@ -170,7 +171,7 @@ class Rerouting(EndsWithEngine):
         replica = serve.get_replica_context().replica_id.unique_id
         self.follower = Follower(replica, settings, keeper.follow.remote, self._apply_settings, self._count)
         self.metrics = ReroutingMetrics(llm_config.model_id, artifact, kl_estimate)
-        self.latencies = Latencies()
+        self.latencies = Latencies(slow_ms)
         if (vllm_loggers := getattr(self._client(), "logger_manager", None)) is not None:  # none if it logs nothing
             vllm_loggers.stat_loggers.append(self.latencies)
         await self.follower.once(wait_s=0)  # before the first request: a replica that starts later is like the others

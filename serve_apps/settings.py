@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any, Literal, Protocol
 
@@ -16,6 +17,7 @@ from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
 from sere_dist.artifact.recommendation import KlEstimate
 from sere_dist.config import CHANGEABLE, RECOMMENDED, ReroutingConfig, explain
+from serve_apps.control import ControlConfig, Controller, Load
 
 KEEPER = "SereSettings"  # the deployment's name
 HEARTBEAT_SECONDS = 10.0  # a replica asks again at least this often
@@ -114,7 +116,8 @@ class SettingsKeeper:
     limit is exceeded. `revision` counts the changes of all three.
 
     `is_group` says that replicas are the ranks of data-parallel groups, which can't run different settings.
-    `kl_estimate` says what estimated errors come to, where the artifact was tuned.
+    `kl_estimate` says what estimated errors come to, where the artifact was tuned. `control` lets a controller change
+    the price, until somebody else does.
     """
 
     def __init__(
@@ -125,12 +128,16 @@ class SettingsKeeper:
         *,
         is_group: bool = False,
         kl_estimate: KlEstimate | None = None,
+        control: ControlConfig | None = None,
     ):
         self.initial = ReroutingConfig.model_validate(settings)
         self.num_experts_per_token = num_experts_per_token
         self.cluster = cluster
         self.is_group = is_group
         self.kl_estimate = kl_estimate
+        self.controller = None if control is None else Controller(control)
+        self.pinned, self.why = False, "nothing was decided yet"
+        self.seen: dict[str, dict[str, float]] = {}  # replica -> its totals at the controller's last look
         self.changes: dict[str, Any] = {}
         self.trial: Trial | None = None
         self.triers: set[str] = set()
@@ -145,8 +152,13 @@ class SettingsKeeper:
             if kept["initial"] == self.initial.model_dump(mode="json"):
                 self.changes, self.triers, self.taken_back = kept["changes"], set(kept["triers"]), kept["taken_back"]
                 self.trial = kept["trial"] and Trial.model_validate(kept["trial"])
+                if self.controller is not None and (control := kept.get("control")) is not None:
+                    most = len(self.controller.config.prices) - 1
+                    self.controller.place, self.pinned = min(control["place"], most), control["pinned"]
             else:  # deployed anew with other settings, which hold from now on
                 self.revision += 1
+        if self.controller is not None and not self.pinned:
+            self.changes |= self.controller.settings
         self._save()
 
     def _save(self) -> None:
@@ -158,8 +170,13 @@ class SettingsKeeper:
                 "triers": sorted(self.triers),
                 "taken_back": self.taken_back,
                 "revision": self.revision,
+                "control": self._control(),
             }
         )
+
+    def _control(self) -> dict[str, Any] | None:
+        """Returns the place of the controller's price, and whether somebody else has set one; None without control."""
+        return None if self.controller is None else {"place": self.controller.place, "pinned": self.pinned}
 
     async def follow(
         self, replica: str, settings: dict[str, Any], revision: int, totals: dict[str, float], wait_s: float
@@ -200,6 +217,9 @@ class SettingsKeeper:
             now = {name: getattr(after, name) for name in was}
             logger.warning("audit: settings change from %s to %s, by %s", was, now, by)
             self.changes = {**self.changes, **changes}
+            if self.controller is not None and changes.keys() & self.controller.settings.keys():
+                self.pinned = True
+                logger.warning("audit: the controller stops, as a price was set by %s", by)
             self._put_trial(None)
             await self._confirmed(wait_s)
         return await self.state()
@@ -237,12 +257,67 @@ class SettingsKeeper:
             await self._confirmed(wait_s)
         return await self.state()
 
+    async def pin(self, told: dict[str, Any], by: str = "nobody", wait_s: float = CONFIRM_SECONDS) -> dict[str, Any]:
+        """Stops the controller at the price in force (`{"pinned": true}`), or lets it go on. Otherwise as `change`."""
+        if self.controller is None:
+            return {"error": "the application has no control: set it in its configuration"}
+        if told.keys() != {"pinned"} or not isinstance(told["pinned"], bool):
+            return {"error": 'the body must be {"pinned": true} or {"pinned": false}'}
+        async with self.news:
+            self.pinned = told["pinned"]
+            logger.warning("audit: the controller %s, by %s", "stops" if self.pinned else "goes on", by)
+            if not self.pinned:
+                self.changes |= self.controller.settings
+            self._renew()
+            await self._confirmed(wait_s)
+        return await self.state()
+
+    async def control_once(self, seconds: float) -> None:
+        """Lets the controller decide by what was measured since it last did, so many seconds ago.
+
+        Not while a price is pinned or tried.
+        """
+        async with self.news:
+            if self.controller is None or self.pinned or self.trial is not None:
+                self.seen.clear()
+                return
+            before = self.controller.settings
+            decision = self.controller.decide(self._load(seconds))
+            self.why, after = decision.why, self.controller.settings
+            if after != before:
+                logger.warning("audit: settings change from %s to %s, by the controller: %s", before, after, self.why)
+                self.changes |= after
+                self._renew()
+
+    def _load(self, seconds: float) -> Load:
+        """Returns what the replicas that run the settings in force have measured since the last look."""
+        recent: Counter[str] = Counter()
+        living, has_report = self.cluster.replicas(), False
+        for replica, totals in self.measured.items():
+            before = self.seen.get(replica)
+            if replica not in living or not totals or totals is before:  # starting, gone, or not heard of since
+                continue
+            recent.update({name: total - (before or {}).get(name, 0) for name, total in totals.items()})
+            self.seen[replica], has_report = totals, True
+        if not has_report:
+            return Load()
+        tokens, steps, estimate = recent["next_tokens"], recent["engine_steps"], None
+        if self.kl_estimate is not None and recent["rows"]:
+            estimate = self.kl_estimate.of(recent["estimated_error"], recent["rows"])
+        return Load(
+            slow_share=recent["slow_tokens"] / tokens if tokens else 0.0,
+            waiting=recent["waiting_requests"] / steps if steps else 0.0,
+            tokens_per_s=tokens / seconds,
+            estimated_kl=estimate,
+        )
+
     async def state(self) -> dict[str, Any]:
         """Returns the `settings` in force, their `revision`, the living `replicas`, and those that have not confirmed
         that they run them: they are starting, stuck, or of another version of the application.
 
-        And the `trial`, if there is one, with its `triers`; why the last one ended, if by itself; and what replicas
-        `measured` since their settings last changed, as `measures` returns it.
+        And what the controller does under `control`, if there is one: its `price`, whether somebody has `pinned`
+        another, and `why`. The `trial`, if there is one, with its `triers`; why the last one ended, if by itself; and
+        what replicas `measured` since their settings last changed, as `measures` returns it.
         """
         living = self.cluster.replicas()
         return {
@@ -252,6 +327,9 @@ class SettingsKeeper:
             "pending": sorted(self._pending()),
             "trial": None if self.trial is None else self.trial.model_dump() | {"triers": sorted(self.triers)},
             "taken_back": self.taken_back,
+            "control": None
+            if self.controller is None
+            else {"price": self.controller.price, "pinned": self.pinned, "why": self.why},
             "measured": {
                 replica: measures(totals, self.num_experts_per_token, self.kl_estimate)
                 for replica, totals in sorted(self.measured.items())
@@ -277,6 +355,7 @@ class SettingsKeeper:
     def _renew(self) -> None:
         self.revision += 1
         self.measured.clear()
+        self.seen.clear()
         self._save()
         self.news.notify_all()
 
@@ -326,9 +405,26 @@ class DeployedKeeper(SettingsKeeper):
         deployment_prefix: str,
         is_group: bool,
         kl_estimate: KlEstimate | None,
+        control: ControlConfig | None,
     ):
         cluster = ServeCluster(deployment_prefix)
-        super().__init__(settings, num_experts_per_token, cluster, is_group=is_group, kl_estimate=kl_estimate)
+        super().__init__(
+            settings, num_experts_per_token, cluster, is_group=is_group, kl_estimate=kl_estimate, control=control
+        )
+        self.controlling: asyncio.Task | None = None
+
+    async def follow(self, *args: Any, **kwargs: Any) -> tuple[int, dict[str, Any]]:
+        if self.controller is not None and self.controlling is None:  # the first replica is there
+            self.controlling = asyncio.create_task(self._control_for_ever(self.controller.config.period_s))
+        return await super().follow(*args, **kwargs)
+
+    async def _control_for_ever(self, period_s: float) -> None:
+        while True:
+            await asyncio.sleep(period_s)
+            try:
+                await self.control_once(period_s)
+            except Exception:
+                logger.exception("sere_dist: the controller could not decide, it tries again in %g s", period_s)
 
 
 class Follower:

@@ -230,6 +230,18 @@ def end_trial(url: Url = "http://127.0.0.1:8000") -> None:
     show_settings(url, ends_trial=True)
 
 
+@settings_app.command()
+def pin(url: Url = "http://127.0.0.1:8000") -> None:
+    """Stop the application's controller at the price in force. `set` of a price does the same."""
+    show_settings(url, pinned=True)
+
+
+@settings_app.command()
+def unpin(url: Url = "http://127.0.0.1:8000") -> None:
+    """Let the application's controller choose the price again."""
+    show_settings(url, pinned=False)
+
+
 def pairs(assignments: list[str]) -> dict[str, Any]:
     """Returns what NAME=VALUE say."""
     parts = [assignment.partition("=") for assignment in assignments]
@@ -247,11 +259,15 @@ def show_settings(
     *,
     trial: dict[str, Any] | None = None,
     ends_trial: bool = False,
+    pinned: bool | None = None,
 ) -> None:
-    from sere_dist.admin import AdminError, request_settings, request_trial
+    from sere_dist.admin import AdminError, pin_price, request_settings, request_trial
 
     try:
-        state = request_trial(url, trial) if trial or ends_trial else request_settings(url, changes)
+        if pinned is not None:
+            state = pin_price(url, pinned)
+        else:
+            state = request_trial(url, trial) if trial or ends_trial else request_settings(url, changes)
     except AdminError as error:
         raise SystemExit(f"error: {error}") from error
     table = Table("setting", "value")
@@ -264,6 +280,9 @@ def show_settings(
         console.print(measured_table(state))
     if state["taken_back"]:
         console.print(f"the last trial was taken back: {state['taken_back']}")
+    if control := state["control"]:
+        price = "pinned; the controller stands" if control["pinned"] else "chosen by the controller"
+        console.print(f"the price is {price}: {control['why']}")
     running = len(state["replicas"]) - len(state["pending"])
     console.print(f"{running} of {len(state['replicas'])} replicas run these settings")
     if state["pending"]:

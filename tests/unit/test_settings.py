@@ -8,6 +8,7 @@ import re
 import pytest
 
 from sere_dist.artifact.recommendation import KlEstimate
+from serve_apps.control import BLIND, ControlConfig
 from serve_apps.settings import Follower, SettingsKeeper, measures
 
 TOP_K = 8
@@ -304,6 +305,114 @@ def test_a_trial_that_cannot_be_changes_nothing(keeper, trial, message):
 
     error, before, after = asyncio.run(scenario())
     assert re.search(message, error) and before == after
+
+
+PROJECTION = SETTINGS | {"policy": "projection", "select_top_k": 1}
+CONTROL = ControlConfig(prices=[0, 0.01, 0.02], waiting=4, max_kl=0.05)
+ESTIMATE = KlEstimate(nats=1.0, spread=1.5, layers=6)
+
+
+def controlled(here: Here) -> SettingsKeeper:
+    return SettingsKeeper(PROJECTION, TOP_K, here, kl_estimate=ESTIMATE, control=CONTROL)
+
+
+async def period(keeper: SettingsKeeper, replicas: list[Replica], waiting: float, error: float = 0.0) -> float | None:
+    """Lets so many requests wait for each replica, and the controller decide. Returns the price that all run then, None
+    where they run without re-routing."""
+    for replica in replicas:
+        added = {"engine_steps": 10, "waiting_requests": 10 * waiting, "next_tokens": 1500, "rows": 60}
+        added |= {"estimated_error": 60 * error}
+        replica.totals = {name: replica.totals.get(name, 0) + value for name, value in added.items()}
+        await replica.once(wait_s=0)
+    await keeper.control_once(15)
+    for replica in replicas:
+        await replica.once(wait_s=0)
+    (price,) = {replica.runs["expert_price"] if replica.runs["enabled"] else None for replica in replicas}
+    return price
+
+
+async def of_projection(keeper: SettingsKeeper) -> list[Replica]:
+    """Returns two replicas that run what is in force."""
+    replicas = [Replica(name, keeper, PROJECTION) for name in ("a", "b")]
+    for replica in replicas:
+        await replica.once(wait_s=0)
+    return replicas
+
+
+def test_the_price_follows_the_load(here):
+    keeper = controlled(here)
+
+    async def scenario():
+        replicas = await of_projection(keeper)
+        prices = [await period(keeper, replicas, waiting) for waiting in (0, 9, 9, 12, 0, 0, 0, 0)]
+        return prices, await keeper.state()
+
+    prices, state = asyncio.run(scenario())
+    # The third is too early to tell. At the end it is calm, but the price below was too small for as many tokens.
+    assert prices == [None, 0.01, 0.01, 0.02, 0.02, 0.02, 0.02, 0.02]
+    assert state["control"]["price"] == 0.02 and not state["control"]["pinned"]
+    assert "the price below was too small" in state["control"]["why"]
+
+
+def test_the_price_keeps_its_budget(here):
+    keeper = controlled(here)
+
+    async def scenario():
+        replicas = await of_projection(keeper)
+        return [await period(keeper, replicas, 9, error) for error in (0, 0.001, 0.001, 0.02, 0.02)]
+
+    assert asyncio.run(scenario()) == [0.01, 0.01, 0.02, 0.01, None]  # 6 layers: 0.12 nats are over 0.05
+
+
+def test_a_price_that_somebody_sets_is_pinned(here):
+    keeper = controlled(here)
+
+    async def scenario():
+        replicas = await of_projection(keeper)
+        await keeper.change({"expert_price": 0.3, "enabled": True}, wait_s=0)
+        pinned = [await period(keeper, replicas, 9) for _ in range(3)]
+        again = controlled(here)  # the keeper dies
+        replicas = await of_projection(again)
+        pinned.append(await period(again, replicas, 9))
+        await again.pin({"pinned": False}, wait_s=0)
+        return pinned, [await period(again, replicas, waiting) for waiting in (0, 9)]
+
+    pinned, free = asyncio.run(scenario())
+    assert pinned == [0.3] * 4 and free == [None, 0.01]
+
+
+def test_a_keeper_that_starts_again_goes_on_at_the_same_price(here):
+    async def scenario():
+        keeper = controlled(here)
+        await period(keeper, await of_projection(keeper), 9)
+        again = controlled(here)
+        return await period(again, await of_projection(again), 3)
+
+    assert asyncio.run(scenario()) == 0.01
+
+
+def test_the_controller_waits_for_a_trial_and_falls_back_when_it_sees_nothing(here):
+    async def scenario():
+        keeper = controlled(here)
+        replicas = await of_projection(keeper)
+        await period(keeper, replicas, 9)
+        await keeper.try_out({"changes": {"expert_price": 0.5}}, wait_s=0)
+        tried = await period(keeper, replicas, 9)
+        await keeper.try_out(None, wait_s=0)
+        back = await period(keeper, replicas, 3)
+        for _ in range(1 + BLIND):  # the first has what they said last
+            await keeper.control_once(15)
+        for replica in replicas:
+            await replica.once(wait_s=0)
+        return tried, back, replicas[0].runs["enabled"]
+
+    assert asyncio.run(scenario()) == (0.5, 0.01, False)
+
+
+def test_what_a_pin_must_be(keeper, here):
+    assert "no control" in asyncio.run(keeper.pin({"pinned": True}))["error"]
+    for told in ({}, {"pinned": "yes"}, {"pinned": True, "price": 1}):
+        assert "the body must be" in asyncio.run(controlled(here).pin(told))["error"]
 
 
 def test_ranks_of_a_group_run_the_same(here):
