@@ -26,6 +26,7 @@ from sere_dist.environment import VARIABLES
 from sere_dist.method.counters import COUNTERS
 from sere_dist.testing.expert_choice import CAPABILITIES, LAYOUTS, QUANTISATIONS, chosen, pretended_gpu, verdict
 from sere_dist.vllm_plugin.expert_kernels import DISPATCHERS, EXPERTS, Takes
+from serve_apps.control import ControlConfig
 from serve_apps.metrics import DESCRIPTIONS, KL_DESCRIPTION, SETTINGS
 from serve_apps.sere import AppConfig, Pool
 from serve_apps.settings import Trial
@@ -91,8 +92,8 @@ def pool() -> str:
     return table(("argument", "values", "default", "meaning"), [(code(name), *rest) for name, *rest in fields(Pool)])
 
 
-def trial() -> str:
-    return table(("field", "values", "default", "meaning"), [(code(name), *rest) for name, *rest in fields(Trial)])
+def fields_of(model: type[BaseModel]) -> str:
+    return table(("field", "values", "default", "meaning"), [(code(name), *rest) for name, *rest in fields(model)])
 
 
 def options(model: type[BaseModel]) -> str:
@@ -219,7 +220,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rerouting": rerouting,
     "application": application,
     "pool": pool,
-    "trial": trial,
+    "trial": lambda: fields_of(Trial),
+    "control": lambda: fields_of(ControlConfig),
     "commands": commands,
     "calibration": lambda: options(CalibrationConfig),
     "tuning": lambda: options(TuningConfig),

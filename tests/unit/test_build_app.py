@@ -9,6 +9,8 @@ from examples.tiny_moe.data import MODEL
 from sere_dist.config import ReroutingConfig
 from serve_apps.sere import ENGINE_REQUESTS, AppConfig, build_app, llm_config, requests_of_engines
 
+CONTROL = {"prices": [0, 0.01], "waiting": 4}
+
 
 def arguments(artifact, **changes) -> dict:
     return {"model": str(MODEL), "rerouting": {"artifact": str(artifact), "select_top_k": 2, **changes}}
@@ -49,6 +51,9 @@ def test_bad_settings_stop_the_deployment(artifact_path, changes, message):
         ({"environment": {"SERE_API_KEY_FILE": "/a/file"}}, "the ingress reads it"),
         ({"autoscaling": {"min_replicas": 1}}, "autoscaling has no target_ongoing_requests"),
         ({"environment": {"VLLM_PLUGINS": ""}}, "leaves sere_dist out"),
+        ({"control": {"prices": [0, 0.01]}}, "control\n.*the controller has no objective"),
+        ({"control": CONTROL}, "control changes expert_price: set policy: projection in rerouting"),
+        ({"control": CONTROL, "rerouting": None}, "set rerouting too"),
         ({"accelerator_type": "H1000"}, "Unsupported accelerator type: H1000"),
         ({"data_parallel_size": 2}, "needs expert_parallel: true"),
         ({"data_parallel_size": 2, "tensor_parallel_size": 2, "expert_parallel": True}, "set one of them to 1"),
@@ -58,6 +63,12 @@ def test_bad_arguments_stop_the_deployment(artifact_path, changes, message):
     with pytest.raises(ValueError, match=message) as refused:
         build_app({**arguments(artifact_path), **changes})
     assert "sesame" not in str(refused.value)
+
+
+def test_a_budget_that_nobody_could_watch_is_refused(projection_path):
+    rerouting = {"policy": "projection", "select_top_k": 1}
+    with pytest.raises(ValueError, match="max_kl needs an artifact that was tuned"):
+        build_app(arguments(projection_path, **rerouting) | {"control": CONTROL | {"max_kl": 0.05}})
 
 
 def test_a_plugin_that_would_not_load_is_refused(artifact_path, monkeypatch):

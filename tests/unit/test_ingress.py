@@ -25,11 +25,12 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
 from vllm.exceptions import QueueOverflowError
 
-from sere_dist.admin import ACTIVITY_PATH
+from sere_dist.admin import ACTIVITY_PATH, CONTROL_PATH
 from sere_dist.config import CHANGEABLE
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY
 from sere_dist.method.counters import COUNTERS
 from sere_dist.vllm_plugin.rows import OPT_OUT, opts_out
+from serve_apps.control import ControlConfig
 from serve_apps.ingress import (
     ENDPOINTS,
     PAGE,
@@ -67,7 +68,7 @@ class Nobody:
 def near(keeper: SettingsKeeper) -> SimpleNamespace:
     """A keeper that is called as a deployment's handle is; it has no replica to wait for."""
     return SimpleNamespace(
-        **{name: SimpleNamespace(remote=getattr(keeper, name)) for name in ("state", "change", "try_out")}
+        **{name: SimpleNamespace(remote=getattr(keeper, name)) for name in ("state", "change", "try_out", "pin")}
     )
 
 
@@ -76,7 +77,7 @@ def client(
 ) -> TestClient:
     ingress = SereIngress({}, {}, keeper=near(keeper) if keeper else None, **options)
     app = FastAPI()
-    for name in ("get_settings", "change_settings", "start_trial", "end_trial", "activity"):
+    for name in ("get_settings", "change_settings", "start_trial", "end_trial", "pin_price", "activity"):
         ENDPOINTS[name](app)(getattr(ingress, name))
     if has_page:
         PAGE_ENDPOINT["page"](app)(ingress.page)
@@ -255,6 +256,22 @@ def test_starts_and_ends_a_trial(admin, keeper):
     assert admin.delete(TRIAL_PATH).status_code == admin.put(TRIAL_PATH, json=trial).status_code == 401
     ended = admin.delete(TRIAL_PATH, headers=ADMIN)
     assert ended.status_code == 202 and ended.json()["trial"] is None and keeper.trial is None
+
+
+def test_pins_the_price(monkeypatch):
+    monkeypatch.setenv(ADMIN_TOKEN, TOKEN)
+    control = ControlConfig(prices=[0, 0.01], waiting=4)
+    projection = {"artifact": "an/artifact", "policy": "projection", "select_top_k": 1}
+    keeper = SettingsKeeper(projection, TOP_K, Nobody(), control=control)
+    with client(keeper) as admin:
+        assert admin.put(CONTROL_PATH, json={"pinned": True}).status_code == 401
+        admin.headers |= ADMIN
+        pinned = admin.put(CONTROL_PATH, json={"pinned": True})
+        assert pinned.status_code == 202, "no replica has confirmed"
+        assert pinned.json()["control"] == {"price": 0, "pinned": True, "why": "nothing was decided yet"}
+        refused = admin.put(CONTROL_PATH, json={"pinned": "perhaps"})
+        assert refused.status_code == 400 and "the body must be" in refused.json()["error"]["message"]
+        assert admin.get(SETTINGS_PATH).json() == pinned.json()
 
 
 json_values = st.recursive(
