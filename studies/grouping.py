@@ -12,7 +12,6 @@ BATCHES, REPLICAS, WINDOWS = (4, 16, 64), (2, 4, 8), (2, 8, 32)
 PASSES_OF_WINDOW = 2
 RANDOM, KIND, PROMPT_EVEN, BY_PROMPT = "at random", "by kind", "by prompt, even loads", "by prompt"
 BY_ANSWER, SWAPPED = "by answer", "by answer, swapped"
-EVERY = 6  # decode steps: their routing is alike, so not all are measured
 
 
 class Schedule(NamedTuple):
@@ -74,9 +73,9 @@ def swapped(members_RB: torch.Tensor, share_NF: torch.Tensor, sweeps: int = 3) -
 
 def side_by_side(members_RB: torch.Tensor, steps: int) -> Schedule:
     """Returns the decode steps of all replicas, one after the other, in each of which all requests are as far."""
-    shape, step_D = members_RB.shape, torch.arange(0, steps, EVERY)
-    text_SB = members_RB[:, None].expand(shape[0], len(step_D), shape[1]).flatten(0, 1)
-    return Schedule(text_SB, step_D.repeat(shape[0])[:, None].expand_as(text_SB))
+    replicas, room = members_RB.shape
+    text_SB = members_RB.repeat_interleave(steps, dim=0)
+    return Schedule(text_SB, torch.arange(steps).repeat(replicas)[:, None].expand(-1, room))
 
 
 def without_pause(
@@ -101,7 +100,7 @@ def without_pause(
         done = [step + 1 for step in done]
         for slot in (slot for slot, step in enumerate(done) if step == steps):
             if len(passes) == admit:
-                return Schedule(torch.tensor(texts)[::EVERY], torch.tensor(places)[::EVERY]), passes
+                return Schedule(torch.tensor(texts), torch.tensor(places)), passes
             choice = 0
             if passed[waiting[0]] < most_passes:
                 stay = profile_NF[[text for other, text in enumerate(running) if other != slot]].sum(0, keepdim=True)
