@@ -53,7 +53,7 @@ def swapped(members_RB: torch.Tensor, share_NF: torch.Tensor, sweeps: int = 3) -
     A request uses each expert in this share of its steps [N, F], and independently of the others' steps.
     """
     replicas, room = members_RB.shape
-    place_N, order_N = torch.arange(replicas).repeat_interleave(room), members_RB.flatten()
+    place_N, order_N = torch.arange(replicas).repeat_interleave(room), members_RB.flatten().clone()
     unused_NF = torch.log1p(-share_NF.double().clamp(max=0.999))[order_N]
     for _ in range(sweeps):
         before = order_N.clone()
