@@ -69,7 +69,7 @@ from studies.common import RESULTS, ROOT
 from studies.grouping import BY_PROMPT, PROMPT_EVEN, RANDOM, Schedule, arranged, cells
 from studies.quality import calibrate
 
-EVERY = 6  # decode steps: neighbours' unions are alike, so not all are measured
+MEASURED = 96  # steps of each schedule, evenly spaced: neighbours' unions are alike
 TUNED = Settings(1, expert_price=0.02)
 SHAPE, CONTEXT, HARDWARE = ROOT / "benchmarks/shapes/qwen3-30b-a3b", 640, ("h200", "2-cpu-cores")
 WORTH_IT = 0.05
@@ -137,7 +137,8 @@ def measure(recorded: Recorded, kinds: torch.Tensor, rerouter: Rerouter, orders:
             known = (each[order_N] for each in (recorded.prompt_NF, recorded.answer_NF, kinds))
             for rule, (schedule, passed) in arranged(cell, recorded.steps, *known).items():
                 passes.setdefault(rule, []).extend(passed)
-                schedule = Schedule(order_N[schedule.text_SB[::EVERY]], schedule.step_SB[::EVERY])
+                some = torch.linspace(0, len(schedule.text_SB) - 1, MEASURED).round().long()
+                schedule = Schedule(order_N[schedule.text_SB[some]], schedule.step_SB[some])
                 for is_on in (False, True):
                     ran = active(recorded, schedule, rerouter if is_on else None)
                     found.setdefault((rule, is_on), []).append(ran)
