@@ -54,14 +54,15 @@ def swapped(members_RB: torch.Tensor, share_NF: torch.Tensor, sweeps: int = 3) -
     """
     replicas, room = members_RB.shape
     place_N, order_N = torch.arange(replicas).repeat_interleave(room), members_RB.flatten().clone()
-    unused_NF = torch.log1p(-share_NF.double().clamp(max=0.999))[order_N]
+    unused_NF = (1 - share_NF.double().clamp(max=0.999))[order_N]
     for _ in range(sweeps):
         before = order_N.clone()
         for one in range(len(order_N)):
-            idle_RF = torch.zeros(replicas, unused_NF.shape[1]).double().index_add_(0, place_N, unused_NF)
-            change_NF = unused_NF - unused_NF[one]
-            mine, theirs = idle_RF[place_N[one]], idle_RF[place_N]
-            gain_N = ((mine + change_NF).exp() + (theirs - change_NF).exp() - theirs.exp()).sum(1) - mine.exp().sum()
+            # How likely nobody in the group of each uses an expert, as it is and without that request.
+            idle_NF = unused_NF.view(replicas, room, -1).prod(dim=1)[place_N]
+            without_NF = idle_NF / unused_NF
+            after_N = unused_NF @ without_NF[one] + without_NF @ unused_NF[one]
+            gain_N = after_N - idle_NF.sum(dim=1) - idle_NF[one].sum()
             gain_N[place_N == place_N[one]] = 0
             if gain_N.max() > 1e-9:
                 other = int(gain_N.argmax())

@@ -32,8 +32,9 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,10 +47,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
 from examples.application import EXAMPLES
+from sere_dist import console
 from sere_dist.calibration.checkpoint import Checkpoint
-from sere_dist.console import tables
 from sere_dist.evaluation.errors import ratio_with_error
-from sere_dist.evaluation.lockstep import Rerouter, Routed, active_by_step, decode_logits
+from sere_dist.evaluation.lockstep import Routed, active_by_step, decode_logits
 from sere_dist.evaluation.protocol import (
     BATCH,
     CALIBRATION_TEXTS,
@@ -60,9 +61,9 @@ from sere_dist.evaluation.protocol import (
     mixed,
     read_texts,
 )
-from sere_dist.evaluation.rerouters import projection_rerouter
 from sere_dist.forecast import DEVICES, ModelCost, decode_step
-from sere_dist.method.records import Settings
+from sere_dist.method.projection import primary_by_price
+from sere_dist.method.records import LayerTables, Settings, Step
 from sere_dist.moe import MoeShape, load_model
 from sere_dist.provenance import line_by_line, machine, rounded, versions
 from studies.common import RESULTS, ROOT
@@ -110,14 +111,24 @@ def record(model: PreTrainedModel, ids_NL: torch.Tensor, prompt_length: int) -> 
     return Recorded(routing, *shares, num_experts)
 
 
-def active(recorded: Recorded, schedule: Schedule, rerouter: Rerouter | None = None) -> float:
-    """Returns the experts that a layer runs in a step, the mean over layers and steps."""
+def primary(weights_BK: torch.Tensor, ids_BK: torch.Tensor, tables: LayerTables) -> torch.Tensor:
+    return primary_by_price(Step(weights_BK, ids_BK), tables, TUNED)
+
+
+def active(recorded: Recorded, schedule: Schedule, tables: Mapping[int, LayerTables] | None = None) -> float:
+    """Returns the experts that a layer runs in a step, the mean over layers and steps.
+
+    With tables (of method projection, by layer) it is re-routed by an expert's price. What runs then are the primary
+    experts: each has a slot that stays, and all other slots go to one of them or are dropped.
+    """
     means = []
     for layer, routing in recorded.routing.items():
         weights_SBK, ids_SBK = (each[schedule.text_SB, schedule.step_SB] for each in routing)
-        if rerouter is not None:
-            _, ids_SBK = rerouter(layer, weights_SBK, ids_SBK, None)
-        means.append(float(active_by_step(ids_SBK, recorded.num_experts).sum(1).float().mean()))
+        if tables is None:
+            runs_SE = active_by_step(ids_SBK, recorded.num_experts)
+        else:
+            runs_SE = torch.vmap(partial(primary, tables=tables[layer]))(weights_SBK, ids_SBK)
+        means.append(float(runs_SE.sum(1).float().mean()))
     return statistics.fmean(means)
 
 
@@ -126,7 +137,9 @@ def step_seconds(cost: ModelCost, hardware: str, batch: int, share: float) -> fl
     return decode_step(cost, DEVICES[hardware], batch, share * cost.shape.num_experts, CONTEXT).seconds
 
 
-def measure(recorded: Recorded, kinds: torch.Tensor, rerouter: Rerouter, orders: int) -> Iterator[dict[str, Any]]:
+def measure(
+    recorded: Recorded, kinds: torch.Tensor, tables: Mapping[int, LayerTables], orders: int
+) -> Iterator[dict[str, Any]]:
     """Yields a row for each cell and rule, with and without re-routing, beside random of the same."""
     cost = ModelCost.of(Checkpoint(str(SHAPE)).empty_model(), 2.0)
     for cell in tqdm(cells(len(kinds)), desc="scheduling"):
@@ -140,7 +153,7 @@ def measure(recorded: Recorded, kinds: torch.Tensor, rerouter: Rerouter, orders:
                 some = torch.linspace(0, len(schedule.text_SB) - 1, MEASURED).round().long()
                 schedule = Schedule(order_N[schedule.text_SB[some]], schedule.step_SB[some])
                 for is_on in (False, True):
-                    ran = active(recorded, schedule, rerouter if is_on else None)
+                    ran = active(recorded, schedule, tables if is_on else None)
                     found.setdefault((rule, is_on), []).append(ran)
         for (rule, is_on), ours in found.items():
             theirs = found[RANDOM, is_on]
@@ -196,7 +209,7 @@ def main(
     to_calibrate = calibration_texts(own.calibration, tokenizer, count=calibration)
     (projection,) = calibrate(checkpoint, to_calibrate, ("projection",))
     recorded = record(model, torch.tensor([text.ids for text in of_all]), prompt)
-    rows = list(measure(recorded, kinds, projection_rerouter(projection.tables, TUNED), orders))
+    rows = list(measure(recorded, kinds, projection.tables, orders))
     report = {
         "command": shlex.join(["python", "-m", "studies.scheduling", *sys.argv[1:]]),
         "machine": machine() | {"threads": torch.get_num_threads()},
@@ -213,7 +226,7 @@ def main(
         "rows": rows,
         "seconds": round(time.perf_counter() - started),
     }
-    tables().print(table_of(rows))
+    console.tables().print(table_of(rows))
     results.mkdir(parents=True, exist_ok=True)
     (results / f"scheduling-{example}.json").write_text(line_by_line(report))
     print(json.dumps(report))

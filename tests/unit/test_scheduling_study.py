@@ -7,9 +7,9 @@ import torch
 
 from sere_dist.evaluation.lockstep import lockstep
 from sere_dist.evaluation.protocol import PROMPT
-from sere_dist.evaluation.rerouters import paper_rerouter
+from sere_dist.evaluation.rerouters import projection_rerouter
 from sere_dist.evaluation.traffic import recorded
-from sere_dist.method.records import LayerTables, Settings
+from sere_dist.method.records import LayerTables
 from sere_dist.method.similarity import random_similarity
 from studies import scheduling
 from studies.grouping import (
@@ -32,6 +32,14 @@ from studies.grouping import (
 def two_kinds(kind_of: list[int]) -> torch.Tensor:
     """Returns [N, 4]: requests of kind 0 use the first two experts in each step, those of kind 1 the others."""
     return torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1]])[kind_of]
+
+
+def projection_tables(num_experts: int, seed: int) -> LayerTables:
+    generator = torch.Generator().manual_seed(seed)
+    coefficient_EE = torch.rand(num_experts, num_experts, generator=generator)
+    return LayerTables(
+        random_similarity(num_experts, seed=seed), coefficient_EE, torch.rand(num_experts, generator=generator) + 0.5
+    )
 
 
 def centred(share_NF: torch.Tensor) -> torch.Tensor:
@@ -159,12 +167,14 @@ def test_batches_run_what_lockstep_runs(model, heldout_ids):
         lockstep(model, ids_BL, prompt_length=PROMPT).active_experts
     )
 
-    tables = {layer: LayerTables(random_similarity(found.num_experts, seed=layer)) for layer in found.routing}
-    rerouter, ran = paper_rerouter(tables, Settings(2)), {}
-    lockstep(model, ids_BL, prompt_length=PROMPT, rerouter=recorded(rerouter, ran))
+    tables = {layer: projection_tables(found.num_experts, seed=layer) for layer in found.routing}
+    ran: dict[int, torch.Tensor] = {}
+    rerouter = recorded(projection_rerouter(tables, scheduling.TUNED), ran)
+    lockstep(model, ids_BL, prompt_length=PROMPT, rerouter=rerouter)
     first = scheduling.Recorded({0: found.routing[0]}, found.prompt_NF, found.answer_NF, found.num_experts)
-    counted = [len({*step.flatten().tolist()}) for step in ran[0]]
-    assert scheduling.active(first, schedule, rerouter) == pytest.approx(sum(counted) / len(counted))
+    counted = [len({*step.flatten().tolist()} - {-1}) for step in ran[0]]
+    assert scheduling.active(first, schedule, tables) == pytest.approx(sum(counted) / len(counted))
+    assert sum(counted) / len(counted) < 0.8 * scheduling.active(first, schedule)
 
 
 def test_shares_count_the_tokens_of_prompts_and_answers(model, heldout_ids):
