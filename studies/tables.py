@@ -253,25 +253,21 @@ def carving() -> str:
 
 
 def scheduling() -> str:
-    """At batch 16: active experts by what was grouped, as a factor of those at random."""
-    of = {
-        (example, row["rule"], row["replicas"], row["window"], row["rerouted"]): row
-        for example in ("tiny-moe", "smollm2-moe")
-        for row in load(RESULTS / f"scheduling-{example}.json")["rows"]
-        if row["batch"] == 16
-    }
-    names = {("by kind", 4, None): "4 replicas, the kind of text"}
-    names |= {("by prompt, even loads", 4, None): "4 replicas, the prompt's experts, even loads at any time"}
-    names |= {("by prompt", 4, None): "4 replicas, the prompt's experts, even loads at the end"}
-    names |= {("by answer, swapped", 4, None): "4 replicas, the answer's experts, the best swaps (an oracle)"}
-    names |= {("by prompt", 1, window): f"1 of {window} that wait, the prompt's experts" for window in (2, 8, 32)}
-    names |= {("by answer", 1, 32): "1 of 32 that wait, the answer's experts (an oracle)"}
-    cells = []
-    for place, label in names.items():
-        rows = [of[example, *place, is_on] for example in ("tiny-moe", "smollm2-moe") for is_on in (False, True)]
-        cells.append([label, *(plus_minus(row, "ratio", 3) for row in rows)])
-    head = ["chosen among, by", "example model, off", "re-routed", "SmolLM2-MoE, off", "re-routed"]
-    return markdown(head, cells)
+    """Active experts by what was grouped, as a factor of those at random."""
+    found = load(RESULTS / "scheduling-tiny-moe.json")["rows"]
+    of = {(row["rule"], row["replicas"], row["window"], row["batch"], row["rerouted"]): row for row in found}
+    names = {("by kind", 4, None): "4 replicas, by the kind of text"}
+    names |= {("by prompt, even loads", 4, None): "4 replicas, by the prompt's experts, even loads at any time"}
+    names |= {("by prompt", 4, None): "4 replicas, by the prompt's experts, even loads at the end"}
+    names |= {("by answer, swapped", 4, None): "4 replicas, by the answer's experts, the best swaps (an oracle)"}
+    names |= {("by prompt", 1, window): f"1 of {window} that wait, by the prompt's experts" for window in (2, 8, 32)}
+    names |= {("by answer", 1, 32): "1 of 32 that wait, by the answer's experts (an oracle)"}
+    columns = [(batch, is_on) for batch in (4, 16, 64) for is_on in (False, True)]
+    cells = [
+        [label, *(plus_minus(of[*place, *column], "ratio", 3) for column in columns)] for place, label in names.items()
+    ]
+    head = [f"batch {batch}, {'re-routed' if is_on else 'off'}" for batch, is_on in columns]
+    return markdown(["chosen among", *head], cells)
 
 
 def survival() -> str:

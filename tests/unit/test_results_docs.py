@@ -141,6 +141,23 @@ def test_what_one_request_tells_of_another():
     assert f"| {min(blurred):.0%} to {max(blurred):.0%} |" in PROSE and len(closed) + len(open_) == 11
 
 
+def test_which_requests_decode_together():
+    report = load(RESULTS / "scheduling-tiny-moe.json")
+    found, rows = report["verdict"], [row for row in report["rows"] if row["batch"] == 16 and row["rerouted"]]
+    saved = {(row["rule"], row["replicas"], row["window"]): row["time_saved_h200"] for row in rows}
+    assert found["is_worth_it"] and found["time_saved"] == saved["by prompt", 8, None]
+    four, two = (saved["by prompt", replicas, None] for replicas in (4, 2))
+    best = f"shortens the step by {found['time_saved']:.1%} on an H200, with 8 replicas"
+    assert f"{best}; it is {four:.1%} with 4 and {two:.1%} with 2" in PROSE
+    on_cpus = max(row["time_saved_2-cpu-cores"] for row in rows if row["rule"] == "by prompt")
+    assert f"On 2 CPU cores the best is {on_cpus:.1%}" in PROSE
+    even = max(time for (rule, *_), time in saved.items() if rule == "by prompt, even loads")
+    assert f"Where loads are even at any time, the best is {even:.1%}" in PROSE
+    eight, many = (saved["by prompt", 1, window] for window in (8, 32))
+    assert f"With 8 to choose from the step is {eight:.1%} shorter. With 32 it is {many:.1%} shorter" in PROSE
+    assert max(row["passes_most"] for row in rows if row["window"] == 32) == 64
+
+
 def test_time_at_equal_quality():
     found = load(RESULTS / "tradeoff.json")
     (ours,) = (row for row in found["at_equal_kl"] if (row["batch"], row["policy"]) == (16, "price"))
