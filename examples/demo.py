@@ -5,8 +5,7 @@
 
 The model is SmolLM2-135M-Instruct as a Mixture-of-Experts model of 64 experts per layer (`examples/smollm2_moe`). The
 demo puts it together, starts a Ray cluster of its own, submits the calibration with `ray job submit`, serves the model
-with `serve run`, talks to it with the official `openai` client, with re-routing off and on, and stops everything that it
-started.
+with `serve run`, asks it with the official `openai` client, re-routing off and on, and stops all that it started.
 """
 
 import asyncio
