@@ -134,6 +134,7 @@ def _page(artifact: Artifact, min_tokens: int) -> str:
         percentiles=PERCENTILES,
         directed=method_named(artifact.config.method).directed,
         has_tokens=_has_tokens(artifact),
+        has_sensitivities=_has_sensitivities(artifact),
         has_size=artifact.is_projection,
         recommended=artifact.recommended,
         trade_off=_draw_trade_off(artifact.recommended) if artifact.recommended else None,
@@ -143,6 +144,11 @@ def _page(artifact: Artifact, min_tokens: int) -> str:
 def _has_tokens(artifact: Artifact) -> bool:
     """Returns whether the fewest and the median tokens of an expert are known: a method may look at none."""
     return all(row.tokens_per_expert_min is not None for row in _statistics(artifact))
+
+
+def _has_sensitivities(artifact: Artifact) -> bool:
+    """Returns whether it is known what an error costs in each layer: old artifacts and other methods do not say."""
+    return all(row.sensitivity is not None for row in _statistics(artifact))
 
 
 def _statistics(artifact: Artifact) -> list[LayerStatistics]:
@@ -222,10 +228,11 @@ def _draw_layer(
 
 
 def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
-    """Draws what the layers have in common, one below the other: similarities, and tokens if there."""
+    """Draws the layers side by side: similarities, and below them tokens and sensitivities if there."""
     rows = _statistics(artifact)
     layers = [row.layer for row in rows]
-    num_panels = 2 if _has_tokens(artifact) else 1
+    has_tokens, has_sensitivities = _has_tokens(artifact), _has_sensitivities(artifact)
+    num_panels = 1 + has_tokens + has_sensitivities
     figure = Figure(figsize=(8, 2.1 * num_panels + 0.3), dpi=DPI, layout="constrained")
     panels = figure.subplots(num_panels, sharex=True, squeeze=False)[:, 0]
 
@@ -236,7 +243,7 @@ def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
     panels[0].plot(layers, lowest, "v-", color=BLUE, alpha=0.6, label="min")
     panels[0].set_ylabel("similarity of\ndifferent experts", fontsize=TEXT)
 
-    if _has_tokens(artifact):
+    if has_tokens:
         medians = [row.tokens_per_expert_median or 0.0 for row in rows]
         fewest = [row.tokens_per_expert_min for row in rows]
         panels[1].plot(layers, medians, "o-", color=GREY, label="median")
@@ -246,6 +253,12 @@ def _draw_summary(artifact: Artifact, min_tokens: int) -> Picture:
         panels[1].yaxis.set_major_formatter(ScalarFormatter())
         panels[1].set_ylim(-0.2, 2 * max(*medians, min_tokens))
         panels[1].set_ylabel("tokens per expert", fontsize=TEXT)
+    if has_sensitivities:
+        costs, errors = [row.sensitivity for row in rows], [row.sensitivity_error or 0.0 for row in rows]
+        panels[-1].errorbar(layers, costs, errors, fmt="o-", color=BLUE, label="sensitivity")
+        panels[-1].axhline(1, color=GREY, linestyle="--", linewidth=0.8, label="mean")
+        panels[-1].set_ylim(bottom=0)
+        panels[-1].set_ylabel("what an error costs,\nrelative to the mean", fontsize=TEXT)
 
     for panel in panels:
         for line in panel.lines:

@@ -156,6 +156,16 @@ def test_how_surely_it_is_known(tmp_path):
         assert known in shown
 
 
+def test_what_an_error_costs(tmp_path):
+    artifact = an_artifact()
+    without = read(artifact, tmp_path / "unknown.html").images[0][1]
+    for layer, cost in zip(artifact.layers.values(), (1.5, 0.5), strict=True):
+        layer.statistics.sensitivity, layer.statistics.sensitivity_error = cost, 0.1
+    shown = read(artifact, tmp_path / "report.html").images[0][1]
+    assert "what an error costs" in shown["alt"] and "what an error costs" not in without["alt"]
+    assert int(shown["height"]) > 1.3 * int(without["height"]), "no panel was added"
+
+
 def test_colours_of_a_heat_map(tmp_path):
     """Two blocks, interleaved: after clustering, dark quarters on the diagonal and light ones off it, in all layers."""
     block_E = torch.arange(8) % 2
