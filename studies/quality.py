@@ -103,7 +103,7 @@ class Part(StrEnum):
     SAMPLES = "samples"
 
 
-SAMPLES = (16, 32, 64, 128, 256, CALIBRATION_TEXTS)  # texts of a calibration; the last is what all other parts use
+SAMPLES = (16, 32, 64, 128, 256)  # texts of a calibration, beside those that all other parts use
 SAMPLES_OF_CKA, SAMPLES_OF_KIND = 32, 128  # CKA takes the square of its tokens in time
 SENSITIVITY_SAMPLES = 64  # of the texts of a calibration, those that sensitivities are found on
 KEEPS, KEEPS_OF_PARTS, KEEP_OF_CALIBRATIONS = (1, 2, 3, 4, 6), (1, 2, 4), 2
@@ -478,11 +478,13 @@ def main(
     parts: Annotated[list[Part] | None, typer.Option(help="What to measure. By default, all of it.")] = None,
     only_drawn: Annotated[bool, typer.Option("--drawn", help="Of the field, only what the figures show.")] = False,
     batches: Annotated[list[int] | None, typer.Option(help=f"Batches of the field, {BATCHES} by default.")] = None,
+    keeps: Annotated[list[int] | None, typer.Option(help=f"Values of S of the field, {KEEPS} by default.")] = None,
     half: Annotated[Half, typer.Option(help="The half of each kind's held-out texts: final, or choice.")] = "final",
     texts: Annotated[int, typer.Option(help="Held-out texts of all kinds together.")] = TEXTS,
     texts_of_kind: Annotated[int, typer.Option(help="Held-out texts of each kind, in batches of one kind.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens of a held-out text.")] = LENGTH,
     prompt: Annotated[int, typer.Option(help="Tokens of these that are prefill.")] = PROMPT,
+    samples: Annotated[int, typer.Option(help="Texts of the calibration.")] = CALIBRATION_TEXTS,
     calibration_length: Annotated[int, typer.Option(help="Tokens of a calibration text.")] = CALIBRATION_LENGTH,
     results: Annotated[Path, typer.Option(help="Folder for the JSON.")] = RESULTS,
     pictures: Annotated[Path, typer.Option(help="Folder for the pictures.")] = ROOT / "docs",
@@ -500,20 +502,22 @@ def main(
     bench = decoded(loaded, of_all, prompt)
     to_calibrate = cut(read_texts(own.calibration, tokenizer), calibration_length)
     top_k = MoeShape.from_config(loaded.config).num_experts_per_token
-    keeps = [keep for keep in KEEPS if keep < top_k]
+    keeps = [keep for keep in keeps or KEEPS if keep < top_k]
 
     in_turn = mixed(to_calibrate)
-    counts = [count for count in SAMPLES if count <= len(in_turn)]
-    if Part.SAMPLES not in parts:
-        counts = counts[-1:]
+    counts = [count for count in SAMPLES if count < min(samples, len(in_turn))] if Part.SAMPLES in parts else []
+    counts.append(min(samples, len(in_turn)))
     by_count = {
         count: calibrate(checkpoint, in_turn[:count], ("frobenius", "projection"))
         for count in tqdm(counts, desc="calibrating")
     }
     frobenius, projection = by_count[counts[-1]]
-    cosine, weights = calibrate(checkpoint, in_turn[: counts[-1]], ("cosine", "weights"))
-    (cka,) = calibrate(checkpoint, in_turn[:SAMPLES_OF_CKA], ("cka",))
-    field_of = policies(loaded, dict(zip(CALIBRATED, (frobenius, cosine, cka, projection, weights), strict=True)))
+    calibrations = {PAPER: frobenius, "paper, projection": projection}
+    if Part.BESIDE_RANDOM in parts or not only_drawn:
+        cosine, weights = calibrate(checkpoint, in_turn[: counts[-1]], ("cosine", "weights"))
+        (cka,) = calibrate(checkpoint, in_turn[:SAMPLES_OF_CKA], ("cka",))
+        calibrations |= dict(zip(CALIBRATED, (frobenius, cosine, cka, projection, weights), strict=True))
+    field_of = policies(loaded, calibrations)
     needs_kinds = {Part.KINDS, Part.TRANSFER} & {*parts}
     benches = {kind: decoded(loaded, of_kinds[kind][:texts_of_kind], prompt) for kind in of_kinds if needs_kinds}
 

@@ -78,7 +78,7 @@ def test_study(first_layer, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(study, "EXAMPLES", {"first-layer": replace(TINY_MOE, model=first_layer)})
     results = tmp_path / "results"
-    sizes = {"texts": 6, "texts_of_kind": 6, "length": 30, "prompt": 24, "calibration_length": 16}
+    sizes = {"texts": 6, "texts_of_kind": 6, "length": 30, "prompt": 24, "samples": 8, "calibration_length": 16}
     study.main("first-layer", half="choice", **sizes, results=results, pictures=tmp_path)
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads((results / "quality-first-layer.json").read_text()) == report
@@ -108,5 +108,5 @@ def test_study(first_layer, tmp_path, capsys, monkeypatch):
     assert {(row["calibrated_on"], row["evaluated_on"]) for row in report["transfer"]} == {
         (one, other) for one in report["texts_of_kind"] for other in report["texts_of_kind"]
     }
-    assert [row["samples"] for row in report["samples"]] == [2, 4, 2, 4]
-    assert [row["ratio"] for row in report["samples"]][1::2] == [1, 1]
+    assert [row["samples"] for row in report["samples"]] == [2, 4, 8] * 2
+    assert [row["ratio"] for row in report["samples"]][2::3] == [1, 1]
