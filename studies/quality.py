@@ -15,8 +15,8 @@ the share of steps whose likeliest token stays, against the experts that a layer
 
 Texts, their halves and batches are those of `sere_dist.evaluation.protocol`. Whoever chooses a policy, a parameter or a
 model by this study does so with `--half choice`. Nothing here is chosen by either half: similarities and sensitivities
-come from the calibration texts, XShare's budgets are the active experts of the paper's policy, an expert's prices are a
-fixed sweep.
+come from the calibration texts, XShare's budgets are the active experts of the paper's policy, an expert's prices and
+the shares of experts that REAP keeps are fixed sweeps.
 
 Errors are standard errors over texts, of differences and ratios by pairs. Prints tables and one JSON line last; writes
 `studies/results/quality-<example>.json` and, in `docs/`, `quality-<example>-by-batch.png` and
@@ -36,6 +36,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
@@ -85,7 +86,14 @@ from sere_dist.evaluation.protocol import (
     read_texts,
 )
 from sere_dist.evaluation.rerouters import paper_rerouter, projection_rerouter
-from sere_dist.evaluation.rivals import dropping_rerouter, oea_rerouter, top_k_rerouter, xshare_rerouter
+from sere_dist.evaluation.rivals import (
+    dropping_rerouter,
+    oea_rerouter,
+    reap_rerouter,
+    reap_saliency,
+    top_k_rerouter,
+    xshare_rerouter,
+)
 from sere_dist.method.records import LayerTables, Settings
 from sere_dist.method.similarity import MethodName, random_similarity
 from sere_dist.moe import MoeShape, load_model, routed_experts
@@ -109,8 +117,19 @@ SENSITIVITY_SAMPLES = 64  # of the texts of a calibration, those that sensitivit
 KEEPS, KEEPS_OF_PARTS, KEEP_OF_CALIBRATIONS = (1, 2, 3, 4, 6), (1, 2, 4), 2
 RANDOM_DRAWS = 5
 PRICES = (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)  # of an expert, where every token keeps one of its own
+KEPT = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875)  # shares of a layer's experts, and of their memory, that REAP keeps
+REAP = "REAP, pruned"
 OFF, PAPER, RANDOM, PROJECTION, PRICED = "off", "paper, frobenius", "paper, random", "projection", "expert price, S = 1"
-RIVALS = (PAPER, "OEA", "OEA, not renormalised", "XShare", "XShare, warm-up 1", "XShare, not renormalised", PROJECTION)
+RIVALS = (
+    PAPER,
+    "OEA",
+    "OEA, not renormalised",
+    "XShare",
+    "XShare, warm-up 1",
+    "XShare, not renormalised",
+    REAP,
+    PROJECTION,
+)
 CALIBRATED = (PAPER, "paper, cosine", "paper, CKA", "paper, projection", "paper, weights")
 OF_KINDS = (PAPER, RANDOM, "dropping, renormalised", "OEA", "XShare, warm-up 1", PROJECTION)
 LOOKS = {  # in the figures: label and style
@@ -130,7 +149,8 @@ BEYOND = 0.05  # of the paper's range of active experts: how far its curve is dr
 class Point(NamedTuple):
     """A policy and its knob.
 
-    That is S, k0, an expert's price, or for XShare the S of the paper's policy whose active experts are its budget.
+    That is S, k0, an expert's price, the share of experts that REAP keeps, or for XShare the S of the paper's policy
+    whose active experts are its budget.
     """
 
     policy: str
@@ -167,14 +187,24 @@ def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[M
     return [Calibration(layers) for layers in found.values()]
 
 
+def saliencies(model: PreTrainedModel, checkpoint: Checkpoint, texts: Sequence[Text]) -> dict[int, torch.Tensor]:
+    """Returns REAP's saliency [E] of every layer's experts on the texts."""
+    found, layers = {}, routed_experts(model)
+    for layer, inputs in expert_inputs(checkpoint, text_blocks([text.ids for text in texts])):
+        hidden_ids_weights = [torch.from_numpy(np.concatenate(parts)) for parts in list(zip(*inputs, strict=True))[:3]]
+        found[layer] = reap_saliency(layers[layer][1], *hidden_ids_weights)
+    return found
+
+
 def at_active_experts(curve: Sequence[LockstepResult], active: float) -> list[float] | None:
     """Returns the KL of each text that the policy of this curve would have at so many active experts.
 
-    It lies between two of its settings, geometrically, as KL falls by factors. None: too far beyond either end.
+    It lies between two of its settings, geometrically, as KL falls by factors. None: too far beyond either end, or all
+    settings run equally many.
     """
     curve = sorted(curve, key=lambda result: result.active_experts)
     low, high = curve[0].active_experts, curve[-1].active_experts
-    if not (1 - BEYOND) * low <= active <= (1 + BEYOND) * high:
+    if low == high or not (1 - BEYOND) * low <= active <= (1 + BEYOND) * high:
         return None
     segments = list(pairwise(curve))
     left, right = next((pair for pair in segments if active <= pair[1].active_experts), segments[-1])
@@ -230,13 +260,15 @@ def field(
     batches: Sequence[int],
     keeps: Sequence[int],
     priced: Callable[[float], Rerouter],
+    pruned: Callable[[float], Rerouter],
 ) -> list[dict[str, Any]]:
     """Returns a row for each batch, policy and knob, with its KL beside the paper's at as many active experts.
 
     `kinds` are those of the texts. `priced` is projection at an expert's price; it is compared with all `RIVALS`.
+    `pruned` is REAP at a share of experts.
     """
     rows = []
-    bar = tqdm(total=len(batches) * (1 + len(field_of) * len(keeps) + len(PRICES)), desc="field")
+    bar = tqdm(total=len(batches) * (1 + len(field_of) * len(keeps) + len(PRICES) + len(KEPT)), desc="field")
     for batch in batches:
         off, results = bench.run(unchanged, batch), {}
         bar.update()
@@ -245,12 +277,14 @@ def field(
                 budget = round(results[Point(PAPER, keep)].active_experts) if name.startswith("XShare") else keep
                 results[Point(name, keep)] = bench.run(rerouter_of(budget), batch)
                 bar.update()
-        for price in PRICES:
-            results[Point(PRICED, price)] = bench.run(priced(price), batch)
-            bar.update()
+        for name, policy, knobs in ((PRICED, priced, PRICES), (REAP, pruned, KEPT)):
+            for knob in knobs:
+                results[Point(name, knob)] = bench.run(policy(knob), batch)
+                bar.update()
         by_kinds = {"kl_of_kinds": kl_of_kinds(off, kinds)}
         rows.append({"policy": OFF, "knob": None, **outcome_of(off, off, batch).model_dump(), **by_kinds})
         curves = {name: [results[Point(name, keep)] for keep in keeps] for name in RIVALS if name in field_of}
+        curves[REAP] = [results[Point(REAP, share)] for share in KEPT]
         for point, result in results.items():
             row = {**point._asdict(), **outcome_of(result, off, batch).model_dump()}
             beside = {}
@@ -395,7 +429,7 @@ def plus_minus(row: dict[str, Any], name: str, digits: int) -> str:
 
 def field_table(rows: list[dict[str, Any]], batch: int, keeps: Sequence[int]) -> Table:
     of_batch = {(row["policy"], row["knob"]): row for row in rows if row["batch"] == batch}
-    names = list(dict.fromkeys(name for name, _knob in of_batch if name not in (OFF, PRICED)))
+    names = list(dict.fromkeys(name for name, _knob in of_batch if name not in (OFF, PRICED, REAP)))
     off = of_batch[OFF, None]
     title = f"batch {batch}, texts of all kinds; as it is {off['active_experts']:.1f} active experts, perplexity "
     title += f"{off['perplexity']:.2f}. KL in nats a token, and its factor of the paper's policy (frobenius)\n"
@@ -425,6 +459,19 @@ def priced_table(rows: list[dict[str, Any]], batch: int) -> Table:
         if (row["batch"], row["policy"]) == (batch, PRICED):
             cells = [plus_minus(found, "ratio", 2) if (found := row["beside"].get(name)) else "" for name in RIVALS]
             table.add_row(f"{row['knob']:g}", f"{row['active_experts']:.1f}", plus_minus(row, "kl", 4), *cells)
+    return table
+
+
+def pruned_table(rows: list[dict[str, Any]], batch: int) -> Table:
+    title = f"batch {batch}, {REAP}: KL in nats a token, and its factor of the paper's at as many active experts"
+    table = Table(
+        "experts kept", "active", "KL", "perplexity", PAPER, title=title, title_justify="left", box=box.SIMPLE
+    )
+    for row in rows:
+        if (row["batch"], row["policy"]) == (batch, REAP):
+            factor = plus_minus(found, "ratio", 2) if (found := row["beside"].get(PAPER)) else ""
+            cells = [f"{row['active_experts']:.1f}", plus_minus(row, "kl", 4), f"{row['perplexity']:.2f}", factor]
+            table.add_row(f"{row['knob']:.1%}", *cells)
     return table
 
 
@@ -539,10 +586,17 @@ def main(
         kinds = [text.kind for text in of_all]
         wanted = {name: field_of[name] for name in field_of if name in LOOKS or not only_drawn}
         sizes = batches or BATCHES
-        report["field"] = field(bench, kinds, wanted, sizes, keeps, partial(projection.projection, 1))
+        saliency = saliencies(loaded, checkpoint, in_turn[: counts[-1]])
+        num_experts = MoeShape.from_config(loaded.config).num_experts
+
+        def pruned(share: float) -> Rerouter:
+            return reap_rerouter(saliency, round(share * num_experts))
+
+        report["field"] = field(bench, kinds, wanted, sizes, keeps, partial(projection.projection, 1), pruned)
         for batch in sizes:
             console.print(field_table(report["field"], batch, keeps))
             console.print(priced_table(report["field"], batch))
+            console.print(pruned_table(report["field"], batch))
         draw(report, pictures)
     if Part.KINDS in parts:
         report["kinds"] = in_batches_of_one_kind(benches, field_of)

@@ -48,6 +48,7 @@ def test_between_two_settings():
     assert study.at_active_experts(curve, 15) == pytest.approx([0.1**0.5, 2.0])
     assert study.at_active_experts(curve, 9.8) > [1.0, 4.0]
     assert study.at_active_experts(curve, 9) is study.at_active_experts(curve, 43) is None
+    assert study.at_active_experts([result(8, 0.1, 0.2), result(8, 0.2, 0.3)], 8) is None
 
 
 def test_compared():
@@ -73,7 +74,13 @@ def first_layer(tmp_path) -> Path:
 @pytest.mark.slow
 def test_study(first_layer, tmp_path, capsys, monkeypatch):
     small = {"BATCHES": (1, 6), "BATCH": 6, "KEEPS": (1, 4, 8), "KEEPS_OF_PARTS": (2,), "RANDOM_DRAWS": 2}
-    small |= {"PRICES": (0.01, 0.1), "SAMPLES": (2, 4, 999), "SAMPLES_OF_CKA": 2, "SAMPLES_OF_KIND": 2}
+    small |= {
+        "PRICES": (0.01, 0.1),
+        "KEPT": (0.1, 0.75),
+        "SAMPLES": (2, 4, 999),
+        "SAMPLES_OF_CKA": 2,
+        "SAMPLES_OF_KIND": 2,
+    }
     for name, value in small.items():
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(study, "EXAMPLES", {"first-layer": replace(TINY_MOE, model=first_layer)})
@@ -89,7 +96,7 @@ def test_study(first_layer, tmp_path, capsys, monkeypatch):
     assert [picture.read_bytes() for picture in pictures] == drawn
 
     rows = {(row["batch"], row["policy"], row["knob"]): row for row in report["field"]}
-    assert len(rows) == len(report["field"]) == 2 * (1 + 16 * 2 + 2)
+    assert len(rows) == len(report["field"]) == 2 * (1 + 16 * 2 + 2 + 2)
     for batch in (1, 6):
         off, one, four = (rows[batch, *point] for point in [("off", None), ("OEA", 1), ("OEA", 4)])
         assert abs(off["kl"]) < 1e-6 < four["kl"] < one["kl"]
@@ -101,7 +108,11 @@ def test_study(first_layer, tmp_path, capsys, monkeypatch):
         cheap, dear = (rows[batch, study.PRICED, price] for price in (0.01, 0.1))
         assert cheap["active_experts"] > dear["active_experts"] >= rows[batch, "projection", 1]["active_experts"]
         assert cheap["kl"] < dear["kl"] <= rows[batch, "projection", 1]["kl"] * (1 + 1e-3)
-        assert set(cheap["beside"]) == set(study.RIVALS)
+        # A token alone still runs about as many experts of a pruned model.
+        assert set(cheap["beside"]) == set(study.RIVALS) - ({study.REAP} if batch == 1 else set())
+        few, many = (rows[batch, study.REAP, share] for share in (0.1, 0.75))
+        assert few["kl"] > many["kl"] > 0
+        assert few["active_experts"] <= 6 <= many["active_experts"]
     # Alone, a token has nobody to share with.
     alone = [rows[1, name, 4]["kl"] for name in ("OEA", "XShare", "top-k, renormalised", "dropping, renormalised")]
     assert alone == pytest.approx([alone[0]] * 4, rel=1e-3)
