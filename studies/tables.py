@@ -230,6 +230,45 @@ def sensitivity() -> str:
     return markdown(["batch", "active experts", f"KL, {policies[0]}", *policies[1:]], cells)
 
 
+def choices() -> str:
+    """What the threshold leaves: its error and that of free choices beside the least at as many experts."""
+    rows = load(RESULTS / "selection-tiny-moe.json")["choices"]
+    of = {(row["batch"], row["price"], row["choice"]): row for row in rows}
+    cells = []
+    for place in dict.fromkeys((row["batch"], row["price"]) for row in rows):
+        today, free = of[*place, "threshold"], of[*place, "exact, free, at equal experts"]
+        beside = [plus_minus(of[*place, name], "beside_exact") for name in ("threshold", "greedy", "exact, free")]
+        errors = [plus_minus(row, "error_beside_exact", 3) for row in (today, free)]
+        cells.append([str(place[0]), f"{place[1]:g}", f"{today['active_experts']:.1f}", *beside, *errors])
+    head = ["batch", "`expert_price`", "experts", "objective: threshold", "greedy", "exact, free"]
+    return markdown([*head, "error at equal experts: threshold", "exact, free"], cells)
+
+
+def selection() -> str:
+    """At a tenth, half and nine tenths of each range of active experts."""
+    rows = load(RESULTS / "selection-tiny-moe.json")["at_equal_experts"]
+    of = {(row["batch"], row["active_experts"], row["policy"]): row for row in rows}
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    places = list(dict.fromkeys((row["batch"], row["active_experts"]) for row in rows))
+    cells = []
+    for place in (places[i] for i in range(len(places)) if i % 5 in (0, 2, 4)):
+        today, *others = (of[*place, policy] for policy in policies)
+        factors = (plus_minus(row, "ratio", 3) if "ratio" in row else "" for row in others)
+        cells.append([str(place[0]), f"{place[1]:.1f}", f"{today['kl']:.4f}", *factors])
+    return markdown(["batch", "active experts", f"KL, {policies[0]}", *policies[1:]], cells)
+
+
+def fills() -> str:
+    rows = load(RESULTS / "selection-tiny-moe.json")["fills"]
+    prices = list(dict.fromkeys(row["price"] for row in rows))
+    of = {(row["fill"], row["price"]): row for row in rows}
+    cells = [
+        [fill, *(plus_minus(of[fill, price], "ratio", 3) for price in prices)]
+        for fill in dict.fromkeys(row["fill"] for row in rows)
+    ]
+    return markdown(["fill", *(f"`expert_price: {price:g}`" for price in prices)], cells)
+
+
 def carving() -> str:
     """Perplexity of SmolLM2 before and after it was carved, by what the recipe had seen."""
     found = load(ROOT / "examples/smollm2_moe/comparison.json")["perplexity"]
@@ -290,7 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
-        *(sensitivity, carving, scheduling),
+        *(sensitivity, choices, selection, fills, carving, scheduling),
     )
 }
 
