@@ -10,10 +10,11 @@ Three comparisons, all against policy `projection` with an `expert_price` at S =
       sum over e of L_e (1 - the largest s_ep over p in P)  +  expert_price * |P|.
 
   The policy takes the experts whose own loss reaches the price (*threshold*). *Greedy* adds the expert that lowers the
-  sum most, until that is worth less than the price. *Exact* is the least possible, by integer programming, on a sample
-  of steps of the model as it is: also at the number of experts that the threshold runs. *Free* choices need not run
-  the heaviest expert of each token.
-- curves: KL divergence with threshold and greedy choices at equal active experts.
+  sum most, until that is worth less than the price. *Residual* is a cheaper greedy: it adds the expert whose own loss
+  is largest after the best substitution so far. *Exact* is the least possible, by integer programming, on a sample of
+  steps of the model as it is: also at the number of experts that the threshold runs. *Free* choices need not run the
+  heaviest expert of each token.
+- curves: KL divergence with these choices, but for the exact one, at equal active experts.
 - fills: a fourth way to settle a slot. The token takes the running expert p that its router scores highest beyond its
   own choice, as in OEA. That p stands in for e is no measured fact. It is a bet that scores are worth: p recovers the
   share `trust` * score_p / score_e of what e was worth, so that
@@ -76,7 +77,7 @@ BATCHES = (4, 16, 64)
 PRICES = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 PRICES_OF_PARTS = (0.005, 0.02, 0.08)  # of choices and of fills
 SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the range of active experts that `TODAY` covers: where curves are compared
-TODAY, GREEDY, FREE, FILLED = "threshold (today's)", "greedy", "greedy, free", "threshold, and fills"
+TODAY, FILLED = "threshold (today's)", "threshold, and fills"
 ALWAYS = 1e9  # as `trust`: a slot is filled wherever an expert is left
 
 
@@ -128,15 +129,20 @@ def greedy(
     *,
     price: float = 0.0,
     count_D: torch.Tensor | None = None,
+    own_alone: bool = False,
 ) -> torch.Tensor:
     """The expert that lowers the error most comes next, until that is worth less than the price, or there are enough.
 
-    With `count_D` each step runs so many experts, if that many must not run anyway.
+    With `count_D` each step runs so many experts, if that many must not run anyway. With `own_alone` what an expert
+    would do for others does not count: this is the residual choice, which needs no sum over pairs of experts.
     """
     runs_DE, similarity_EE = must_DE.clone(), similarity_EE.double()
     best_DE = _best(runs_DE, similarity_EE)
     while True:
-        gain_DE = torch.einsum("de,dep->dp", losses_DE, (similarity_EE - best_DE[:, :, None]).clamp(min=0))
+        if own_alone:
+            gain_DE = losses_DE * (1 - best_DE)
+        else:
+            gain_DE = torch.einsum("de,dep->dp", losses_DE, (similarity_EE - best_DE[:, :, None]).clamp(min=0))
         gain_D, expert_D = gain_DE.masked_fill(runs_DE, -1).max(dim=1)
         wanted_D = gain_D >= max(price, 1e-12) if count_D is None else (runs_DE.sum(dim=1) < count_D) & (gain_D >= 0)
         if not wanted_D.any():
@@ -179,6 +185,16 @@ def exact(
     )
     assert found.success, found.message
     return torch.from_numpy(found.x[:experts] > 0.5)
+
+
+residual = partial(greedy, own_alone=True)
+CHOICES: dict[str, tuple[Callable[..., torch.Tensor], int]] = {  # and how many heaviest experts of each token run
+    "residual": (residual, 1),
+    "greedy": (greedy, 1),
+    "threshold, free": (threshold, 0),
+    "residual, free": (residual, 0),
+    "greedy, free": (greedy, 0),
+}
 
 
 def _best(runs_DE: torch.Tensor, similarity_EE: torch.Tensor) -> torch.Tensor:
@@ -293,9 +309,11 @@ def choices(steps: Sequence[SampledStep], price: float) -> list[dict[str, Any]]:
         today_E = threshold(*one, price=price)[0]
         count = int(today_E.sum())
         add("threshold", step, today_E)
+        add("residual", step, residual(*one, price=price)[0])
         add("greedy", step, greedy(*one, price=price)[0])
         add("exact", step, exact(*step, price=price))
         add("exact, free", step, exact(step.losses_E, nothing_E, step.similarity_EE, price=price))
+        add("residual at equal experts", step, residual(*one, count_D=torch.tensor([count]))[0])
         add("greedy at equal experts", step, greedy(*one, count_D=torch.tensor([count]))[0])
         add("exact at equal experts", step, exact(*step, count=count))
         add("exact, free, at equal experts", step, exact(step.losses_E, nothing_E, step.similarity_EE, count=count))
@@ -344,10 +362,10 @@ def curves(
     """Returns the results of every policy over the prices."""
     policies: dict[str, Callable[[float], Rerouter]] = {
         TODAY: lambda price: projection_rerouter(of_layers, Settings(1, expert_price=price)),
-        GREEDY: lambda price: selecting_rerouter(of_layers, partial(greedy, price=price)),
-        FREE: lambda price: selecting_rerouter(of_layers, partial(greedy, price=price), keeps=0),
         FILLED: lambda price: selecting_rerouter(of_layers, partial(threshold, price=price), fill=fill),
     }
+    for name, (choice, keeps) in CHOICES.items():
+        policies[name] = partial(_chosen, of_layers, choice, keeps)
     bar = tqdm(total=len(policies) * len(prices), desc=f"curves, batch {batch}")
     found: dict[str, list[LockstepResult]] = {name: [] for name in policies}
     for name, policy in policies.items():
@@ -356,6 +374,12 @@ def curves(
             bar.update()
     bar.close()
     return found
+
+
+def _chosen(
+    of_layers: Mapping[int, LayerTables], choice: Callable[..., torch.Tensor], keeps: int, price: float
+) -> Rerouter:
+    return selecting_rerouter(of_layers, partial(choice, price=price), keeps=keeps)
 
 
 def at_equal_experts(found: Mapping[str, Sequence[LockstepResult]], batch: int) -> list[dict[str, Any]]:
@@ -401,7 +425,7 @@ def curves_table(rows: Sequence[dict[str, Any]], batch: int) -> Table:
     today = [row for row in rows if (row["batch"], row["policy"]) == (batch, TODAY)]
     head = [f"{row['active_experts']:.1f} active\nKL {row['kl']:.4f}" for row in today]
     table = Table("policy", *head, title=f"batch {batch}: KL divergence as a factor of the policy's")
-    for policy in (GREEDY, FREE, FILLED):
+    for policy in (*CHOICES, FILLED):
         of_policy = [row for row in rows if (row["batch"], row["policy"]) == (batch, policy)]
         cells = [f"{row['ratio']:.2f} ±{row['ratio_error']:.2f}" if "ratio" in row else "-" for row in of_policy]
         table.add_row(policy, *cells)

@@ -11,7 +11,7 @@ from sere_dist.evaluation.rerouters import primary_by_step, projection_rerouter
 from sere_dist.method.projection import FIXED_POINT_ONE, losses_without_each_expert
 from sere_dist.method.records import LayerTables, Settings, Step
 from studies import selection as study
-from studies.selection import ALWAYS, Fill, errors_left, exact, greedy, losses, selecting_rerouter, threshold
+from studies.selection import ALWAYS, Fill, errors_left, exact, greedy, losses, residual, selecting_rerouter, threshold
 
 STEPS, BATCH, TOP_K, EXPERTS = 30, 3, 3, 6
 PRICE = 0.1
@@ -102,6 +102,24 @@ def test_greedy_may_be_worse_than_the_threshold():
     assert objective(step, own, 0.5) == objective(step, exact(*step, price=0.5), 0.5) == pytest.approx(1.2)
 
 
+def test_residual(steps):
+    """Beside a loop; without similarities it is the threshold."""
+    for losses_E, must_E, similarity_EE in steps:
+        runs = {p for p in range(EXPERTS) if must_E[p]}
+        while len(runs) < EXPERTS:
+            left = {
+                e: float(losses_E[e]) * (1 - max(float(similarity_EE[e, p]) for p in runs))
+                for e in set(range(EXPERTS)) - runs
+            }
+            if max(left.values()) < PRICE / 2:
+                break
+            runs.add(max(left, key=lambda e, left=left: left[e]))
+        one = losses_E[None], must_E[None]
+        assert set(residual(*one, similarity_EE, price=PRICE / 2)[0].nonzero().flatten().tolist()) == runs
+        unlike = one[0], one[1], torch.eye(EXPERTS)
+        assert residual(*unlike, price=PRICE).equal(threshold(*unlike, price=PRICE))
+
+
 def test_greedy_by_steps_and_counts(steps):
     """Steps side by side are what each is alone, and as many experts run as each step is asked for."""
     side_by_side = (torch.stack([step[i] for step in steps]) for i in (0, 1))
@@ -174,7 +192,7 @@ def test_study(tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "found.json").read_text())
     least = {row["choice"]: row["objective"] for row in found["choices"]}
     assert least["exact, free"] <= least["exact"] <= least["greedy"] * (1 + 1e-3)
-    assert {row["policy"] for row in found["at_equal_experts"]} == {study.TODAY, study.GREEDY, study.FREE, study.FILLED}
+    assert {row["policy"] for row in found["at_equal_experts"]} == {study.TODAY, study.FILLED, *study.CHOICES}
     assert [row["ratio"] for row in found["at_equal_experts"] if row["policy"] == study.TODAY] == [1]
-    assert len(found["points"]) == 1 + 4 * 2
+    assert len(found["points"]) == 1 + 7 * 2
     assert "beside exact" in capsys.readouterr().out
