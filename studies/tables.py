@@ -48,8 +48,9 @@ def outcome(row: dict[str, Any]) -> list[str]:
 
 
 @cache
-def field_rows() -> dict[tuple[int, str, float | None], dict[str, Any]]:
-    return {(row["batch"], row["policy"], row["knob"]): row for row in load(RESULTS / "quality-tiny-moe.json")["field"]}
+def field_rows(example: str = "tiny-moe") -> dict[tuple[int, str, float | None], dict[str, Any]]:
+    rows = load(RESULTS / f"quality-{example}.json")["field"]
+    return {(row["batch"], row["policy"], row["knob"]): row for row in rows}
 
 
 def quality() -> str:
@@ -71,17 +72,57 @@ def quality() -> str:
     return markdown(["policy", "active experts", "KL divergence", "perplexity", "likeliest token kept"], rows)
 
 
-def against_the_field() -> str:
+def against_the_field(example: str = "tiny-moe") -> str:
     """The range over all prices of our KL as a factor of a rival's at as many active experts."""
-    priced = [row for row in field_rows().values() if row["policy"] == PRICED]
+    priced = [row for row in field_rows(example).values() if row["policy"] == PRICED]
+    batches = sorted({row["batch"] for row in priced})
     rows = []
     for name, label in RIVALS.items():
         cells = []
-        for batch in BATCHES:
+        for batch in batches:
             found = [row["beside"][name]["ratio"] for row in priced if row["batch"] == batch and name in row["beside"]]
-            cells.append(f"{min(found):.2f} to {max(found):.2f}")
-        rows.append([label, *cells])
-    return markdown(["KL as a factor of that of", *(f"batch {batch}" for batch in BATCHES)], rows)
+            cells.append(f"{min(found):.2f} to {max(found):.2f}" if found else "-")
+        if any(cell != "-" for cell in cells):
+            rows.append([label, *cells])
+    return markdown(["KL as a factor of that of", *(f"batch {batch}" for batch in batches)], rows)
+
+
+def smollm2_quality() -> str:
+    """Every policy of the figures on SmolLM2-MoE, by batch: active experts and KL divergence."""
+    of = field_rows("smollm2-moe")
+    batches = sorted({batch for batch, *_ in of})
+    shown: list[tuple[str, tuple[str, float | None]]] = [("baseline", ("off", None))]
+    shown += [(f"SERE, S = {s}", ("paper, frobenius", s)) for s in (1, 2, 4)]
+    shown += [("SERE with random similarity, S = 2", ("paper, random", 2)), ("OEA, k0 = 2", ("OEA", 2))]
+    shown += [("XShare, warm-up 1", ("XShare, warm-up 1", 2)), ("projection (ours), S = 2", ("projection", 2))]
+    shown += [(f"`expert_price: {price:g}` (ours)", (PRICED, price)) for price in (0.005, 0.02, 0.08)]
+    rows = []
+    for name, point in shown:
+        found = [of[batch, *point] for batch in batches]
+        rows.append([name, *(f"{row['active_experts']:.1f} at {plus_minus(row, 'kl')}" for row in found)])
+    return markdown(["active experts at KL divergence", *(f"batch {batch}" for batch in batches)], rows)
+
+
+def smollm2_against_the_field() -> str:
+    return against_the_field("smollm2-moe")
+
+
+def drift() -> str:
+    rows = []
+    for row in load(RESULTS / "drift.json")["scores"]:
+        measures = [row[name] for name in ("greedy", "pass@1", "pass@8")]
+        scores = [f"{100 * each['score']:.1f} ± {100 * each['error']:.1f} %" for each in measures]
+        rows.append([row["kind"], str(row["questions"]), row["policy"], *scores])
+    return markdown(["kind", "questions", "re-routing", "greedy", "pass@1", "pass@8"], rows)
+
+
+def control() -> str:
+    days = load(RESULTS / "control.json")["days"]
+    rows = [
+        [way, str(day["requests"]), str(day["good"]), f"{day['kl']:.4f}", f"{day['active_experts']:.1f}"]
+        for way, day in days.items()
+    ]
+    return markdown(["price", "requests", "within the objective", "KL divergence", "active experts"], rows)
 
 
 def by_batch() -> str:
