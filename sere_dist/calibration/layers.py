@@ -160,6 +160,20 @@ def load_layer(
     return model, model.get_submodule(decoder_name), layers[layer]
 
 
+def load_head(checkpoint: Checkpoint, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns what makes logits [B, L, V] of the states [B, L, H] that the last decoder layer gives."""
+    model = checkpoint.empty_model()
+    stack, layers = decoder_layers(model)
+    load_part(checkpoint, model, lambda name: not name.startswith(f"{stack}."), device, "loading the output layer")
+    let_pass(layers)
+
+    def logits_of(states_BLH: torch.Tensor) -> torch.Tensor:
+        with given_states(layers[0], states_BLH):
+            return model(inputs_embeds=states_BLH, use_cache=False).logits
+
+    return logits_of
+
+
 def load_part(
     checkpoint: Checkpoint, model: PreTrainedModel, needed: Callable[[str], bool], device: str, what: str
 ) -> None:

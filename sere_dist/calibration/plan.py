@@ -33,20 +33,61 @@ H200 = Device("H200", 67e12, 67e12)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Sizes in bytes and work in FLOPs of one calibration; `a layer` is a MoE layer."""
+class Sizes:
+    """The parameters of a model by their places."""
 
     model: str
     shape: MoeShape
-    layer_names: dict[int, str]
+    layer_names: dict[int, str]  # of MoE layers
+    parameters: int
+    layer_parameters: int  # of the largest decoder layer
+    expert_parameters: int  # of a layer's experts together
+    embedding_parameters: int  # of the input
+    head_parameters: int  # that are loaded to make logits: all outside the decoder layers, tied ones twice
+    stored_bytes: float  # of a parameter in the checkpoint
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint) -> "Sizes":
+        """Counts, from the configuration alone.
+
+        Raises:
+            ValueError: the model has no routed experts.
+        """
+        shape = MoeShape.from_config(checkpoint.config)
+        model = checkpoint.empty_model()
+        tied = model.all_tied_weights_keys  # counted once
+        count_of = {name: tensor.numel() for name, tensor in model.named_parameters() if name not in tied}
+        experts = routed_experts(model)
+        stack, layers = decoder_layers(model)
+        return cls(
+            model=checkpoint.name,
+            shape=shape,
+            layer_names={layer: name for layer, (name, _) in experts.items()},
+            parameters=sum(count_of.values()),
+            layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
+            expert_parameters=max(sum(p.numel() for p in each.parameters()) for _, each in experts.values()),
+            embedding_parameters=sum(p.numel() for p in model.get_input_embeddings().parameters()),
+            head_parameters=sum(
+                t.numel() for name, t in model.state_dict().items() if not name.startswith(f"{stack}.")
+            ),
+            stored_bytes=checkpoint.stored_bytes(sum(count_of.values())),
+        )
+
+    def layer_flops(self, num_tokens: int, max_length: int) -> float:
+        """Of one decoder layer: K of E experts, the rest whole, and attention over texts of the greatest length."""
+        used = self.shape.num_experts_per_token / self.shape.num_experts
+        active = self.layer_parameters - self.expert_parameters * (1 - used)
+        return num_tokens * (2 * active + 4 * max_length * self.shape.hidden_size)
+
+
+@dataclass(frozen=True)
+class Plan(Sizes):
+    """Sizes in bytes and work in FLOPs of one calibration; `a layer` is a MoE layer."""
+
     method: Method
     kernel: Kernel
     num_tokens: int
     max_length: int
-    parameters: int
-    layer_parameters: int  # of the largest decoder layer
-    expert_parameters: int  # of a layer's experts together
-    stored_bytes: float  # of a parameter in the checkpoint
     device: Literal["cpu", "cuda"]
     wanted_block: int | None
 
@@ -66,24 +107,12 @@ class Plan:
         Raises:
             ValueError: the model has no routed experts.
         """
-        shape = MoeShape.from_config(checkpoint.config)
-        model = checkpoint.empty_model()
-        tied = model.all_tied_weights_keys  # counted once
-        parameters = sum(tensor.numel() for name, tensor in model.named_parameters() if name not in tied)
-        experts = routed_experts(model)
-        _, layers = decoder_layers(model)
         return cls(
-            model=checkpoint.name,
-            shape=shape,
-            layer_names={layer: name for layer, (name, _) in experts.items()},
+            **vars(Sizes.of_checkpoint(checkpoint)),
             method=METHODS[method],
             kernel=kernel,
             num_tokens=num_tokens if METHODS[method].needs_data else 0,
             max_length=max_length,
-            parameters=parameters,
-            layer_parameters=max(sum(p.numel() for p in layer.parameters()) for layer in layers),
-            expert_parameters=max(sum(p.numel() for p in each.parameters()) for _, each in experts.values()),
-            stored_bytes=checkpoint.stored_bytes(parameters),
             device=device,
             wanted_block=block_tokens,
         )
@@ -126,10 +155,8 @@ class Plan:
 
     @property
     def forward_flops(self) -> float:
-        """Of one decoder layer: K of E experts, the rest whole, and attention over texts of the greatest length."""
-        used = self.shape.num_experts_per_token / self.shape.num_experts
-        active = self.layer_parameters - self.expert_parameters * (1 - used)
-        return self.num_tokens * (2 * active + 4 * self.max_length * self.shape.hidden_size)
+        """Of a layer's forward task."""
+        return self.layer_flops(self.num_tokens, self.max_length)
 
     @property
     def expert_passes(self) -> int:

@@ -23,10 +23,8 @@ from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import (
     Texts,
     forward_layer,
-    given_states,
-    let_pass,
+    load_head,
     load_layer,
-    load_part,
     run_layer,
     text_blocks,
 )
@@ -92,17 +90,14 @@ def _gradients_of_states(
     checkpoint: Checkpoint, blocks: Sequence[Texts], states: Sequence[np.ndarray], device: str, seed: int
 ) -> list[np.ndarray]:
     """Returns the gradients [B, L, H] of the drawn tokens' log-probabilities by what the last layer gives."""
-    model = checkpoint.empty_model()
-    stack, layers = decoder_layers(model)
-    load_part(checkpoint, model, lambda name: not name.startswith(f"{stack}."), device, "loading the output layer")
-    let_pass(layers)
+    logits_of = load_head(checkpoint, device)
     generator = torch.Generator(device).manual_seed(seed)
     gradients = []
     for block, block_states in zip(blocks, states, strict=True):
         states_BLH = torch.from_numpy(block_states).to(device).requires_grad_()
-        with given_states(layers[0], states_BLH):
-            logits_BLV = model(inputs_embeds=states_BLH, use_cache=False).logits
-        log_p_NV = logits_BLV.flatten(0, 1).float().log_softmax(-1)[torch.from_numpy(block.is_token_BL.flatten())]
+        log_p_NV = (
+            logits_of(states_BLH).flatten(0, 1).float().log_softmax(-1)[torch.from_numpy(block.is_token_BL.flatten())]
+        )
         drawn_N1 = torch.multinomial(log_p_NV.detach().exp(), 1, generator=generator)
         (gradient_BLH,) = torch.autograd.grad(log_p_NV.gather(1, drawn_N1).sum(), states_BLH)
         gradients.append(gradient_BLH.cpu().numpy())
