@@ -9,9 +9,11 @@ Shape suffixes: B sequences, L positions, D decode steps, K experts per token, E
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,8 @@ Routed = tuple[torch.Tensor, torch.Tensor]  # weights_DBK, ids_DBK; an id of -1 
 # What re-routes all decode steps of a layer, each by itself: (layer, weights_DBK, ids_DBK, scores_DBE) -> the first two
 # of what runs. The router's scores of all experts are in proportion to the weights; None where they can't be read.
 Rerouter = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], Routed]
+
+REFERENCE_BATCH = 16  # texts of a forward pass of the model as it is, in which no text depends on others
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,37 @@ def unchanged(
     return weights_DBK, ids_DBK
 
 
+class Counting:
+    """A rerouter that also counts the experts that run.
+
+    Attributes:
+        active_sum: active experts, summed over all steps and layers so far.
+        steps: decode steps times layers so far.
+    """
+
+    def __init__(self, rerouter: Rerouter, num_experts: Mapping[int, int]):
+        """`num_experts`: of each MoE layer, by decoder layer index; see `experts_of_layers`."""
+        self.rerouter, self.num_experts = rerouter, num_experts
+        self.active_sum = self.steps = 0
+
+    def __call__(
+        self, layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None
+    ) -> Routed:
+        weights_DBK, ids_DBK = self.rerouter(layer, weights_DBK, ids_DBK, scores_DBE)
+        self.count(layer, ids_DBK)
+        return weights_DBK, ids_DBK
+
+    def count(self, layer: int, ids_DBK: torch.Tensor) -> None:
+        """Counts the experts that the steps of one batch run in a layer."""
+        self.active_sum += int(active_by_step(ids_DBK, self.num_experts[layer]).sum())
+        self.steps += len(ids_DBK)
+
+
+def experts_of_layers(model: PreTrainedModel) -> dict[int, int]:
+    """Returns the number of experts of each MoE layer, by decoder layer index."""
+    return {layer: experts.num_experts for layer, (_, experts) in routed_experts(model).items()}
+
+
 @torch.inference_mode()
 def lockstep(
     model: PreTrainedModel,
@@ -118,31 +153,22 @@ def lockstep(
         rerouter: what re-routes.
         reference_BDV: logits of the steps, those of the model as it is (`decode_logits`), to diverge from.
     """
-    active_sum, steps = 0, 0
-
-    def counted(
-        layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None
-    ) -> Routed:
-        nonlocal active_sum, steps
-        weights_DBK, ids_DBK = rerouter(layer, weights_DBK, ids_DBK, scores_DBE)
-        active_sum += int(active_by_step(ids_DBK, num_experts[layer]).sum())
-        steps += len(ids_DBK)
-        return weights_DBK, ids_DBK
-
-    num_experts = {layer: experts.num_experts for layer, (_, experts) in routed_experts(model).items()}
-    logits_BDV = decode_logits(model, ids_BL, prompt_length=prompt_length, rerouter=counted)
+    counting = Counting(rerouter, experts_of_layers(model))
+    logits_BDV = decode_logits(model, ids_BL, prompt_length=prompt_length, rerouter=counting)
     next_BD = ids_BL[:, prompt_length + 1 :].to(logits_BDV.device)
     # A sequence at a time: over a large vocabulary each of these tensors is as large as a model's layer.
-    losses = tuple(
-        float(F.cross_entropy(logits_DV, next_D, reduction="none").double().sum())
-        for logits_DV, next_D in zip(logits_BDV, next_BD, strict=True)
-    )
+    losses = tuple(loss_of(*pair) for pair in zip(logits_BDV, next_BD, strict=True))
     divergences: tuple[float, ...] = ()
     agreements: tuple[int, ...] = ()
     if reference_BDV is not None:
         found = [divergence_and_agreement(*pair) for pair in zip(reference_BDV, logits_BDV, strict=True)]
         divergences, agreements = zip(*found, strict=True)
-    return LockstepResult(losses, divergences, agreements, next_BD.numel(), active_sum, steps)
+    return LockstepResult(losses, divergences, agreements, next_BD.numel(), counting.active_sum, counting.steps)
+
+
+def loss_of(logits_DV: torch.Tensor, next_D: torch.Tensor) -> float:
+    """Returns the loss of a sequence's steps, nats, summed; `next_D` are the tokens that they should predict."""
+    return float(F.cross_entropy(logits_DV, next_D, reduction="none").double().sum())
 
 
 def divergence_and_agreement(reference_DV: torch.Tensor, logits_DV: torch.Tensor) -> tuple[float, int]:
@@ -158,10 +184,29 @@ def decode_logits(
     model: PreTrainedModel, ids_BL: torch.Tensor, *, prompt_length: int, rerouter: Rerouter = unchanged
 ) -> torch.Tensor:
     """Returns the logits [B, D, V], float32, of one batch's decode steps; arguments as in `lockstep`."""
-    batch, length = ids_BL.shape
+    steps = decode_steps(ids_BL, prompt_length)
+    with rerouted_steps(model, ids_BL, prompt_length, rerouter):
+        return model(ids_BL.to(model.device)).logits[:, steps].float()
+
+
+def decode_steps(ids_BL: torch.Tensor, prompt_length: int) -> slice:
+    """Returns the positions that are decode steps.
+
+    Raises:
+        ValueError: there is none.
+    """
+    length = ids_BL.shape[1]
     if not 0 < prompt_length < length - 1:
         raise ValueError(f"prompt_length ({prompt_length}) must leave a decode step in sequences of {length} tokens")
-    steps = slice(prompt_length, length - 1)
+    return slice(prompt_length, length - 1)
+
+
+@contextmanager
+def rerouted_steps(
+    model: PreTrainedModel, ids_BL: torch.Tensor, prompt_length: int, rerouter: Rerouter
+) -> Generator[None]:
+    """Re-routes the decode steps in forward passes of these texts through the model, or through layers of it."""
+    (batch, length), steps = ids_BL.shape, decode_steps(ids_BL, prompt_length)
 
     def route(layer: int, routing: Routing, scores_NE: torch.Tensor | None) -> Routing:
         hidden_states, *index_and_weights = routing
@@ -176,7 +221,26 @@ def decode_logits(
         return hidden_states, ids_BLK.flatten(0, 1), weights_BLK.flatten(0, 1)
 
     with hooked_routing(model, route):
-        return model(ids_BL.to(model.device)).logits[:, steps].float()
+        yield
+
+
+class Decoding(NamedTuple):
+    """A rerouter, and how many texts decode together under it."""
+
+    rerouter: Rerouter
+    batch: int
+    first_layer: int = 0  # decoder layers before this one stay as they are
+
+
+def whole_batches(num_texts: int, batch: int) -> int:
+    """Returns how many texts fill batches of so many.
+
+    Raises:
+        ValueError: there are not even enough for one batch.
+    """
+    if (whole := num_texts // batch * batch) == 0:
+        raise ValueError(f"{num_texts} texts do not fill a batch of {batch}: use more texts")
+    return whole
 
 
 @dataclass(frozen=True)
@@ -189,7 +253,7 @@ class HeldOut:
 
     @cached_property
     def reference_NDV(self) -> torch.Tensor:
-        parts = self.ids_NL.split(16)
+        parts = self.ids_NL.split(REFERENCE_BATCH)
         return torch.cat([decode_logits(self.model, part, prompt_length=self.prompt_length).cpu() for part in parts])
 
     def run(self, rerouter: Rerouter, batch: int) -> LockstepResult:
@@ -200,15 +264,17 @@ class HeldOut:
         Raises:
             ValueError: there are not even enough for one batch.
         """
-        whole = len(self.ids_NL) // batch * batch
-        if whole == 0:
-            raise ValueError(f"{len(self.ids_NL)} texts do not fill a batch of {batch}: use more texts")
+        whole = whole_batches(len(self.ids_NL), batch)
         parts = zip(self.ids_NL[:whole].split(batch), self.reference_NDV[:whole].split(batch), strict=True)
         results = [
             lockstep(self.model, ids_BL, prompt_length=self.prompt_length, rerouter=rerouter, reference_BDV=reference)
             for ids_BL, reference in parts
         ]
         return sum(results[1:], results[0])
+
+    def run_all(self, decodings: Sequence[Decoding]) -> list[LockstepResult]:
+        """Returns the result of each, as `run` does."""
+        return [self.run(decoding.rerouter, decoding.batch) for decoding in decodings]
 
 
 def active_by_step(ids_DBK: torch.Tensor, num_experts: int) -> torch.Tensor:
