@@ -48,6 +48,14 @@ def search(layers: Sequence[int], batch: int, budget: Budget, runner: TrialRunne
     return SearchResult(path[place], outcomes[place], [outcomes[each] for each in sorted(outcomes)])
 
 
+def most_trials(layers: int, candidates: int, batches: int, top_k: int) -> int:
+    """Returns how many trials a search takes at most, those on held-out texts included.
+
+    `candidates`: settings to try in each layer; `batches`: those that are measured on held-out texts.
+    """
+    return 1 + layers * candidates + COMBINATIONS + ROUNDS * REFINED + 2 * batches + top_k - 1
+
+
 def measure_single_layers(
     batch: int, layers: Sequence[int], off: LockstepResult, runner: TrialRunner
 ) -> dict[int, dict[LayerSetting, Cost]]:

@@ -1,4 +1,4 @@
-"""What the jobs print for people: a calibration's plan, and what a tuning found."""
+"""What the jobs print for people: their plans, and what a tuning found."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ from rich.table import Table
 
 from sere_dist.artifact.recommendation import Outcome, Recommendation
 from sere_dist.calibration.plan import H200, Plan
+from sere_dist.evaluation.plan import TuningPlan
 from sere_dist.evaluation.tuning import Budget
 
 
@@ -42,12 +43,48 @@ def plan_table(plan: Plan, workers: str, sensitivity_texts: int) -> Table:
             "work": f"forward {flops(forwards * plan.forward_flops)}, scoring "
             f"{flops(layers * plan.score_float32)} in float32 and {flops(layers * plan.score_float64)} in float64",
         }
-    on_gpu = replace(plan, device="cuda")
-    rows["expected"] = (
-        f"{on_gpu.seconds(H200, 1):,.0f} s on 1 {H200.name}, {on_gpu.seconds(H200, 8):,.0f} s on 8. Not measured: "
+    rows["expected"] = _expected(replace(plan, device="cuda"))
+    return _plan(plan.model, rows)
+
+
+def tuning_plan_table(plan: TuningPlan, workers: str) -> Table:
+    """Returns the plan of a tuning; `workers` describes what the cluster has for it."""
+    rows = {
+        "model": f"{plan.shape.architecture}, {plan.parameters / 1e9:.3g} billion parameters, "
+        f"{len(plan.layer_names)} MoE layers",
+        "workers": workers,
+        "trials": f"up to {plan.trials:,}, of {plan.num_texts} texts of {plan.length} tokens",
+    }
+    whole = f"the model, {size(plan.whole_bytes)} {'as it is stored' if plan.dtype == 'auto' else f'in {plan.dtype}'}"
+    if not plan.by_layers:
+        rows |= {
+            "a worker holds": f"{whole}; with --by-layers one part of it at a time, at most {size(plan.part_bytes)}",
+            "reads": f"{size(plan.pass_read)} for each worker",
+            "expected": "the log says it after the first trial of a kind",
+        }
+        return _plan(plan.model, rows)
+    together = plan.trials_a_pass
+    rows |= {
+        "a worker holds": f"one part of the model at a time, at most {size(plan.part_bytes)} in float32, instead of "
+        f"{whole}; and in the host's memory the states of {together:,} trials and of the model as it is, "
+        f"{size(plan.states_bytes)} each",
+        "reads": f"{size(plan.pass_read)} a pass of up to {together:,} trials, which is "
+        f"{size(plan.pass_read / together)} a trial; about {plan.passes:,} passes in all",
+        "work": f"up to {flops(plan.trial_flops)} a trial, in float32",
+        "expected": f"{_expected(plan)}. The log says it anew after the first pass of a kind",
+    }
+    return _plan(plan.model, rows)
+
+
+def _expected(plan: Plan | TuningPlan) -> str:
+    return (
+        f"{plan.seconds(H200, 1):,.0f} s on 1 {H200.name}, {plan.seconds(H200, 8):,.0f} s on 8. Not measured: "
         f"half of {H200.float32 / 1e12:.0f} TFLOP/s, reads of {H200.read / 1e9:g} GB/s per task"
     )
-    table = Table(title=f"Plan for {plan.model}", show_header=False, title_justify="left")
+
+
+def _plan(model: str, rows: dict[str, str]) -> Table:
+    table = Table(title=f"Plan for {model}", show_header=False, title_justify="left")
     for name, text in rows.items():
         table.add_row(name, text)
     return table

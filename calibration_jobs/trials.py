@@ -1,13 +1,15 @@
 """What a tuning measures, and the workers that measure it.
 
 A trial decodes texts in lockstep batches (`sere_dist.evaluation.lockstep`) with a setting for each layer. Workers hold
-the model and the texts; the driver hands them trials, and keeps every result.
+the texts, and the model or one of its layers; the driver hands them trials, and keeps every result.
 """
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from typing import Any, Literal, NamedTuple
 
 import ray
@@ -20,7 +22,10 @@ from calibration_jobs.measurements import Measurements
 from calibration_jobs.pool import ActorPool
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting
-from sere_dist.evaluation.lockstep import HeldOut, LockstepResult
+from sere_dist.calibration.checkpoint import Checkpoint
+from sere_dist.calibration.memory import with_halving
+from sere_dist.evaluation.layered import LayeredHeldOut
+from sere_dist.evaluation.lockstep import Decoding, HeldOut, LockstepResult
 from sere_dist.evaluation.rerouters import Estimating
 from sere_dist.evaluation.tuning import candidates, losses_of_steps, rerouter_of
 from sere_dist.moe import load_model
@@ -45,6 +50,18 @@ class ModelSource(NamedTuple):
     revision: str | None
     device: Literal["cpu", "cuda"]
     dtype: str  # a name of torch's, or `auto`: the checkpoint's own
+    by_layers: bool  # one decoder layer at a time, in float32
+
+    def hold(self, texts: dict[str, torch.Tensor], prompt_length: int) -> dict[str, HeldOut | LayeredHeldOut]:
+        """Returns what decodes each set of texts [N, L]."""
+        if self.by_layers:
+            checkpoint = Checkpoint(self.name, self.revision)
+            return {
+                name: LayeredHeldOut(checkpoint, ids_NL, prompt_length, self.device) for name, ids_NL in texts.items()
+            }
+        dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        model = load_model(self.name, self.device, dtype, self.revision)
+        return {name: HeldOut(model, ids_NL, prompt_length) for name, ids_NL in texts.items()}
 
 
 def policy_for(artifact: Artifact) -> Literal["sere", "projection"]:
@@ -54,15 +71,14 @@ def policy_for(artifact: Artifact) -> Literal["sere", "projection"]:
 
 @ray.remote
 class Evaluator:
-    """A worker with the model and the texts."""
+    """A worker with the texts, and the model or one layer of it at a time."""
 
     def __init__(self, source: ModelSource, artifact: Artifact, texts: dict[str, torch.Tensor], prompt_length: int):
         transformers_logging.disable_progress_bar()
-        dtype = source.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
-        model = load_model(source.name, source.device, dtype, source.revision)
-        self.held_out = {name: HeldOut(model, ids_NL, prompt_length) for name, ids_NL in texts.items()}
+        self.held_out = source.hold(texts, prompt_length)
         self.tables = {layer: tables.to(source.device) for layer, tables in artifact.tables.items()}
         self.top_k = artifact.config.num_experts_per_token
+        self.num_layers = artifact.config.num_layers
         self.policy = policy_for(artifact)
 
     def find_candidates(self, batch: int) -> list[tuple[int, list[dict[str, Any]]]]:
@@ -75,14 +91,32 @@ class Evaluator:
             found.append((layer, [setting.model_dump() for setting in settings]))
         return found
 
-    def run_trial(self, trial: Trial) -> dict[str, Any]:
-        """Returns the fields of a LockstepResult."""
-        rerouter = rerouter_of(self.tables, self.policy, trial.layers)
-        if self.policy != "projection":
-            return asdict(self.held_out[trial.texts].run(rerouter, trial.batch))
-        estimating = Estimating(rerouter, self.tables)
-        result = self.held_out[trial.texts].run(estimating, trial.batch)
-        return asdict(replace(result, estimated_error=estimating.error))
+    def run_trials(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """Returns the fields of each trial's LockstepResult; all trials are of one set of texts.
+
+        Half as many go through the layers at a time whenever memory runs out.
+        """
+
+        def in_parts(size: int) -> list[dict[str, Any]]:
+            parts = [trials[start : start + size] for start in range(0, len(trials), size)]
+            return [fields for part in parts for fields in self._run(part)]
+
+        return with_halving(len(trials), in_parts, "a trial")[0]
+
+    def _run(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        (texts,) = {trial.texts for trial in trials}
+        rerouters = [rerouter_of(self.tables, self.policy, trial.layers) for trial in trials]
+        estimating = [Estimating(each, self.tables) for each in rerouters] if self.policy == "projection" else []
+        results = self.held_out[texts].run_all(
+            [
+                Decoding(rerouter, trial.batch, min(trial.layers, default=self.num_layers))
+                for rerouter, trial in zip(estimating or rerouters, trials, strict=True)
+            ]
+        )
+        if estimating:
+            pairs = zip(results, estimating, strict=True)
+            results = [replace(result, estimated_error=each.error) for result, each in pairs]
+        return [asdict(result) for result in results]
 
 
 @dataclass
@@ -91,27 +125,45 @@ class TrialRunner:
 
     pool: ActorPool  # of Evaluators
     measurements: Measurements
+    trials_a_pass: int = 1  # that a worker runs together: by layers, they share what it reads
 
     def find_candidates(self, batch: int) -> dict[int, list[LayerSetting]]:
         """Returns the settings to try in each layer."""
         key = json.dumps({"candidates": batch})
-        found = self._measure("settings to try", {key: ("find_candidates", batch)})[key]
+        if key not in self.measurements.values:
+            for _, found in self.pool.run({key: ("find_candidates", batch)}):
+                self.measurements.add(key, found)
+        found = self.measurements.values[key]
         return {layer: [LayerSetting(**setting) for setting in settings] for layer, settings in found}
 
     def run(self, title: str, trials: Sequence[Trial]) -> list[LockstepResult]:
         """Returns the result of each trial; `title` names them all where progress is shown."""
-        values = self._measure(title, {trial.key: ("run_trial", trial) for trial in trials})
+        values = self.measurements.values
+        missing = [trial for trial in trials if trial.key not in values]
+        groups = {str(place): group for place, group in enumerate(self._groups(missing))}
+        done, started = len(trials) - len(missing), time.monotonic()
+        with tqdm(total=len(trials), initial=done, desc=title, disable=not sys.stderr.isatty()) as bar:
+            for place, found in self.pool.run({place: ("run_trials", group) for place, group in groups.items()}):
+                for trial, value in zip(groups[place], found, strict=True):
+                    self.measurements.add(trial.key, value)
+                is_first, before = done == len(trials) - len(missing), done
+                done += len(found)
+                bar.update(len(found))
+                if bar.disable and (is_first or 10 * done // len(trials) > 10 * before // len(trials)):
+                    measured = done - len(trials) + len(missing)
+                    left = (len(missing) - measured) * (time.monotonic() - started) / measured
+                    about = f", about {tqdm.format_interval(left)} left" if done < len(trials) else ""
+                    print(f"{title}: {done} of {len(trials)}{about}", flush=True)
         return [LockstepResult(**values[trial.key]) for trial in trials]
 
-    def _measure(self, title: str, calls: dict[str, tuple[str, Any]]) -> dict[str, Any]:
-        values = self.measurements.values
-        missing = {key: call for key, call in calls.items() if key not in values}
-        with tqdm(
-            total=len(calls), initial=len(calls) - len(missing), desc=title, disable=not sys.stderr.isatty()
-        ) as bar:
-            for count, (key, value) in enumerate(self.pool.run(missing), len(calls) - len(missing) + 1):
-                self.measurements.add(key, value)
-                bar.update()
-                if bar.disable and (10 * count // len(calls) > 10 * (count - 1) // len(calls)):
-                    print(f"{title}: {count} of {len(calls)}", flush=True)
-        return {key: values[key] for key in calls}
+    def _groups(self, trials: Sequence[Trial]) -> list[Sequence[Trial]]:
+        """Parts trials into passes, as many for each worker, that take about as long.
+
+        Trials come in the order of the layers that they change, and those of the first layers take longest.
+        """
+        if not trials:
+            return []
+        workers = self.pool.workers.count
+        passes = ceil(len(trials) / self.trials_a_pass)
+        passes = min(len(trials), ceil(passes / workers) * workers)
+        return [trials[first::passes] for first in range(passes)]

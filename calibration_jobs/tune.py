@@ -7,9 +7,10 @@ Every option can also stand in a YAML file (`--config`), with `_` for `-`; optio
 cluster the same command starts Ray on this machine. A job that was stopped goes on where it was when the same command
 runs again, and with another budget it uses what was measured.
 
-Workers hold the model, and decode the texts in lockstep batches (`sere_dist.evaluation.lockstep`). The driver asks them
-for every setting of every layer alone, then for combinations along the trade-off that follows
-(`sere_dist.evaluation.tuning`). What is chosen is measured once more on held-out texts.
+Workers decode the texts in lockstep batches (`sere_dist.evaluation.lockstep`). Each holds the model, or with
+`--by-layers` one decoder layer at a time. The driver asks them for every setting of every layer alone, then for
+combinations along the trade-off that follows (`sere_dist.evaluation.tuning`). What is chosen is measured once more on
+held-out texts. `--dry-run` prints what it would take.
 """
 
 import hashlib
@@ -25,15 +26,17 @@ from calibration_jobs.measurements import Measurements
 from calibration_jobs.options import make_command
 from calibration_jobs.pool import ActorPool
 from calibration_jobs.resume import Fingerprint
-from calibration_jobs.search import measure_on_held_out, search
-from calibration_jobs.tables import tuning_tables
+from calibration_jobs.search import measure_on_held_out, most_trials, search
+from calibration_jobs.tables import tuning_plan_table, tuning_tables
 from calibration_jobs.trials import Evaluator, ModelSource, TrialRunner, policy_for
 from calibration_jobs.workers import Workers
 from sere_dist import console
 from sere_dist.artifact.folder import Artifact, check_output, write_recommendation
 from sere_dist.artifact.recommendation import LayerSetting, Recommendation
 from sere_dist.calibration.checkpoint import Checkpoint
-from sere_dist.evaluation.tuning import Budget
+from sere_dist.calibration.plan import Sizes
+from sere_dist.evaluation.plan import TuningPlan
+from sere_dist.evaluation.tuning import Budget, most_candidates
 from sere_dist.files import FilePath, HubName
 from sere_dist.moe import MoeShape
 from sere_dist.provenance import versions
@@ -66,6 +69,11 @@ class TuningConfig(JobConfig):
         description="Budget: largest mean number of experts per layer and step.",
     )
     restart: bool = Field(default=False, description="Discard what a stopped job has measured.")
+    dry_run: bool = Field(default=False, description="Print the plan and what it takes, and stop.")
+    by_layers: bool = Field(
+        default=False,
+        description="Hold one decoder layer at a time, in float32, instead of the model: for one that no worker holds.",
+    )
 
     num_samples: int = Field(
         default=64,
@@ -103,7 +111,14 @@ class TuningConfig(JobConfig):
             raise ValueError(f"--num-samples {self.num_samples} do not fill a --batch of {self.batch}")
         if self.prompt_length > self.length - 2:
             raise ValueError(f"--prompt-length {self.prompt_length} leaves no decode step of --length {self.length}")
+        if self.by_layers and self.dtype not in ("auto", "float32"):
+            raise ValueError(f"--by-layers runs in float32, as a calibration does: leave out --dtype {self.dtype}")
         return self
+
+    @property
+    def held_out_batches(self) -> list[int]:
+        """The batches that are measured on held-out texts."""
+        return sorted({each for each in (*BATCHES, self.batch) if each <= self.num_samples})
 
     @property
     def budget(self) -> Budget:
@@ -115,11 +130,13 @@ class TuningConfig(JobConfig):
         return Budget("active_experts", self.active_experts)
 
 
-def tune(config: TuningConfig) -> Recommendation:
-    """Tunes on the connected Ray cluster, or a local one, and writes what it found into the artifact.
+def tune(config: TuningConfig) -> Recommendation | None:
+    """Tunes on the connected Ray cluster, or a local one, and writes what it found into the artifact; None if dry.
 
     Raises:
-        ValueError: the model, the artifact, the texts or a setting can't be used, or nothing fits the budget.
+        ValueError: the model, the artifact, the texts or a setting can't be used, nothing fits the budget, or a worker
+            has less memory than it takes.
+        MemoryError: not even one trial fits in memory, or one layer.
         OSError: the artifact can't be written, or may not be pushed. Or pushing it failed at the end; the artifact on
             disk is tuned.
         RayError: workers died again and again. What was measured is kept; the same command goes on from there.
@@ -129,20 +146,27 @@ def tune(config: TuningConfig) -> Recommendation:
     check_output(config.artifact.resolve(), overwrite=True)
     checkpoint = Checkpoint(config.model, config.revision)
     artifact.check_serves(MoeShape.from_config(checkpoint.config), config.model, checkpoint.revision)
-    config.check_push()
-    texts = split_texts(config, checkpoint)
+    if not config.dry_run:
+        config.check_push()
+    texts = {} if config.dry_run else split_texts(config, checkpoint)
+    workers = Workers.of_cluster(config, may_start=not config.dry_run)
+    whole_dtype = config.dtype if config.dtype != "auto" or workers.device == "cuda" else "float32"
+    dtype = "float32" if config.by_layers else whole_dtype
+    plan = plan_of(config, checkpoint, artifact, whole_dtype)
+    console.tables().print(tuning_plan_table(plan, str(workers)))
+    if config.dry_run:
+        return None
+    plan.check()
     if config.dataset_name == artifact.config.dataset:
         print(f"{config.dataset_name} is what the artifact was calibrated on: texts that it saw flatter it", flush=True)
-    workers = Workers.of_cluster(config)
-    dtype = config.dtype if config.dtype != "auto" or workers.device == "cuda" else "float32"
     measurements = Measurements(
         config.artifact, fingerprint(config, checkpoint, artifact, texts, workers.device, dtype), config.restart
     )
-    print(f"workers: {workers}; texts: {len(texts['tuning'])} to tune on, {len(texts['report'])} others", flush=True)
+    print(f"texts: {len(texts['tuning'])} to tune on, {len(texts['report'])} others", flush=True)
 
-    source = ModelSource(checkpoint.place, checkpoint.revision, workers.device, dtype)
+    source = ModelSource(checkpoint.place, checkpoint.revision, workers.device, dtype, config.by_layers)
     with ActorPool(Evaluator, workers, source, artifact, texts, config.prompt_length) as pool:
-        recommended = find_recommendation(config, artifact, TrialRunner(pool, measurements))
+        recommended = find_recommendation(config, artifact, TrialRunner(pool, measurements, plan.trials_a_pass))
     for table in tuning_tables(recommended, config.budget):
         console.tables().print(table)
     write_recommendation(config.artifact, recommended)
@@ -152,6 +176,21 @@ def tune(config: TuningConfig) -> Recommendation:
     print(f"On held-out texts, that is {verdict} the budget. Serve it with policy: recommended", flush=True)
     config.push(config.artifact)
     return recommended
+
+
+def plan_of(config: TuningConfig, checkpoint: Checkpoint, artifact: Artifact, dtype: str) -> TuningPlan:
+    """Returns what the tuning takes; `dtype` is that of a model that workers hold whole."""
+    top_k, layers = artifact.config.num_experts_per_token, len(artifact.layers)
+    candidates = most_candidates(policy_for(artifact), top_k)
+    return TuningPlan(
+        **vars(Sizes.of_checkpoint(checkpoint)),
+        num_texts=config.num_samples,
+        length=config.length,
+        trials=most_trials(layers, candidates, len(config.held_out_batches), top_k),
+        by_layers=config.by_layers,
+        dtype=dtype,
+        memory=None if config.memory_per_task is None else int(config.memory_per_task * 2**30),
+    )
 
 
 def split_texts(config: TuningConfig, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -183,6 +222,7 @@ def fingerprint(
         "prompt_length": config.prompt_length,
         "device": device,
         "dtype": dtype,
+        "by_layers": config.by_layers,
         "versions": versions(*PACKAGES),
     }
 
@@ -195,8 +235,7 @@ def find_recommendation(config: TuningConfig, artifact: Artifact, runner: TrialR
     """
     layers, top_k = sorted(artifact.layers), artifact.config.num_experts_per_token
     found = search(layers, config.batch, config.budget, runner)
-    batches = sorted({each for each in (*BATCHES, config.batch) if each <= config.num_samples})
-    held_out = measure_on_held_out(found.chosen, layers, top_k, config.batch, batches, runner)
+    held_out = measure_on_held_out(found.chosen, layers, top_k, config.batch, config.held_out_batches, runner)
     return Recommendation(
         tensors_sha256=artifact.config.tensors_sha256,
         policy=policy_for(artifact),

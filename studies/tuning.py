@@ -114,6 +114,7 @@ def main(
             prompt_length=PROMPT,
         )
     )
+    assert recommended is not None  # it is no dry run
     seconds = round(time.perf_counter() - started)
     ray.shutdown()
 

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from sere_dist.artifact.recommendation import LayerSetting, Outcome
+from sere_dist.evaluation.layered import LayeredHeldOut
 from sere_dist.evaluation.lockstep import HeldOut, Rerouter, Routed
 from sere_dist.evaluation.rerouters import of_layers, paper_rerouter, primary_by_step, projection_rerouter
 from sere_dist.method.records import LayerTables
@@ -38,7 +39,9 @@ def rerouter_of(
     return of_layers({layer: make(tables, setting.numbers) for layer, setting in combination.items()})
 
 
-def losses_of_steps(held_out: HeldOut, batch: int, tables: Mapping[int, LayerTables]) -> dict[int, torch.Tensor]:
+def losses_of_steps(
+    held_out: HeldOut | LayeredHeldOut, batch: int, tables: Mapping[int, LayerTables]
+) -> dict[int, torch.Tensor]:
     """Returns, by layer, what each decode step would lose without each expert that no token has as its heaviest.
 
     As in `projection.losses_without_each_expert`: the sum of w w size over the slots that name it. All steps and
@@ -78,6 +81,11 @@ def candidates(
     losses = losses_N.sort().values
     prices = _distinct(float(losses[int(share * len(losses))]) for share in PRICE_QUANTILES) if len(losses) else []
     return [LayerSetting(select_top_k=1, expert_price=price) for price in (0.0, *prices)]
+
+
+def most_candidates(policy: Literal["sere", "projection"], top_k: int) -> int:
+    """Returns how many settings `candidates` returns at most."""
+    return (top_k - 1) * (1 + len(RHO_QUANTILES)) if policy == "sere" else 1 + len(PRICE_QUANTILES)
 
 
 def _distinct(numbers: Iterable[float]) -> list[float]:

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
 from examples.tiny_moe.data import HELDOUT, MODEL
+from examples.tiny_moe.widen import widen
 from sere_dist.artifact.folder import Artifact
 from sere_dist.calibration.texts import read_texts, tokenise
 from sere_dist.evaluation.lockstep import HeldOut, unchanged
@@ -113,3 +115,48 @@ def test_another_budget_measures_little_again(cluster, tuned, tmp_path):
     done = cluster.run(command(path, max_perplexity_rise="0.00001"), capture_output=True, text=True)
     assert done.returncode == 1 and "nothing fits the budget, a loss rise of at most 1e-05" in done.stderr
     assert Artifact.load(path).recommended == artifact.recommended
+
+
+def test_a_dry_run_writes_nothing(cluster, projection_path):
+    before = sorted(projection_path.parent.iterdir())
+    done = cluster.run([*command(projection_path, max_kl="1"), "--dry-run"], capture_output=True, text=True)
+    assert done.returncode == 0 and "up to 90, of 6 texts of 24 tokens" in done.stdout
+    assert sorted(projection_path.parent.iterdir()) == before
+
+
+def test_a_model_that_no_worker_holds(cluster, projection_path, tuned, tmp_path):
+    """Each worker may take 160 MB; the model, which computes what the example model does, has 380 MB of weights."""
+    path, wide = copied(projection_path, tmp_path), widen(MODEL, tmp_path / "wide", 320)
+    hook = '{"worker_process_setup_hook": "tests.support.memory_limit.limit", "excludes": [".git"]}'
+    submit = ["ray", "job", "submit", "--log-style=record", "--log-color=false", "--working-dir", "."]
+    submit += ["--runtime-env-json", hook, "--", "python", "-m", "calibration_jobs.tune"]
+
+    def run(*more: str, **sizes: str) -> subprocess.CompletedProcess:
+        given = options(path, model=str(wide), max_kl="0.05", **sizes)
+        return cluster.run([*submit, *given, *more], capture_output=True, text=True)
+
+    done = run()
+    assert done.returncode == 1 and "allocate memory" in done.stdout + done.stderr
+    done = run(memory_per_task="0.3")
+    assert (
+        done.returncode == 1 and "the model takes 0.382 GB: give each worker more, or tune --by-layers" in done.stdout
+    )
+    done = run("--by-layers", memory_per_task="0.3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "single layers: 18 of 54, about" in done.stdout
+
+    whole, layered = (measured(of.with_name("artifact.tuning.jsonl")) for of in (tuned[0], path))
+    assert whole.keys() == layered.keys() and len(whole) > 70
+    for key, value in whole.items():
+        if "candidates" in key:
+            assert layered[key] == value
+        else:
+            assert layered[key] == {name: pytest.approx(number, rel=1e-3, abs=1e-4) for name, number in value.items()}
+    ours, theirs = (Artifact.load(of).recommended for of in (path, tuned[0]))
+    assert ours.layers == theirs.layers
+    assert ours.tuned.model_dump() == pytest.approx(theirs.tuned.model_dump(), rel=1e-2, abs=1e-5)
+
+
+def measured(file: Path) -> dict[str, Any]:
+    """What a tuning has measured."""
+    return dict(json.loads(line) for line in file.read_text().splitlines()[1:])
