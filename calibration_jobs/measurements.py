@@ -17,6 +17,8 @@ class Measurements:
     def __init__(self, artifact: Path, fingerprint: Fingerprint, restart: bool):
         """Opens the file, or makes it. With `restart` the measurements of whichever tuning are thrown away.
 
+        A file without measurements is made anew: its tuning may have stopped because the model did not fit.
+
         Raises:
             ValueError: the file holds the measurements of another tuning; the message says what differs.
         """
@@ -24,7 +26,9 @@ class Measurements:
         self.values: dict[str, Any] = {}
         lines = [] if restart or not self.path.exists() else self.path.read_text().splitlines()
         whole = [line for place, line in enumerate(lines) if self._is_whole(line, place, len(lines))]
-        if whole:
+        if len(whole) < 2:
+            whole = []
+        else:
             check_same_job(
                 self.path,
                 kept=json.loads(whole[0]),

@@ -169,6 +169,9 @@ def test_measurements_that_are_damaged(tmp_path):
     with pytest.raises(ValueError, match=r"another tuning \(other: model, seed\).*--restart"):
         Measurements(tmp_path / "artifact", {"model": "n", "seed": 1}, restart=False)
     assert Measurements(tmp_path / "artifact", {"model": "n"}, restart=True).values == {}
+    Measurements(tmp_path / "artifact", {"model": "o"}, restart=False).add("a", 1)  # there was nothing to lose
+    with pytest.raises(ValueError, match="other: model"):
+        Measurements(tmp_path / "artifact", {"model": "n"}, restart=False)
 
 
 @pytest.mark.parametrize(
