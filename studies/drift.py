@@ -30,8 +30,8 @@ from vllm import LLM, SamplingParams
 from examples.application import SMOLLM2_MOE
 from examples.smollm2_moe.questions import COUNTRIES, JOBS
 from sere_dist.console import progress, tables
-from sere_dist.evaluation.errors import difference_with_error, with_error
 from sere_dist.provenance import keep, machine, rounded, versions
+from sere_dist.standard_errors import difference_with_error, with_error
 from studies.common import RESULTS
 
 BATCH, SAMPLES, NEW, SEED = 32, 8, 96, 1

@@ -51,7 +51,6 @@ from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import LayerResult, expert_inputs, score_layer, text_blocks
 from sere_dist.calibration.sensitivity import layer_sensitivities, weigh_layers
 from sere_dist.console import tables
-from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
 from sere_dist.evaluation.figures import (
     ACTIVE_EXPERTS,
     BLACK,
@@ -98,6 +97,7 @@ from sere_dist.method.records import LayerTables, Settings
 from sere_dist.method.similarity import MethodName, random_similarity
 from sere_dist.moe import MoeShape, load_model, routed_experts
 from sere_dist.provenance import line_by_line, machine, rounded, versions
+from sere_dist.standard_errors import difference_with_error, ratio_with_error, with_error
 from studies.common import RESULTS, ROOT
 
 

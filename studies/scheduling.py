@@ -49,7 +49,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from examples.application import EXAMPLES
 from sere_dist import console
 from sere_dist.calibration.checkpoint import Checkpoint
-from sere_dist.evaluation.errors import ratio_with_error
 from sere_dist.evaluation.lockstep import Routed, active_by_step, decode_logits
 from sere_dist.evaluation.protocol import (
     BATCH,
@@ -66,6 +65,7 @@ from sere_dist.method.projection import primary_by_price
 from sere_dist.method.records import LayerTables, Settings, Step
 from sere_dist.moe import MoeShape, load_model
 from sere_dist.provenance import line_by_line, machine, rounded, versions
+from sere_dist.standard_errors import ratio_with_error
 from studies.common import RESULTS, ROOT
 from studies.grouping import BY_PROMPT, PROMPT_EVEN, RANDOM, Schedule, arranged, cells
 from studies.quality import calibrate

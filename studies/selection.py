@@ -50,7 +50,6 @@ from transformers import AutoTokenizer
 from examples.application import EXAMPLES
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.console import tables
-from sere_dist.evaluation.errors import ratio_with_error
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Rerouter, Routed
 from sere_dist.evaluation.outcome import outcome_of
 from sere_dist.evaluation.protocol import (
@@ -70,6 +69,7 @@ from sere_dist.method.records import LayerTables, Settings
 from sere_dist.method.rerouting import slots_by_weight
 from sere_dist.moe import MoeShape, load_model
 from sere_dist.provenance import keep, machine, rounded, versions
+from sere_dist.standard_errors import ratio_with_error
 from studies.common import RESULTS
 from studies.quality import at_active_experts, calibrate, compared
 

@@ -41,7 +41,6 @@ from sere_dist.calibration.layers import (
 )
 from sere_dist.calibration.sensitivity import layer_sensitivities, weigh_layers
 from sere_dist.console import tables
-from sere_dist.evaluation.errors import with_error
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, unchanged
 from sere_dist.evaluation.protocol import (
     BATCH,
@@ -59,6 +58,7 @@ from sere_dist.evaluation.rivals import oea_rerouter
 from sere_dist.method.records import LayerTables, Settings
 from sere_dist.moe import MoeShape, load_model, routed_experts
 from sere_dist.provenance import keep, machine, rounded, versions
+from sere_dist.standard_errors import with_error
 from studies.common import RESULTS
 from studies.quality import at_active_experts, compared
 

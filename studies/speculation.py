@@ -33,7 +33,6 @@ from transformers import AutoTokenizer, PreTrainedModel
 from examples.tiny_moe.data import DRAFT, HELDOUT, MODEL
 from sere_dist.artifact.folder import Artifact
 from sere_dist.console import progress, tables
-from sere_dist.evaluation.errors import with_error
 from sere_dist.evaluation.figures import ACTIVE_EXPERTS, KL_DIVERGENCE, draw_kl, set_trade_off_axes
 from sere_dist.evaluation.lockstep import active_by_step
 from sere_dist.evaluation.protocol import PROMPT, Half, held_out_texts
@@ -43,6 +42,7 @@ from sere_dist.method.rerouting import primary_experts, replace_experts, substit
 from sere_dist.method.slots import fill_dropped
 from sere_dist.moe import Routing, hooked_routing, load_model
 from sere_dist.provenance import keep, machine, rounded, versions
+from sere_dist.standard_errors import with_error
 from studies.artifacts import calibrated
 from studies.common import RESULTS, ROOT
 

@@ -39,7 +39,6 @@ from examples.tiny_moe.data import HELDOUT, MODEL
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.placement import propose
 from sere_dist.console import progress, tables
-from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
 from sere_dist.evaluation.figures import BLUE, GREEN, GREY, ORANGE, RED
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Rerouter, Routed, lockstep, unchanged
 from sere_dist.evaluation.outcome import outcome_of
@@ -53,6 +52,7 @@ from sere_dist.method.records import LayerTables, Settings
 from sere_dist.method.similarity import random_similarity
 from sere_dist.moe import load_model
 from sere_dist.provenance import line_by_line, machine, rounded, versions
+from sere_dist.standard_errors import difference_with_error, ratio_with_error, with_error
 from studies.artifacts import ARTIFACTS, calibrated
 from studies.common import RESULTS, ROOT
 

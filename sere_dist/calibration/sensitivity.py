@@ -28,8 +28,8 @@ from sere_dist.calibration.layers import (
     run_layer,
     text_blocks,
 )
-from sere_dist.evaluation.errors import with_error
 from sere_dist.moe import decoder_layers, routed_experts
+from sere_dist.standard_errors import with_error
 
 TOKENS_A_BACKWARD = 1024  # the logits and all that a layer keeps for its gradient are in memory at once
 

@@ -32,9 +32,9 @@ from rich.table import Table
 from sere_dist.admin import AdminError, change_settings, request_settings
 from sere_dist.console import progress, tables
 from sere_dist.environment import API_KEY, environment_secrets
-from sere_dist.evaluation.errors import with_error
 from sere_dist.files import HubName
 from sere_dist.provenance import keep, machine, versions
+from sere_dist.standard_errors import with_error
 
 REQUEST_SECONDS = 3600  # a long answer in a full batch
 PATHS = ("artifact", "placement")  # settings that may be paths: only the last part of a path is kept

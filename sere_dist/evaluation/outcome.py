@@ -1,9 +1,9 @@
 """What decoding some texts came to, in the numbers that every page and every artifact quotes."""
 
 from sere_dist.artifact.recommendation import Outcome
-from sere_dist.evaluation.errors import difference_with_error, with_error
 from sere_dist.evaluation.lockstep import LockstepResult
 from sere_dist.provenance import rounded
+from sere_dist.standard_errors import difference_with_error, with_error
 
 
 def outcome_of(result: LockstepResult, baseline: LockstepResult, batch: int) -> Outcome:

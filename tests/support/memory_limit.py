@@ -7,7 +7,7 @@ EXTRA = 160 * 2**20
 
 
 def limit() -> None:
-    import calibration_jobs.calibrate  # noqa: F401
+    import calibration_jobs.calibrate
     import calibration_jobs.trials  # noqa: F401
 
     status = Path("/proc/self/status").read_text()

@@ -23,8 +23,8 @@ from sere_dist.artifact.folder import Artifact
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import ExpertInputs, expert_inputs, run_layer, score_layer, text_blocks
 from sere_dist.calibration.sensitivity import TOKENS_A_BACKWARD, layer_sensitivities
-from sere_dist.evaluation.errors import with_error
 from sere_dist.moe import MoeShape, expert_outputs, routed_experts
+from sere_dist.standard_errors import with_error
 from tests.support.artifacts import small_artifact
 from tests.support.families import EXPERTS, FAMILIES
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sere_dist.evaluation.errors import difference_with_error, ratio_with_error, with_error
+from sere_dist.standard_errors import difference_with_error, ratio_with_error, with_error
 
 
 def test_with_error():
