@@ -141,9 +141,7 @@ def test_a_model_that_no_worker_holds(cluster, model, projection_path, tmp_path)
     done = run()
     assert done.returncode == 1 and re.search("allocate memory|MemoryError", done.stdout), done.stdout + done.stderr
     done = run(memory_per_task="0.2")
-    assert (
-        done.returncode == 1 and "the model takes 0.235 GB: give each worker more, or tune --by-layers" in done.stdout
-    )
+    assert done.returncode == 1 and "the model takes 0.236 GB: give each worker more, or tune --by" in done.stdout
     done = run("--by-layers", memory_per_task="0.2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "single layers: 18 of 54, about" in done.stdout
