@@ -215,12 +215,16 @@ def at_active_experts(curve: Sequence[LockstepResult], active: float) -> list[fl
 
 
 def kl_of_kinds(result: LockstepResult, kinds: Sequence[str]) -> dict[str, list[float]]:
-    """Returns the KL divergence of each kind of text and its standard error; `kinds` are those of the texts."""
+    """Returns the KL divergence of each kind of text that there are two of, and its standard error.
+
+    `kinds` are those of the texts.
+    """
     kinds = kinds[: len(result.losses)]  # texts that do not fill a batch are left out
     found = {}
     for kind in sorted(set(kinds)):
         divergences = [kl for kl, of in zip(result.divergence_of_texts, kinds, strict=True) if of == kind]
-        found[kind] = [rounded(number) for number in with_error(divergences)]
+        if len(divergences) > 1:
+            found[kind] = [rounded(number) for number in with_error(divergences)]
     return found
 
 
@@ -380,7 +384,7 @@ def draw_by_batch(rows: list[dict[str, Any]], path: Path) -> None:
     """Draws the whole field, a small picture for each batch."""
     batches = sorted({row["batch"] for row in rows})
     figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
-    all_axes = figure.subplots(1, len(batches), sharey=True)
+    all_axes = figure.subplots(1, len(batches), sharey=True, squeeze=False)[0]
     for batch, axes in zip(batches, all_axes, strict=True):
         of_batch = [row for row in rows if row["batch"] == batch]
         (baseline,) = outcomes_of(of_batch, OFF)
@@ -582,6 +586,12 @@ def main(
         "sensitivity_texts": SENSITIVITY_SAMPLES,
         "calibration_length": calibration_length,
     }
+
+    def save() -> None:
+        report["seconds"] = round(time.perf_counter() - started)
+        results.mkdir(parents=True, exist_ok=True)
+        file.write_text(line_by_line(report))
+
     if Part.FIELD in parts:
         kinds = [text.kind for text in of_all]
         wanted = {name: field_of[name] for name in field_of if name in LOOKS or not only_drawn}
@@ -593,6 +603,7 @@ def main(
             return reap_rerouter(saliency, round(share * num_experts))
 
         report["field"] = field(bench, kinds, wanted, sizes, keeps, partial(projection.projection, 1), pruned)
+        save()  # it takes the longest
         for batch in sizes:
             console.print(field_table(report["field"], batch, keeps))
             console.print(priced_table(report["field"], batch))
@@ -611,9 +622,7 @@ def main(
     if Part.SAMPLES in parts:
         report["samples"] = by_samples(bench, by_count)
         console.print(samples_table(report["samples"]))
-    report["seconds"] = round(time.perf_counter() - started)
-    results.mkdir(parents=True, exist_ok=True)
-    file.write_text(line_by_line(report))
+    save()
     print(json.dumps(report))
 
 
