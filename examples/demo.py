@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import openai
 import typer
 from openai.types.chat import ChatCompletionUserMessageParam
+from rich.markup import escape
 
 from examples.application import ROOT, SMOLLM2_MOE, calibrate, console, served
 from examples.smollm2_moe.assemble import assemble_committed
@@ -52,7 +53,7 @@ def ask(url: str) -> None:
         found[enabled] = asyncio.run(answers(url))
     for question, off, on in zip(QUESTIONS, found[False], found[True], strict=False):
         console.print(f"[bold]{question}[/]", highlight=False)
-        console.print(f"[dim]off:[/] {off}\n[dim]on:[/]  {on}\n", highlight=False)
+        console.print(f"[dim]off:[/] {escape(off)}\n[dim]on:[/]  {escape(on)}\n", highlight=False)
 
 
 def main(
