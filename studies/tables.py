@@ -370,7 +370,7 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
-        *(sensitivity, choices, selection, fills, carving, scheduling),
+        *(sensitivity, choices, selection, fills, carving, drift, scheduling),
     )
 }
 
