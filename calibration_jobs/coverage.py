@@ -28,9 +28,8 @@ def coverage_warnings(result: LayerResult, num_texts: int, min_tokens: int, min_
         if fewest:
             needed = ceil(num_texts * min_tokens / fewest)
             cure = f"at this rate it takes about {needed:,} such texts (--num-samples), or longer ones (--max-length)"
-        warnings.append(
-            f"layer {row.layer}: {len(few)} experts got fewer than {min_tokens} tokens: {counts}{more}; {cure}"
-        )
+        experts = "1 expert" if len(few) == 1 else f"{len(few)} experts"
+        warnings.append(f"layer {row.layer}: {experts} got fewer than {min_tokens} tokens: {counts}{more}; {cure}")
     if row.substitute_kept is not None and row.substitute_kept < min_kept:
         warnings.append(
             f"layer {row.layer}: substitutes chosen on half of the texts keep {row.substitute_kept:.0%} of what the "

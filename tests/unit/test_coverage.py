@@ -26,6 +26,8 @@ def test_experts_that_few_tokens_reached():
     (warning,) = coverage_warnings(layer([32, 7, 31, *[90] * 9]), 64, 32, 0.9)
     assert warning.startswith("layer 3: 2 experts got fewer than 32 tokens: 1 (7), 2 (31); ")
     assert "about 293 such texts (--num-samples)" in warning
+    (warning,) = coverage_warnings(layer([32, 7, *[90] * 10]), 64, 32, 0.9)
+    assert warning.startswith("layer 3: 1 expert got fewer than 32 tokens: 1 (7); ")
 
 
 def test_experts_that_no_token_reached():
