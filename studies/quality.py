@@ -143,6 +143,7 @@ LOOKS = {  # in the figures: label and style
     PRICED: ("projection with expert_price (ours)", {"color": BLACK, "marker": "*", "markersize": 8}),
 }
 IN_README = (PAPER, "OEA", "XShare, warm-up 1", PROJECTION, PRICED)
+LEAST_DRAWN = 1e-4  # KL divergence, nats per token: at less a price has changed next to nothing
 BEYOND = 0.05  # of the paper's range of active experts: how far its curve is drawn on
 
 
@@ -391,6 +392,7 @@ def draw_by_batch(rows: list[dict[str, Any]], path: Path) -> None:
         curves = [Curve(label, outcomes_of(of_batch, name), style) for name, (label, style) in LOOKS.items()]
         draw_trade_off(axes, curves, baseline)
         axes.set_title(f"batch {batch}; baseline: {baseline.active_experts:.1f} experts", fontsize="medium")
+    all_axes[0].set_ylim(bottom=max(all_axes[0].get_ylim()[0], LEAST_DRAWN))
     all_axes[0].set_ylabel(KL_DIVERGENCE)
     figure.supxlabel(ACTIVE_EXPERTS, fontsize="medium")
     figure.legend(*all_axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
@@ -415,6 +417,7 @@ def draw_batch(rows: list[dict[str, Any]], batch: int, path: Path) -> None:
         va="top",
         color=GREY,
     )
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], LEAST_DRAWN))
     axes.set_xlabel(f"{ACTIVE_EXPERTS}, batch {batch}")
     axes.set_ylabel(KL_DIVERGENCE)
     axes.legend(loc="lower left", frameon=False)

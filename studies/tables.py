@@ -25,8 +25,10 @@ RIVALS = {
     "XShare, warm-up 1": "XShare, warm-up 1",
     "XShare, not renormalised": "XShare, warm-up 1, not renormalised",
     "projection": "projection (ours), S alone",
+    "REAP, pruned": "REAP, the experts pruned for good",
 }
 PRICED, BATCHES = "expert price, S = 1", (1, 4, 16, 64)
+NOTHING = 1e-6  # a KL divergence that rounding makes: the price changed nothing
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -74,7 +76,7 @@ def quality() -> str:
 
 def against_the_field(example: str = "tiny-moe") -> str:
     """The range over all prices of our KL as a factor of a rival's at as many active experts."""
-    priced = [row for row in field_rows(example).values() if row["policy"] == PRICED]
+    priced = [row for row in field_rows(example).values() if row["policy"] == PRICED and row["kl"] > NOTHING]
     batches = sorted({row["batch"] for row in priced})
     rows = []
     for name, label in RIVALS.items():
@@ -370,7 +372,8 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
-        *(sensitivity, choices, selection, fills, carving, drift, scheduling),
+        *(sensitivity, choices, selection, fills, carving, smollm2_quality),
+        *(smollm2_against_the_field, drift, scheduling),
     )
 }
 
