@@ -11,8 +11,9 @@ more place on the largest rank is room for one more expert on every rank, and is
 
     worth(n) = sum over ranks of (loss of the rank's n-th expert - expert_price).
 
-As n grows, worth falls. So place n runs, on all ranks, if worth(n) >= balance_price. All numbers are in fixed point, so
-the result does not depend on the order of additions, and ranks that share losses agree.
+As n grows, worth falls. So place n runs, on all ranks, if worth(n) >= balance_price. The first place is free: a step
+has to run something. All numbers are in fixed point, so the result does not depend on the order of additions, and ranks
+that share losses agree.
 
 Shape suffixes: E experts of the layer, R ranks.
 """
@@ -33,14 +34,15 @@ def balanced_primary(
         losses_E: int64 [E], fixed point, as `projection.primary_losses` has them; ranks may have added theirs up.
         rank_E: int [E], the rank that holds each expert.
         expert_price: what any active expert costs. 0: nothing.
-        balance_price: what one more place costs, of all ranks together. 0: nothing, so that the expert's price decides.
+        balance_price: what one more place costs, of all ranks together, from the second on. 0: nothing, so that the
+            expert's price decides.
     """
     expert, place = (_fixed(price) for price in (expert_price, balance_price))
     wanted_E = losses_E >= max(1, expert)
     gain_E = torch.where(losses_E >= ALWAYS_PRIMARY, losses_E, losses_E - expert).masked_fill(~wanted_E, 0)
     place_E = places(gain_E, rank_E)
     worth_E = torch.zeros_like(losses_E).index_add(0, place_E, gain_E)  # by place; no rank has more than E
-    return wanted_E & (worth_E[place_E] >= place)
+    return wanted_E & ((place_E == 0) | (worth_E[place_E] >= place))
 
 
 def places(gain_E: torch.Tensor, rank_E: torch.Tensor) -> torch.Tensor:

@@ -13,11 +13,11 @@ NUM_RANKS = 3
 
 
 def objective(runs, losses, ranks, expert_price, balance_price):
-    """What a set of experts costs, in fixed point."""
+    """What a set of experts costs, in fixed point. The first place is free, so it costs no less than none."""
     lost = sum(loss for loss, keeps in zip(losses, runs, strict=True) if not keeps)
     on_rank = [sum(keeps and of == rank for keeps, of in zip(runs, ranks, strict=True)) for rank in range(NUM_RANKS)]
     expert, place = (round(price * FIXED_POINT_ONE) for price in (expert_price, balance_price))
-    return lost + expert * sum(runs) + place * max(on_rank)
+    return lost + expert * sum(runs) + place * max(1, *on_rank)
 
 
 @given(
