@@ -1,0 +1,74 @@
+"""What the study of groups computes beside the simulator."""
+
+import pytest
+import torch
+
+from sere_dist.evaluation.rerouters import projection_rerouter
+from sere_dist.evaluation.traffic import Layout
+from sere_dist.method.balance import balanced_primary
+from sere_dist.method.placement import linear_ranks
+from sere_dist.method.projection import FIXED_POINT_ONE, estimated_error
+from sere_dist.method.records import LayerTables, Settings, Step
+from studies import simulation as study
+
+LAYOUT = Layout(4, {0: linear_ranks(16, 4)})
+
+
+def drawn(steps=3, rows=6, top_k=4):
+    random = torch.Generator().manual_seed(0)
+    weights = torch.rand(steps, rows, top_k, generator=random)
+    ids = torch.rand(steps, rows, 16, generator=random).topk(top_k, dim=2).indices
+    size = torch.rand(16, generator=random)
+    tables = LayerTables(torch.rand(16, 16, generator=random), torch.rand(16, 16, generator=random), size)
+    return {0: tables}, weights, ids
+
+
+def test_a_price_with_safe_slots_is_the_expert_price():
+    tables, weights, ids = drawn()
+    ours = study.Priced(tables, LAYOUT, study.PRICED, 0.2)(0, weights, ids)
+    known = projection_rerouter(tables, Settings(1, expert_price=0.2))(0, weights, ids, None)
+    assert all(map(torch.equal, ours, known))
+    assert not torch.equal(ours[1], ids)
+
+
+def test_without_safe_slots_only_primary_experts_run():
+    tables, weights, ids = drawn()
+    _, found = study.Priced(tables, LAYOUT, study.BALANCED_ALL, 1.0)(0, weights, ids)
+    for weights_BK, ids_BK, found_BK in zip(weights, ids, found, strict=True):
+        losses_E = study.step_losses(weights_BK, ids_BK, tables[0], safe=False)
+        primary_E = balanced_primary(losses_E, LAYOUT.rank[0], expert_price=0.0, balance_price=1.0)
+        assert set(found_BK.flatten().tolist()) - {-1} <= set(primary_E.nonzero().flatten().tolist())
+        assert primary_E.any() and not primary_E.all()
+
+
+def test_the_error_is_the_methods_estimate_and_the_papers_policy_has_one():
+    tables, weights, ids = drawn()
+    after = study.Priced(tables, LAYOUT, study.PRICED, 0.2)(0, weights, ids)
+    step = Step(weights.flatten(0, 1), ids.flatten(0, 1))
+    known = float(estimated_error(step, after[1].flatten(0, 1), tables[0])) / FIXED_POINT_ONE
+    assert study.estimated_error((weights, ids), after, tables[0]) == pytest.approx(known / 18, rel=1e-4)
+    # One slot goes from expert 0 to 1 with its weight: w² (n_0 (1 - s) + n_1 (c - 1)²).
+    one = torch.tensor([[[0.5]]])
+    moved = study.estimated_error((one, torch.tensor([[[0]]])), (one, torch.tensor([[[1]]])), tables[0])
+    size, similarity, coefficient = tables[0].size_E, tables[0].similarity_EE[0, 1], tables[0].coefficient_EE[0, 1]
+    assert moved == pytest.approx(float(0.25 * (size[0] * (1 - similarity) + size[1] * (coefficient - 1) ** 2)))
+
+
+def test_steps_at_an_error():
+    def row(error, ms):
+        parts = dict.fromkeys(study.PARTS, ms / len(study.PARTS))
+        return {"kl": error, "ms": {"here": {"seconds": ms} | parts}}
+
+    rows = [row(0.0, 12.0), row(0.01, 8.0), row(0.04, 6.0)]
+    assert study.at_error(rows, "here", 0.02, "kl")["seconds"] == pytest.approx(7.0)  # half way between the logarithms
+    assert study.at_error(rows, "here", 1.0, "kl")["seconds"] == 6.0
+    assert study.at_error(rows[1:], "here", 0.001, "kl") is None
+    share, least, most = study.saving(rows[0]["ms"]["here"], rows[2]["ms"]["here"])
+    assert (share, least, most) == (0.5, 0.5, 0.5)  # all parts are halved alike
+
+
+def test_large_shapes_have_the_published_numbers_of_parameters():
+    totals = {"Qwen3-235B-A22B": 235e9, "DeepSeek-V3": 671e9, "Kimi-K2": 1.04e12, "Kimi-K3": 2.78e12}
+    for name, model in study.MODELS.items():
+        others = model.others * (8 if name == "Kimi-K3" else 1)
+        assert model.experts * model.expert * model.moe_layers + others == pytest.approx(totals[name], rel=0.02)
