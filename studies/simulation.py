@@ -38,7 +38,6 @@ from transformers import AutoTokenizer
 
 from examples.tiny_moe.data import HELDOUT, MODEL
 from sere_dist.artifact.folder import Artifact
-from sere_dist.evaluation.errors import with_error
 from sere_dist.evaluation.figures import BLACK, BLUE, GREEN, GREY, ORANGE, RED
 from sere_dist.evaluation.lockstep import HeldOut, LockstepResult, Rerouter, Routed, lockstep, unchanged
 from sere_dist.evaluation.protocol import LENGTH, TEXTS, decoded, held_out_texts
@@ -59,6 +58,7 @@ from sere_dist.method.rerouting import primary_experts
 from sere_dist.moe import MoeShape, load_model
 from sere_dist.provenance import line_by_line, machine, rounded, versions
 from sere_dist.simulation import NETWORKS, Backend, Group, GroupStep, Loads, exchange_seconds, simulate
+from sere_dist.standard_errors import with_error
 from studies.artifacts import ARTIFACTS, calibrated
 from studies.common import RESULTS, ROOT, at_kl
 
