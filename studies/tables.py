@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, written from the JSON files that they quote.
+"""The tables of the pages in docs/, written from the JSON files that they quote.
 
 python -m studies.tables   # writes them into the page, between their markers
 """
@@ -15,7 +15,7 @@ from typing import Any
 from examples.smollm2_moe.questions import HELD_OUT_KINDS, KINDS
 from studies.common import RESULTS, ROOT, at_kl
 
-PAGES = ROOT / "docs/results.md", ROOT / "docs/log.md", ROOT / "docs/design.md"
+PAGES = tuple(ROOT / "docs" / name for name in ("results.md", "log.md", "design.md", "scale.md"))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 RIVALS = {
     "paper, frobenius": "SERE, the paper's policy",
@@ -367,6 +367,112 @@ def survival() -> str:
     return markdown(["what was done to it", "seconds until whole, each time", "requests that failed"], rows)
 
 
+SAVERS = {
+    "balance price, no S": "balance price",
+    "balance price, S = 1": "balance price, heaviest slots stay",
+    "expert price, no S": "expert price",
+    "expert price, S = 1": "expert price, heaviest slots stay",
+}
+MAIN = "H200, 8 to a node, per_slot"
+
+
+def signed_range(errors: Sequence[float]) -> str:
+    return f"{min(errors):+.0%} to {max(errors):+.0%}"
+
+
+def scale_evidence() -> str:
+    """What was measured, what was simulated and estimated, and how far that is off."""
+    found = load(RESULTS / "simulation.json")
+    errors: dict[str, list[float]] = {}
+    for row in found["validation"]:
+        kind = next(name for name in ("MoE layer", "72 ranks", "2 engines", "ranks") if name in row["what"])
+        errors.setdefault(kind + ", time" * (row["what"] == "decode step, 2 engines"), []).append(row["error"])
+    replayed = [
+        row[f"synthetic_{name}"] / row[name] - 1
+        for row in found["replayed"]
+        for name in ("active_experts", "largest_rank")
+    ]
+    ratios = [row["kl"] / row["estimated_error"] for row in found["real"] if row["kl"] > 1e-3]
+    kl = max(row["kl_error"] / row["kl"] for row in found["real"] if row["kl"] > 1e-3)
+    rows = [
+        [
+            "KL divergence, active experts and largest rank of the example model",
+            "measured",
+            f"standard error of KL: up to {kl:.0%}",
+        ],
+        [
+            "remote ranks, remote slots and active experts of two real engines",
+            "measured, and replayed from recorded routing",
+            f"{signed_range(errors['2 engines'])}",
+        ],
+        [
+            "what the slowest rank's experts take",
+            "simulated",
+            f"{signed_range(errors['MoE layer'])} of {len(errors['MoE layer'])} published times; nothing was fitted",
+        ],
+        [
+            "dispatch and combine, one copy a slot",
+            "simulated",
+            f"{signed_range(errors['ranks'])} of {len(errors['ranks'])} published times, which chose its constants",
+        ],
+        [
+            "a whole step of a group on GPUs",
+            "simulated",
+            f"{errors['72 ranks'][0]:+.0%} of the one published figure whose set-up is known well enough",
+        ],
+        [
+            "a whole step of two engines on a CPU",
+            "simulated",
+            f"{errors['2 engines, time'][0]:+.0%}: of no use there",
+        ],
+        [
+            "active experts and largest rank of synthetic routers",
+            "simulated",
+            f"{signed_range(replayed)} at the recorded shape; at other shapes not known",
+        ],
+        [
+            "error of a policy under synthetic routing",
+            "estimated",
+            f"on the example model, KL divergence is {min(ratios):.2f} to {max(ratios):.2f} times the estimate",
+        ],
+    ]
+    return markdown(["figure", "how it was found", "how far it is off"], rows)
+
+
+def saved_cells(row: dict[str, Any]) -> list[str]:
+    """What each policy of ours saves, with the range where one part of the step is off by a third."""
+    return [
+        f"{row['saved'][name][0]:.0%} ({row['saved'][name][1]:.0%} to {row['saved'][name][2]:.0%})"
+        if name in row["saved"]
+        else ""
+        for name in SAVERS
+    ]
+
+
+def scale_real() -> str:
+    rows = []
+    for row in load(RESULTS / "simulation.json")["savings"]:
+        if row["where"] == MAIN:
+            cells = [str(row["ranks"]), str(row["batch"]), f"{row['S']:.0f}", f"{row['kl']:.4f}"]
+            rows.append([*cells, f"{row['off_ms']:.1f}", f"{row['paper_ms']:.1f}", *saved_cells(row)])
+    head = ["ranks", "rows", "S", "KL divergence", "baseline, ms", "SERE, ms", *SAVERS.values()]
+    return markdown(head, rows)
+
+
+def scale_synthetic() -> str:
+    """At the paper's middle S, a quarter of the top-k, on 32 ranks and more of one kind of hardware."""
+    found = load(RESULTS / "simulation.json")["synthetic_savings"]
+    of = {(row["model"], row["ranks"], row["rows_per_rank"], row["S"], row["where"]): row for row in found}
+    rows = []
+    for (model, ranks, per_rank, keep, where), row in of.items():
+        if where != MAIN or ranks < 32 or keep != (4 if model == "Kimi-K3" else 2):
+            continue
+        cells = [model, str(ranks), str(per_rank)]
+        rows.append([*cells, f"{row['off_ms']:.1f}", f"{row['paper_ms']:.1f}", *saved_cells(row)])
+    head = ["shape", "ranks", "rows per rank", "baseline, ms", "SERE, ms", *SAVERS.values()]
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
@@ -374,6 +480,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
         *(sensitivity, choices, selection, fills, carving, smollm2_quality),
         *(smollm2_against_the_field, drift, scheduling),
+        *(scale_evidence, scale_real, scale_synthetic),
     )
 }
 

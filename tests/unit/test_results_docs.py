@@ -8,7 +8,7 @@ from sere_dist.provenance import rounded
 from studies.common import RESULTS, ROOT
 from studies.tables import MARKED, PAGES, PRICED, TABLES, field_rows, load, written
 
-RESULTS_PAGE, LOG, DESIGN = (page.read_text() for page in PAGES)
+RESULTS_PAGE, LOG, DESIGN, SCALE = (page.read_text() for page in PAGES)
 PROSE = " ".join(RESULTS_PAGE.split())
 
 
@@ -18,7 +18,9 @@ def test_tables_are_those_of_the_json(page):
 
 
 def test_every_table_stands_on_a_page():
-    assert sorted(found[2] for page in (RESULTS_PAGE, LOG, DESIGN) for found in MARKED.finditer(page)) == sorted(TABLES)
+    assert sorted(found[2] for page in (RESULTS_PAGE, LOG, DESIGN, SCALE) for found in MARKED.finditer(page)) == sorted(
+        TABLES
+    )
 
 
 def test_files_that_the_pages_name():
