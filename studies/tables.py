@@ -118,15 +118,6 @@ def drift() -> str:
     return markdown(["kind", "questions", "re-routing", "greedy", "pass@1", "pass@8"], rows)
 
 
-def control() -> str:
-    days = load(RESULTS / "control.json")["days"]
-    rows = [
-        [way, str(day["requests"]), str(day["good"]), f"{day['kl']:.4f}", f"{day['active_experts']:.1f}"]
-        for way, day in days.items()
-    ]
-    return markdown(["price", "requests", "within the objective", "KL divergence", "active experts"], rows)
-
-
 def by_batch() -> str:
     of, rows = field_rows(), []
     for batch in BATCHES:
