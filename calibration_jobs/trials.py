@@ -141,19 +141,18 @@ class TrialRunner:
         values = self.measurements.values
         missing = [trial for trial in trials if trial.key not in values]
         groups = {str(place): group for place, group in enumerate(self._groups(missing))}
-        done, started = len(trials) - len(missing), time.monotonic()
-        with tqdm(total=len(trials), initial=done, desc=title, disable=not sys.stderr.isatty()) as bar:
+        known, measured, started = len(trials) - len(missing), 0, time.monotonic()
+        with tqdm(total=len(trials), initial=known, desc=title, disable=not sys.stderr.isatty()) as bar:
             for place, found in self.pool.run({place: ("run_trials", group) for place, group in groups.items()}):
                 for trial, value in zip(groups[place], found, strict=True):
                     self.measurements.add(trial.key, value)
-                is_first, before = done == len(trials) - len(missing), done
-                done += len(found)
+                before, measured = measured, measured + len(found)
                 bar.update(len(found))
-                if bar.disable and (is_first or 10 * done // len(trials) > 10 * before // len(trials)):
-                    measured = done - len(trials) + len(missing)
+                tenth_before, tenth = (10 * (known + count) // len(trials) for count in (before, measured))
+                if bar.disable and (not before or tenth > tenth_before):
                     left = (len(missing) - measured) * (time.monotonic() - started) / measured
-                    about = f", about {tqdm.format_interval(left)} left" if done < len(trials) else ""
-                    print(f"{title}: {done} of {len(trials)}{about}", flush=True)
+                    about = f", about {tqdm.format_interval(left)} left" if measured < len(missing) else ""
+                    print(f"{title}: {known + measured} of {len(trials)}{about}", flush=True)
         return [LockstepResult(**values[trial.key]) for trial in trials]
 
     def _groups(self, trials: Sequence[Trial]) -> list[Sequence[Trial]]:

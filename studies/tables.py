@@ -252,15 +252,19 @@ def kernel_instructions() -> str:
 
 def sensitivity() -> str:
     """At a tenth, half and nine tenths of each range of active experts."""
-    found = load(RESULTS / "sensitivity-tiny-moe.json")["rows"]
-    policies = list(dict.fromkeys(row["policy"] for row in found))
-    places = list(dict.fromkeys((row["batch"], row["active_experts"]) for row in found))
-    of = {(row["batch"], row["active_experts"], row["policy"]): row for row in found}
+    return at_equal_experts(load(RESULTS / "sensitivity-tiny-moe.json")["rows"], digits=2)
+
+
+def at_equal_experts(rows: list[dict[str, Any]], digits: int) -> str:
+    """KL divergences as factors of the first policy's, at a tenth, half and nine tenths of its range of experts."""
+    of = {(row["batch"], row["active_experts"], row["policy"]): row for row in rows}
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    places = list(dict.fromkeys((row["batch"], row["active_experts"]) for row in rows))
     cells = []
     for place in (places[i] for i in range(len(places)) if i % 5 in (0, 2, 4)):
-        alone, *others = (of[*place, policy] for policy in policies)
-        factors = (plus_minus(row, "ratio", 2) if "ratio" in row else "" for row in others)
-        cells.append([str(place[0]), f"{place[1]:.1f}", f"{alone['kl']:.4f}", *factors])
+        first, *others = (of[*place, policy] for policy in policies)
+        factors = (plus_minus(row, "ratio", digits) if "ratio" in row else "" for row in others)
+        cells.append([str(place[0]), f"{place[1]:.1f}", f"{first['kl']:.4f}", *factors])
     return markdown(["batch", "active experts", f"KL, {policies[0]}", *policies[1:]], cells)
 
 
@@ -279,17 +283,7 @@ def choices() -> str:
 
 
 def selection() -> str:
-    """At a tenth, half and nine tenths of each range of active experts."""
-    rows = load(RESULTS / "selection-tiny-moe.json")["at_equal_experts"]
-    of = {(row["batch"], row["active_experts"], row["policy"]): row for row in rows}
-    policies = list(dict.fromkeys(row["policy"] for row in rows))
-    places = list(dict.fromkeys((row["batch"], row["active_experts"]) for row in rows))
-    cells = []
-    for place in (places[i] for i in range(len(places)) if i % 5 in (0, 2, 4)):
-        today, *others = (of[*place, policy] for policy in policies)
-        factors = (plus_minus(row, "ratio", 3) if "ratio" in row else "" for row in others)
-        cells.append([str(place[0]), f"{place[1]:.1f}", f"{today['kl']:.4f}", *factors])
-    return markdown(["batch", "active experts", f"KL, {policies[0]}", *policies[1:]], cells)
+    return at_equal_experts(load(RESULTS / "selection-tiny-moe.json")["at_equal_experts"], digits=3)
 
 
 def fills() -> str:
