@@ -28,7 +28,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -144,6 +144,7 @@ LOOKS = {  # in the figures: label and style
 }
 IN_README = (PAPER, "OEA", "XShare, warm-up 1", PROJECTION, PRICED)
 LEAST_DRAWN = 1e-4  # KL divergence, nats per token: at less a price has changed next to nothing
+SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of a curve's range of active experts: where other studies compare curves
 BEYOND = 0.05  # of the paper's range of active experts: how far its curve is drawn on
 
 
@@ -236,6 +237,41 @@ def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]
     found = {"ratio": ratio, "ratio_error": ratio_error}
     found |= {"difference": difference, "difference_error": difference_error}
     return {name: rounded(value) for name, value in found.items()}
+
+
+def at_equal_experts(
+    found: Mapping[str, Sequence[LockstepResult]], baseline: str, batch: int, shares: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Returns each policy's KL divergence as a factor of that of `baseline`, at as many active experts.
+
+    These are the `shares` of the range of active experts that the curve of `baseline` covers.
+    """
+    active = [result.active_experts for result in found[baseline]]
+    rows = []
+    for share in shares:
+        wanted = min(active) + share * (max(active) - min(active))
+        theirs = at_active_experts(found[baseline], wanted)
+        assert theirs is not None
+        for policy, curve in found.items():
+            row: dict[str, Any] = {"batch": batch, "policy": policy, "active_experts": rounded(wanted)}
+            if (ours := at_active_experts(curve, wanted)) is not None:
+                row |= {"kl": rounded(sum(ours) / len(ours)), **compared(ours, theirs)}
+            rows.append(row)
+    return rows
+
+
+def equal_experts_table(
+    rows: Sequence[dict[str, Any]], baseline: str, batch: int, policies: Iterable[str], title: str
+) -> Table:
+    """Returns what `at_equal_experts` found for these policies, and the numbers of experts above it."""
+    of_batch = [row for row in rows if row["batch"] == batch]
+    head = [f"{x['active_experts']:.1f} active\nKL {x['kl']:.4f}" for x in of_batch if x["policy"] == baseline]
+    table = Table("policy", *head, title=f"batch {batch}{title}")
+    for policy in policies:
+        of_policy = [row for row in of_batch if row["policy"] == policy]
+        cells = [f"{row['ratio']:.2f} ±{row['ratio_error']:.2f}" if "ratio" in row else "-" for row in of_policy]
+        table.add_row(policy, *cells)
+    return table
 
 
 def policies(model: PreTrainedModel, calibrations: dict[str, Calibration]) -> dict[str, Callable[[int], Rerouter]]:

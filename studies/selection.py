@@ -71,12 +71,11 @@ from sere_dist.moe import MoeShape, load_model
 from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.standard_errors import ratio_with_error
 from studies.common import RESULTS
-from studies.quality import at_active_experts, calibrate, compared
+from studies.quality import SHARES, at_equal_experts, calibrate, compared, equal_experts_table
 
 BATCHES = (4, 16, 64)
 PRICES = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 PRICES_OF_PARTS = (0.005, 0.02, 0.08)  # of choices and of fills
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the range of active experts that `TODAY` covers: where curves are compared
 TODAY, FILLED = "threshold (today's)", "threshold, and fills"
 ALWAYS = 1e9  # as `trust`: a slot is filled wherever an expert is left
 
@@ -382,22 +381,6 @@ def _chosen(
     return selecting_rerouter(of_layers, partial(choice, price=price), keeps=keeps)
 
 
-def at_equal_experts(found: Mapping[str, Sequence[LockstepResult]], batch: int) -> list[dict[str, Any]]:
-    """Returns each policy's KL divergence as a factor of that of `TODAY` at as many active experts."""
-    active = [result.active_experts for result in found[TODAY]]
-    rows = []
-    for share in SHARES:
-        wanted = min(active) + share * (max(active) - min(active))
-        theirs = at_active_experts(found[TODAY], wanted)
-        assert theirs is not None
-        for policy, curve in found.items():
-            row: dict[str, Any] = {"batch": batch, "policy": policy, "active_experts": rounded(wanted)}
-            if (ours := at_active_experts(curve, wanted)) is not None:
-                row |= {"kl": rounded(sum(ours) / len(ours)), **compared(ours, theirs)}
-            rows.append(row)
-    return rows
-
-
 def choices_table(rows: Sequence[dict[str, Any]], batch: int, price: float) -> Table:
     title = f"batch {batch}, price {price:g}: steps of the model as it is, beside the exact choice"
     table = Table("choice", "experts", "error", "objective", "beside exact", "error beside exact", title=title)
@@ -418,17 +401,6 @@ def fills_table(rows: Sequence[dict[str, Any]]) -> Table:
     for fill in dict.fromkeys(row["fill"] for row in rows):
         of_fill = [row for row in rows if row["fill"] == fill]
         table.add_row(fill, *(f"{row['ratio']:.3f} ±{row['ratio_error']:.3f}" for row in of_fill))
-    return table
-
-
-def curves_table(rows: Sequence[dict[str, Any]], batch: int) -> Table:
-    today = [row for row in rows if (row["batch"], row["policy"]) == (batch, TODAY)]
-    head = [f"{row['active_experts']:.1f} active\nKL {row['kl']:.4f}" for row in today]
-    table = Table("policy", *head, title=f"batch {batch}: KL divergence as a factor of the policy's")
-    for policy in (*CHOICES, FILLED):
-        of_policy = [row for row in rows if (row["batch"], row["policy"]) == (batch, policy)]
-        cells = [f"{row['ratio']:.2f} ±{row['ratio_error']:.2f}" if "ratio" in row else "-" for row in of_policy]
-        table.add_row(policy, *cells)
     return table
 
 
@@ -468,8 +440,9 @@ def main(
         for name, curve in found.items():
             for price, result in zip(prices, curve, strict=True):
                 points.append({"policy": name, "price": price, **outcome_of(result, off, batch).model_dump()})
-        beside += at_equal_experts(found, batch)
-        console.print(curves_table(beside, batch))
+        beside += at_equal_experts(found, TODAY, batch, SHARES)
+        title = ": KL divergence as a factor of the policy's"
+        console.print(equal_experts_table(beside, TODAY, batch, (*CHOICES, FILLED), title))
     keep(
         results or RESULTS / f"selection-{example}.json",
         {

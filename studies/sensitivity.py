@@ -24,7 +24,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -60,12 +59,11 @@ from sere_dist.moe import MoeShape, load_model, routed_experts
 from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.standard_errors import with_error
 from studies.common import RESULTS
-from studies.quality import at_active_experts, compared
+from studies.quality import SHARES, at_equal_experts, equal_experts_table
 
 BATCHES = (4, 16, 64)
 PRICES = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 KEEPS = (1, 2, 3, 4, 6)
-SHARES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the range of active experts that `ALONE` covers: where curves are compared
 ALONE, FIRST_ORDER, MEASURED = "each layer alone", "first order", "measured"
 ROUTED, ROUTED_FIRST_ORDER = "routed", "routed, first order"
 PRIOR = 50.0
@@ -138,39 +136,6 @@ def predictions(bench: HeldOut, of_layer: dict[int, LayerTables], nats_per_error
     return rows
 
 
-def beside(found: dict[str, list[LockstepResult]], batch: int) -> list[dict[str, Any]]:
-    """Returns, for each policy, its KL divergence as a factor of that of `ALONE`, at equal active experts."""
-    active = [result.active_experts for result in found[ALONE]]
-    rows = []
-    for share in SHARES:
-        wanted = min(active) + share * (max(active) - min(active))
-        theirs = at_active_experts(found[ALONE], wanted)
-        assert theirs is not None
-        for policy, curve in found.items():
-            ours = at_active_experts(curve, wanted)
-            row: dict[str, Any] = {"batch": batch, "policy": policy, "active_experts": rounded(wanted)}
-            if ours is not None:
-                row |= {"kl": rounded(sum(ours) / len(ours)), **compared(ours, theirs)}
-            rows.append(row)
-    return rows
-
-
-def table_of(rows: list[dict[str, Any]], batch: int, baseline: float) -> Table:
-    of_batch = [row for row in rows if row["batch"] == batch]
-    wanted = list(dict.fromkeys(row["active_experts"] for row in of_batch))
-    alone = {row["active_experts"]: row["kl"] for row in of_batch if row["policy"] == ALONE}
-    title = f"batch {batch}, {baseline:.1f} active experts as it is: KL divergence as a factor of `{ALONE}`"
-    table = Table("policy", *(f"{each:.1f} active\nKL {alone[each]:.4f}" for each in wanted), title=title)
-    for policy in dict.fromkeys(row["policy"] for row in of_batch):
-        cells = [
-            f"{row['ratio']:.2f} ±{row['ratio_error']:.2f}" if "ratio" in row else "-"
-            for row in of_batch
-            if row["policy"] == policy
-        ]
-        table.add_row(policy, *cells)
-    return table
-
-
 def main(
     example: Annotated[str, typer.Option(help=f"The model: {' or '.join(EXAMPLES)}.")] = "tiny-moe",
     half: Annotated[Half, typer.Option(help="The half of each kind's held-out texts: final, or choice.")] = "final",
@@ -218,8 +183,11 @@ def main(
     bench = decoded(model, held_out_texts(own.held_out, tokenizer, half=half, count=texts))
     rows = []
     for batch in BATCHES:
-        rows += beside(curves(bench, batch, ways), batch)
-        tables().print(table_of(rows, batch, bench.run(unchanged, batch).active_experts))
+        found = curves(bench, batch, ways)
+        rows += at_equal_experts(found, ALONE, batch, SHARES)
+        baseline = bench.run(unchanged, batch).active_experts
+        title = f", {baseline:.1f} active experts as it is: KL divergence as a factor of `{ALONE}`"
+        tables().print(equal_experts_table(rows, ALONE, batch, found, title))
     predicted = predictions(bench, ways[FIRST_ORDER], mean)
     for row in predicted:
         print(row | {"kl / predicted": rounded(row["kl"] / row["predicted"])}, flush=True)
