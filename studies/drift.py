@@ -58,7 +58,7 @@ class Item:
 
 def problems(kind: str, count: int) -> list[Item]:
     """Returns problems of one of reasoning-gym's kinds: right is an answer that it gives all points."""
-    import reasoning_gym  # this study alone needs it: it is not installed with the others
+    import reasoning_gym  # this study alone needs it: requirements/drift.txt
 
     dataset = reasoning_gym.create_dataset(kind, size=count, seed=SEED, **PROBLEMS[kind])
 
