@@ -9,11 +9,13 @@ Three comparisons, all against policy `projection` with an `expert_price` at S =
 
       sum over e of L_e (1 - the largest s_ep over p in P)  +  expert_price * |P|.
 
-  The policy takes the experts whose own loss reaches the price (*threshold*). *Greedy* adds the expert that lowers the
-  sum most, until that is worth less than the price. *Residual* is a cheaper greedy: it adds the expert whose own loss
-  is largest after the best substitution so far. *Exact* is the least possible, by integer programming, on a sample of
-  steps of the model as it is: also at the number of experts that the threshold runs. *Free* choices need not run the
-  heaviest expert of each token.
+  The policy takes the experts *in order* of what is left of their losses beside the heaviest experts: those that are
+  worth the price beside all that come before them. The *threshold* is simpler: it takes those whose own loss reaches
+  the price, whatever could stand in for them. *One at a time* adds the expert of which most is left, until that is
+  worth less than the price.
+  *Greedy* adds the expert that lowers the sum most, until that is worth less than the price. *Exact* is the least
+  possible, by integer programming, on a sample of steps of the model as it is: also at the number of experts that the
+  policy runs. *Free* choices need not run the heaviest expert of each token.
 - curves: KL divergence with these choices, but for the exact one, at equal active experts.
 - fills: a fourth way to settle a slot. The token takes the running expert p that its router scores highest beyond its
   own choice, as in OEA. That p stands in for e is no measured fact. It is a bet that scores are worth: p recovers the
@@ -64,7 +66,7 @@ from sere_dist.evaluation.protocol import (
     held_out_texts,
 )
 from sere_dist.evaluation.rerouters import primary_by_step, projection_rerouter
-from sere_dist.method.projection import projection_tables
+from sere_dist.method.projection import ALWAYS_PRIMARY, FIXED_POINT_ONE, projection_tables, worth_running
 from sere_dist.method.records import LayerTables, Settings
 from sere_dist.method.rerouting import slots_by_weight
 from sere_dist.moe import MoeShape, load_model
@@ -76,7 +78,7 @@ from studies.quality import SHARES, at_equal_experts, calibrate, compared, equal
 BATCHES = (4, 16, 64)
 PRICES = (0.00125, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16)
 PRICES_OF_PARTS = (0.005, 0.02, 0.08)  # of choices and of fills
-TODAY, FILLED = "threshold (today's)", "threshold, and fills"
+TODAY, FILLED = "in order", "in order, and fills"
 ALWAYS = 1e9  # as `trust`: a slot is filled wherever an expert is left
 
 
@@ -117,8 +119,16 @@ def errors_left(losses_DE: torch.Tensor, runs_DE: torch.Tensor, similarity_EE: t
 def threshold(
     losses_DE: torch.Tensor, must_DE: torch.Tensor, _similarity_EE: torch.Tensor, *, price: float
 ) -> torch.Tensor:
-    """The policy's choice: every expert whose own loss reaches the price."""
+    """Every expert whose own loss reaches the price."""
     return must_DE | (losses_DE >= price)
+
+
+def in_order(
+    losses_DE: torch.Tensor, must_DE: torch.Tensor, similarity_EE: torch.Tensor, *, price: float
+) -> torch.Tensor:
+    """The policy's choice, by `projection.worth_running`."""
+    fixed_DE = (losses_DE * FIXED_POINT_ONE).round().long().masked_fill(must_DE, ALWAYS_PRIMARY)
+    return torch.stack([worth_running(fixed_E, similarity_EE, price) for fixed_E in fixed_DE])
 
 
 def greedy(
@@ -133,7 +143,7 @@ def greedy(
     """The expert that lowers the error most comes next, until that is worth less than the price, or there are enough.
 
     With `count_D` each step runs so many experts, if that many must not run anyway. With `own_alone` what an expert
-    would do for others does not count: this is the residual choice, which needs no sum over pairs of experts.
+    would do for others does not count: this is the choice of one at a time, which needs no sum over pairs of experts.
     """
     runs_DE, similarity_EE = must_DE.clone(), similarity_EE.double()
     best_DE = _best(runs_DE, similarity_EE)
@@ -186,12 +196,11 @@ def exact(
     return torch.from_numpy(found.x[:experts] > 0.5)
 
 
-residual = partial(greedy, own_alone=True)
+one_at_a_time = partial(greedy, own_alone=True)
 CHOICES: dict[str, tuple[Callable[..., torch.Tensor], int]] = {  # and how many heaviest experts of each token run
-    "residual": (residual, 1),
+    "threshold": (threshold, 1),
+    "one at a time": (one_at_a_time, 1),
     "greedy": (greedy, 1),
-    "threshold, free": (threshold, 0),
-    "residual, free": (residual, 0),
     "greedy, free": (greedy, 0),
 }
 
@@ -290,7 +299,7 @@ def sampled_steps(
 def choices(steps: Sequence[SampledStep], price: float) -> list[dict[str, Any]]:
     """Returns a row for each way to choose: its experts, error and objective beside the least that is possible.
 
-    Those of "at equal experts" run as many as the threshold in each step.
+    Those of "at equal experts" run as many as the policy in each step.
     """
     objectives: dict[str, list[float]] = {}
     errors: dict[str, list[float]] = {}
@@ -305,20 +314,21 @@ def choices(steps: Sequence[SampledStep], price: float) -> list[dict[str, Any]]:
     for step in tqdm(steps, desc=f"choices at {price:g}"):
         one = step.losses_E[None], step.heaviest_E[None], step.similarity_EE
         nothing_E = torch.zeros_like(step.heaviest_E)
-        today_E = threshold(*one, price=price)[0]
+        today_E = in_order(*one, price=price)[0]
         count = int(today_E.sum())
-        add("threshold", step, today_E)
-        add("residual", step, residual(*one, price=price)[0])
+        add(TODAY, step, today_E)
+        add("threshold", step, threshold(*one, price=price)[0])
+        add("one at a time", step, one_at_a_time(*one, price=price)[0])
         add("greedy", step, greedy(*one, price=price)[0])
         add("exact", step, exact(*step, price=price))
         add("exact, free", step, exact(step.losses_E, nothing_E, step.similarity_EE, price=price))
-        add("residual at equal experts", step, residual(*one, count_D=torch.tensor([count]))[0])
-        add("greedy at equal experts", step, greedy(*one, count_D=torch.tensor([count]))[0])
-        add("exact at equal experts", step, exact(*step, count=count))
+        add("one at a time, at equal experts", step, one_at_a_time(*one, count_D=torch.tensor([count]))[0])
+        add("greedy, at equal experts", step, greedy(*one, count_D=torch.tensor([count]))[0])
+        add("exact, at equal experts", step, exact(*step, count=count))
         add("exact, free, at equal experts", step, exact(step.losses_E, nothing_E, step.similarity_EE, count=count))
     rows = []
     for name, objective in objectives.items():
-        equal = name == "threshold" or "equal" in name
+        equal = name == TODAY or "equal" in name
         row = {
             "choice": name,
             "active_experts": sum(active[name]) / len(steps),
@@ -327,7 +337,7 @@ def choices(steps: Sequence[SampledStep], price: float) -> list[dict[str, Any]]:
         ratio, ratio_error = ratio_with_error(objective, objectives["exact"])
         row |= {"objective": sum(objective) / len(steps), "beside_exact": ratio, "beside_exact_error": ratio_error}
         if equal:
-            ratio, ratio_error = ratio_with_error(errors[name], errors["exact at equal experts"])
+            ratio, ratio_error = ratio_with_error(errors[name], errors["exact, at equal experts"])
             row |= {"error_beside_exact": ratio, "error_beside_exact_error": ratio_error}
         rows.append({key: rounded(value) if isinstance(value, float) else value for key, value in row.items()})
     return rows
@@ -341,7 +351,7 @@ def fills_compared(
     for price in prices:
         today = bench.run(projection_rerouter(of_layers, Settings(1, expert_price=price)), BATCH)
         for fill in tqdm(FILLS, desc=f"fills at {price:g}"):
-            rerouter = selecting_rerouter(of_layers, partial(threshold, price=price), fill=fill)
+            rerouter = selecting_rerouter(of_layers, partial(in_order, price=price), fill=fill)
             ours = bench.run(rerouter, BATCH)
             found = compared(ours.divergence_of_texts, today.divergence_of_texts)
             active = {"active_experts": rounded(ours.active_experts), "kl": rounded(ours.divergence)}
@@ -361,7 +371,7 @@ def curves(
     """Returns the results of every policy over the prices."""
     policies: dict[str, Callable[[float], Rerouter]] = {
         TODAY: lambda price: projection_rerouter(of_layers, Settings(1, expert_price=price)),
-        FILLED: lambda price: selecting_rerouter(of_layers, partial(threshold, price=price), fill=fill),
+        FILLED: lambda price: selecting_rerouter(of_layers, partial(in_order, price=price), fill=fill),
     }
     for name, (choice, keeps) in CHOICES.items():
         policies[name] = partial(_chosen, of_layers, choice, keeps)

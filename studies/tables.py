@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -268,26 +268,26 @@ def at_equal_experts(rows: list[dict[str, Any]], digits: int) -> str:
     return markdown(["batch", "active experts", f"KL, {policies[0]}", *policies[1:]], cells)
 
 
-def choices() -> str:
-    """What the threshold leaves: its error and that of free choices beside the least at as many experts."""
-    rows = load(RESULTS / "selection-tiny-moe.json")["choices"]
+def choices(example: str) -> str:
+    """What the policy's choice costs, beside the exact one, and its error beside the least at as many experts."""
+    rows = load(RESULTS / f"selection-{example}.json")["choices"]
     of = {(row["batch"], row["price"], row["choice"]): row for row in rows}
     cells = []
     for place in dict.fromkeys((row["batch"], row["price"]) for row in rows):
-        today, free = of[*place, "threshold"], of[*place, "exact, free, at equal experts"]
-        beside = [plus_minus(of[*place, name], "beside_exact") for name in ("threshold", "greedy", "exact, free")]
-        errors = [plus_minus(row, "error_beside_exact", 3) for row in (today, free)]
-        cells.append([str(place[0]), f"{place[1]:g}", f"{today['active_experts']:.1f}", *beside, *errors])
-    head = ["batch", "`expert_price`", "experts", "objective: threshold", "greedy", "exact, free"]
-    return markdown([*head, "error at equal experts: threshold", "exact, free"], cells)
+        names = ("in order", "threshold", "greedy", "exact, free")
+        beside = [plus_minus(of[*place, name], "beside_exact", 3) for name in names]
+        experts = f"{of[*place, 'in order']['active_experts']:.1f}"
+        cells.append([str(place[0]), f"{place[1]:g}", experts, *beside])
+    head = ["batch", "`expert_price`", "experts", "in order", "threshold", "greedy", "exact, free"]
+    return markdown(head, cells)
 
 
-def selection() -> str:
-    return at_equal_experts(load(RESULTS / "selection-tiny-moe.json")["at_equal_experts"], digits=3)
+def selection(example: str) -> str:
+    return at_equal_experts(load(RESULTS / f"selection-{example}.json")["at_equal_experts"], digits=2)
 
 
-def fills() -> str:
-    rows = load(RESULTS / "selection-tiny-moe.json")["fills"]
+def fills(example: str) -> str:
+    rows = load(RESULTS / f"selection-{example}.json")["fills"]
     prices = list(dict.fromkeys(row["price"] for row in rows))
     of = {(row["fill"], row["price"]): row for row in rows}
     cells = [
@@ -463,11 +463,13 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
-        *(sensitivity, choices, selection, fills, carving, smollm2_quality),
-        *(smollm2_against_the_field, drift, scheduling),
+        *(sensitivity, carving, smollm2_quality, smollm2_against_the_field, drift, scheduling),
         *(scale_evidence, scale_real, scale_synthetic),
     )
 }
+for name, of_example in (("tiny_moe", "tiny-moe"), ("smollm2_moe", "smollm2-moe")):
+    for function in (choices, selection, fills):
+        TABLES[f"{function.__name__}_{name}"] = partial(function, of_example)
 
 
 def written(page: str) -> str:

@@ -21,7 +21,7 @@ from sere_dist.method.records import LayerTables
 Combination = dict[int, LayerSetting]  # by decoder layer; a layer that is not there stays as it is
 
 RHO_QUANTILES = (0.5, 0.9)  # of a layer's similarities: thresholds to try
-PRICE_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # of what a step loses without an expert: prices to try
+PRICE_QUANTILES = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)  # of `losses_of_steps`: prices to try
 
 
 class Cost(NamedTuple):
@@ -44,20 +44,23 @@ def losses_of_steps(
 ) -> dict[int, torch.Tensor]:
     """Returns, by layer, what each decode step would lose without each expert that no token has as its heaviest.
 
-    As in `projection.losses_without_each_expert`: the sum of w w size over the slots that name it. All steps and
-    experts are in one row.
+    That is what is left of the sum of w w size over the slots that name it, after the best substitution by one of those
+    heaviest experts: as in `projection.worth_running`, before any other is primary. All steps and experts are in one
+    row.
     """
     found: dict[int, list[torch.Tensor]] = {layer: [] for layer in tables}
 
     def look(layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, _scores: torch.Tensor | None) -> Routed:
-        size_E = tables[layer].size_E
+        of_layer = tables[layer].to(weights_DBK.device)
+        size_E = of_layer.size_E
         assert size_E is not None  # tables of method projection
-        size_E = size_E.to(weights_DBK.device)
         losses_DN = (weights_DBK.float() ** 2 * size_E[ids_DBK.long()]).flatten(1)
         losses_DE = torch.zeros(len(ids_DBK), len(size_E), device=ids_DBK.device)
         losses_DE.scatter_add_(1, ids_DBK.flatten(1).long(), losses_DN)
         primary_DE = primary_by_step(weights_DBK, ids_DBK, 1, len(size_E))
-        found[layer].append(losses_DE[(losses_DE > 0) & ~primary_DE].cpu())
+        alike_EE = of_layer.similarity_EE.clamp(min=0)
+        best_DE = torch.stack([(alike_EE * primary_E).amax(dim=1) for primary_E in primary_DE])
+        found[layer].append((losses_DE * (1 - best_DE))[(losses_DE > 0) & ~primary_DE].cpu())
         return weights_DBK, ids_DBK
 
     held_out.run(look, batch)
@@ -70,8 +73,8 @@ def candidates(
     """Returns the settings to try in a layer, other than off.
 
     Of policy sere: every S, without and with thresholds. Of policy projection: S = 1, without and with prices at which
-    shares of the experts run that no token has as its heaviest (`losses_of_steps`). A greater S was never on a layer's
-    hull where it was tried beside those prices (example model, batch 16).
+    at most certain shares of the experts run that no token has as its heaviest (`losses_of_steps`). A greater S was
+    never on a layer's hull where it was tried beside those prices (example model, batch 16).
     """
     if policy == "sere":
         different = similarity_EE[~torch.eye(len(similarity_EE), dtype=torch.bool)]

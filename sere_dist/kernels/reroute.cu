@@ -4,8 +4,8 @@
 // token's slots are neighbouring lanes of a warp: K rounded up to a power of two is the `width` of such a group.
 //
 //   1. vote        every valid token marks the experts of its slots: `chosen`, and `primary` in its S heaviest slots;
-//                  where an expert has a price, its other slots say what they would lose without theirs: what loses
-//                  as much in all becomes primary too
+//                  where an expert has a price, its other slots say what they would lose without theirs, and what is
+//                  worth its price becomes primary too
 //   2. substitute  for each chosen expert: the first of its neighbours, in order of falling similarity, that is primary
 //   3. settle      every token rewrites its slots, and counts
 //
@@ -35,6 +35,7 @@ constexpr int NOWHERE = -1;
 // A loss or a price as an integer: sums do not depend on the order of threads.
 typedef unsigned long long Count;
 constexpr Count ALWAYS_PRIMARY = 1ull << 40;
+constexpr float FIRST = 3e38f;  // comes before what any expert may lose
 constexpr int LOW_BITS = 20;  // low bits and the rest of a slot's loss are at most 2^20: a block's slots fit in 32 bits
 
 #ifdef IDS_64
@@ -86,6 +87,7 @@ struct Step {
     const unsigned char *valid_T;         // ? all rows are valid
     const int *home_T;                    // ? -1: none
     const float *chance_T;                // of CHANCES
+    const unsigned char *runs_T;          // ? of PROJECTION: other rows, whose experts run all the same
     const Settings *settings;
     const unsigned short *neighbors_EE;   // every row: all experts, the most similar first. Never changes; further rows
                                           // make it a multiple of 32
@@ -115,6 +117,7 @@ struct Block {
     int rows;                    // that are valid
     unsigned char primary[MAX_EXPERTS], chosen[MAX_EXPERTS], runs[MAX_EXPERTS];
     unsigned low_loss[MAX_EXPERTS], high_loss[MAX_EXPERTS];  // of the slots that are not their token's heaviest
+    float left[MAX_EXPERTS];             // of the losses of all blocks and ranks, after the best substitution so far
     unsigned short substitute[MAX_EXPERTS];
     unsigned short place[MAX_EXPERTS];   // of the substitute among the neighbours
     unsigned short cutoff[MAX_EXPERTS];
@@ -131,6 +134,7 @@ struct Slot {
     int token, column;
     bool votes;  // the slot of a valid token
     int expert;
+    int runs;    // the expert of another row that runs all the same, or -1
     float weight, chance;
     int home;
     int place;  // how many of the token's slots come before it: the heavier ones, and of equal ones those further left
@@ -158,29 +162,36 @@ __device__ bool has_tokens(const Step &step) {
     return (blockIdx.x * blockDim.x + threadIdx.x - lane_index()) / group_width(step.K) < step.T;
 }
 
-// The first 32 neighbours of EXPERTS_A_WARP experts, from `first` on.
-__device__ void load_neighbors(const Step &step, int first, int (&neighbors)[EXPERTS_A_WARP]) {
+// A lane's of the first 32 neighbours of EXPERTS_A_WARP experts, from `first` on.
+struct Neighbors {
+    int first;
+    int ids[EXPERTS_A_WARP];
+};
+
+__device__ void load(const Step &step, int first, Neighbors &neighbors) {
     int lane = lane_index();
+    neighbors.first = first;
 #pragma unroll
-    for (int i = 0; i < EXPERTS_A_WARP; ++i) neighbors[i] = 0;
+    for (int i = 0; i < EXPERTS_A_WARP; ++i) neighbors.ids[i] = 0;
     if (first >= step.E || lane >= step.E) return;
 #pragma unroll
-    for (int i = 0; i < EXPERTS_A_WARP; ++i) neighbors[i] = step.neighbors_EE[(first + i) * step.E + lane];
+    for (int i = 0; i < EXPERTS_A_WARP; ++i) neighbors.ids[i] = step.neighbors_EE[(first + i) * step.E + lane];
 }
 
 // Begins a step: returns this thread's slot, and fills what the block shares; a barrier later it may be read. All loads
 // are asked for before one of them is used: the neighbours before the wait for the last kernel, the others after it.
-__device__ Slot begin(const Step &step, Block &block, int (&neighbors)[EXPERTS_A_WARP]) {
+__device__ Slot begin(const Step &step, Block &block, Neighbors &neighbors) {
     unsigned width = group_width(step.K), thread = blockIdx.x * blockDim.x + threadIdx.x;
     int e = threadIdx.x;
-    load_neighbors(step, warp_index() * EXPERTS_A_WARP, neighbors);
+    load(step, warp_index() * EXPERTS_A_WARP, neighbors);
     wait_for_last_kernel();
 
-    Slot slot = {static_cast<int>(thread / width), static_cast<int>(thread % width), false, -1, 0.0f, 1.0f, NOWHERE, 0};
+    Slot slot = {static_cast<int>(thread / width), static_cast<int>(thread % width), false, -1, -1, 0.0f, 1.0f, NOWHERE, 0};
     Id id = -1;
     float weight = 0.0f;
-    bool has_token = slot.token < step.T;
+    bool has_token = slot.token < step.T, runs = false;
     if (has_token) slot.votes = !step.valid_T || step.valid_T[slot.token];
+    if (has_token && has(step, PROJECTION) && step.runs_T) runs = step.runs_T[slot.token];
     if (has_token && has(step, CHANCES)) slot.chance = step.chance_T[slot.token];
     if (has_token && has(step, DOMAINS) && step.home_T) slot.home = step.home_T[slot.token];
     if (has_token && slot.column < step.K) {
@@ -202,6 +213,7 @@ __device__ Slot begin(const Step &step, Block &block, int (&neighbors)[EXPERTS_A
     if (e == 0) block.settings = *step.settings, block.rows = 0;
     if (has(step, PROJECTION) && e == 0) block.low_error = block.high_error = 0;
 
+    if (runs && id >= 0 && id < step.E) slot.runs = static_cast<int>(id);
     slot.votes &= slot.column < step.K;
     if (slot.votes) {
         slot.expert = id >= 0 && id < step.E ? static_cast<int>(id) : -1;
@@ -278,7 +290,8 @@ __device__ Count loss_of(const Block &block, int expert) {
     return joined(block.high_loss[expert], block.low_loss[expert]);
 }
 
-// Places the slot among its token's, marks what its token chose, and adds what it would lose. Returns whether it marked a primary expert.
+// Places the slot among its token's, marks what its token chose, and adds what it would lose. Returns whether it marked a
+// primary expert.
 __device__ bool vote(const Step &step, Block &block, Slot &slot) {
     if (!has_tokens(step)) return false;
     slot.place = place_in_token(slot, step.K);
@@ -286,6 +299,7 @@ __device__ bool vote(const Step &step, Block &block, Slot &slot) {
     bool marks = slot.expert >= 0 && slot.place < kept;
     if (slot.expert >= 0) block.chosen[slot.expert] = 1;
     if (marks) block.primary[slot.expert] = 1;
+    if (has(step, PROJECTION) && slot.runs >= 0 && kept > 0) block.primary[slot.runs] = marks = true;
     if (is_for_sale(step, block) && slot.expert >= 0 && !marks && kept > 0) {
         Count loss = loss_as_integer(step, slot, (slot.weight * slot.weight) * block.size[slot.expert]);
         atomicAdd(&block.low_loss[slot.expert], low_part(loss));
@@ -303,9 +317,32 @@ __device__ bool is_on(const Block &block, bool any_primary, int K) {
            block.rows <= now.most_rows;
 }
 
-// By a warp: whether one of its lanes' neighbours, which are at `place`, is primary. The first is the expert's substitute.
-__device__ bool is_found(Block &block, int expert, int neighbor, int place, int within) {
-    unsigned found = __ballot_sync(ALL, place < within && block.primary[neighbor]);
+// For whom experts look for a substitute.
+enum Search {
+    TO_SETTLE,  // those that a token chose, among the primary ones
+    TO_BUY,     // those that lose as much as they cost, among the primary ones
+    IN_ORDER    // those of which as much is left, among the ones before them
+};
+
+// How many of its neighbours may stand in for an expert: 0 where none is looked for.
+__device__ int neighbors_to_ask(const Step &step, const Block &block, int expert, Search search) {
+    bool primary = block.primary[expert];
+    if (search != TO_SETTLE)
+        return !primary && block.left[expert] >= static_cast<float>(block.settings.loss_that_suffices) ? step.E : 0;
+    if (!block.chosen[expert]) return 0;
+    // A primary expert is its own substitute, which the paper's policy need not look up.
+    return !primary ? block.cutoff[expert] : has(step, PROJECTION) ? step.E : 0;
+}
+
+__device__ bool may_stand_in(const Block &block, int neighbor, int expert, Search search) {
+    if (search != IN_ORDER) return block.primary[neighbor];
+    float its = block.left[neighbor], own = block.left[expert];
+    return its > own || (its == own && neighbor < expert);
+}
+
+// By a warp: whether one of its lanes' neighbours, which are at `place`, may stand in. The first is the substitute.
+__device__ bool is_found(Block &block, int expert, int neighbor, int place, int within, Search search) {
+    unsigned found = __ballot_sync(ALL, place < within && may_stand_in(block, neighbor, expert, search));
     if (found && lane_index() == __ffs(found) - 1) {
         block.substitute[expert] = static_cast<unsigned short>(neighbor);
         block.place[expert] = static_cast<unsigned short>(place);
@@ -314,7 +351,7 @@ __device__ bool is_found(Block &block, int expert, int neighbor, int place, int 
 }
 
 // By a warp: looks for a substitute beyond the first 32 neighbours, 128 at a time.
-__device__ void search_on(const Step &step, Block &block, int expert, int within) {
+__device__ void search_on(const Step &step, Block &block, int expert, int within, Search search) {
 #pragma unroll 1
     for (int first = 32; first < within; first += 128) {
         int neighbors[4];
@@ -325,31 +362,56 @@ __device__ void search_on(const Step &step, Block &block, int expert, int within
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-            if (is_found(block, expert, neighbors[i], first + 32 * i + lane_index(), within)) return;
+            if (is_found(block, expert, neighbors[i], first + 32 * i + lane_index(), within, search)) return;
     }
 }
 
-// By all warps: finds the substitutes of the chosen experts. `neighbors` are those of this warp's first ones.
-__device__ void find_substitutes(const Step &step, Block &block, int (&neighbors)[EXPERTS_A_WARP]) {
-    int start = warp_index() * EXPERTS_A_WARP, lane = lane_index();
+// By all warps: finds the substitutes of experts. `neighbors` are those of this warp's first ones.
+__device__ void find_substitutes(const Step &step, Block &block, Neighbors &neighbors, Search search) {
+    int lane = lane_index();
 #pragma unroll 1
-    for (int first = start; first < step.E; first += blockDim.x / 32 * EXPERTS_A_WARP) {
-        if (first != start) load_neighbors(step, first, neighbors);
-        int mine = first + lane, within = 0;  // how many neighbours may stand in for the lane's expert
-        if (lane < EXPERTS_A_WARP && mine < step.E && block.chosen[mine])
-            // A primary expert is its own substitute, which the paper's policy need not look up.
-            within = !block.primary[mine] ? block.cutoff[mine] : has(step, PROJECTION) ? step.E : 0;
+    for (int first = warp_index() * EXPERTS_A_WARP; first < step.E; first += blockDim.x / 32 * EXPERTS_A_WARP) {
+        if (first != neighbors.first) load(step, first, neighbors);
+        int mine = first + lane, within = 0;
+        if (lane < EXPERTS_A_WARP && mine < step.E) within = neighbors_to_ask(step, block, mine, search);
         unsigned open = __ballot_sync(ALL, within > 0);
         if (!open) continue;
 #pragma unroll
-        for (int i = 0; i < EXPERTS_A_WARP; ++i)
-            if (is_found(block, first + i, neighbors[i], lane, __shfl_sync(ALL, within, i))) open &= ~(1u << i);
+        for (int i = 0; i < EXPERTS_A_WARP; ++i) {
+            int ask = __shfl_sync(ALL, within, i);
+            if (is_found(block, first + i, neighbors.ids[i], lane, ask, search)) open &= ~(1u << i);
+        }
 #pragma unroll 1
         for (; open; open &= open - 1) {
             int i = __ffs(open) - 1;
-            search_on(step, block, first + i, __shfl_sync(ALL, within, i));
+            search_on(step, block, first + i, __shfl_sync(ALL, within, i), search);
         }
     }
+}
+
+// Makes the experts primary that are worth their price, each thread's own one by its loss. Returns whether the thread made
+// one primary. All threads see the marks a barrier later.
+__device__ bool buy(const Step &step, Block &block, Neighbors &neighbors, Count loss_of_own) {
+    int e = threadIdx.x;
+    bool has_expert = e < step.E, bought = false;
+    float loss = static_cast<float>(loss_of_own), price = static_cast<float>(block.settings.loss_that_suffices);
+    if (has_expert) {
+        if (loss_of_own >= ALWAYS_PRIMARY) block.primary[e] = bought = true;
+        block.left[e] = block.primary[e] ? FIRST : loss;
+    }
+#pragma unroll 1
+    for (int turn = TO_BUY; turn <= IN_ORDER; ++turn) {
+        __syncthreads();
+        find_substitutes(step, block, neighbors, static_cast<Search>(turn));
+        __syncthreads();
+        if (!has_expert || block.primary[e] || block.left[e] < price) continue;  // to the next barrier, with the others
+        float best = 0.0f;
+        if (block.substitute[e] != NO_SUBSTITUTE) best = step.ranked_similarity_EE[e * step.E + block.place[e]];
+        block.left[e] = loss * (1 - fmaxf(best, 0.0f));
+        if (turn == IN_ORDER && block.left[e] >= price) block.primary[e] = bought = true;
+        block.substitute[e] = NO_SUBSTITUTE;
+    }
+    return bought;
 }
 
 // Finds out for the tokens of a warp what each settling slot becomes: an expert, or -1 (drop). The slots of a token are
@@ -455,10 +517,10 @@ __device__ int settle(const Step &step, Block &block, const Slot &slot, int visi
 }
 
 // Settles and counts the block's slots, and marks what runs. Marks and totals are complete after a barrier.
-__device__ void settle_all(const Step &step, Block &block, const Slot &slot, int (&neighbors)[EXPERTS_A_WARP], bool acts,
+__device__ void settle_all(const Step &step, Block &block, const Slot &slot, Neighbors &neighbors, bool acts,
                            unsigned char *runs) {
     if (acts) {  // all threads, or none
-        find_substitutes(step, block, neighbors);
+        find_substitutes(step, block, neighbors, TO_SETTLE);
         __syncthreads();
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) block.totals[STEPS] = 1, block.totals[ROWS] = block.rows;
@@ -532,13 +594,14 @@ __device__ void count_experts(const Step &step, Block &block) {
 extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute(const Step given) {
     __shared__ Block block;
     const Step step = with_constants(given);
-    int e = threadIdx.x, neighbors[EXPERTS_A_WARP];
+    int e = threadIdx.x;
+    Neighbors neighbors;
     Slot slot = begin(step, block, neighbors);
     __syncthreads();
     bool marked = vote(step, block, slot);
     if (is_for_sale(step, block)) {  // all threads, or none
         __syncthreads();
-        if (e < step.E && loss_of(block, e) >= block.settings.loss_that_suffices) block.primary[e] = marked = true;
+        marked |= buy(step, block, neighbors, e < step.E ? loss_of(block, e) : 0);
     }
     bool any_primary = __syncthreads_or(marked);
     if (block.rows == 0) return;  // all threads
@@ -552,7 +615,8 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute_vote(const 
     __shared__ Block block;
     const Step step = with_constants(given);
     Workspace &workspace = *step.workspace;
-    int e = threadIdx.x, neighbors[EXPERTS_A_WARP];
+    int e = threadIdx.x;
+    Neighbors neighbors;
     let_next_kernel_start();
     Slot slot = begin(step, block, neighbors);
     __syncthreads();
@@ -570,16 +634,17 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute_settle(cons
     __shared__ Block block;
     const Step step = with_constants(given);
     Workspace &workspace = *step.workspace;
-    int e = threadIdx.x, neighbors[EXPERTS_A_WARP];
+    int e = threadIdx.x;
+    Neighbors neighbors;
     Slot slot = begin(step, block, neighbors);
     Count votes = e < step.E ? workspace.votes[e] : 0;
     bool chosen = e < step.E && workspace.chosen[e];
     int rows = workspace.rows;
     __syncthreads();
-    Count enough = is_for_sale(step, block) ? block.settings.loss_that_suffices : ALWAYS_PRIMARY;
-    bool primary = e < step.E && votes >= enough;
+    bool primary = e < step.E && votes >= ALWAYS_PRIMARY;
     if (e < step.E) block.primary[e] = primary, block.chosen[e] = chosen;
     if (e == 0) block.rows = rows;
+    if (is_for_sale(step, block)) primary |= buy(step, block, neighbors, votes);  // all threads, or none
     bool any_primary = __syncthreads_or(primary);
     if (block.rows > 0) {  // all threads, or none
         if (has(step, PROJECTION)) slot.place = place_in_token(slot, step.K);

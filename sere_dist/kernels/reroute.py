@@ -85,7 +85,7 @@ class StepArguments(ctypes.Structure):
     """struct Step of reroute.cu: tensors as pointers, then numbers."""
 
     TENSORS = (
-        *("weights_TK", "ids_TK", "valid_T", "home_T", "chance_T", "settings", "neighbors_EE", "cutoff_E"),
+        *("weights_TK", "ids_TK", "valid_T", "home_T", "chance_T", "runs_T", "settings", "neighbors_EE", "cutoff_E"),
         *("ranked_similarity_EE", "coefficient_EE", "size_E", "domain_E", "rank_E", "counters", "workspace"),
     )
     NUMBERS = ("T", "K", "E", "num_ranks", "features")
@@ -206,8 +206,8 @@ class LayerKernel:
         Args:
             step: contiguous tensors on the device. Weights [T, K] are float32, as all routers of vLLM return them,
                 and changed by policy projection and by merging; ids [T, K] are int32 or int64, -1 is an empty slot.
-                `valid_T` (bool, None: all rows), `home_T` (int32, -1: none) and `chance_T` (float32) are at least T
-                long.
+                `valid_T` (bool, None: all rows), `home_T` (int32, -1: none), `chance_T` (float32) and `runs_T` (bool,
+                None: no row) are at least T long.
             all_reduce: where ranks share one primary set: gets this rank's losses, int64 [E], on torch's current
                 stream, and puts the sum over all ranks in their place. They are `projection.primary_losses`, but for a
                 primary expert they are ALWAYS_PRIMARY or more. Called once in every call, whatever the settings, the
@@ -217,14 +217,19 @@ class LayerKernel:
         Raises:
             ValueError: a tensor of the step is of another type or size.
         """
-        topk_weights_TK, topk_ids_TK, valid_T, home_T, chance_T = step
+        topk_weights_TK, topk_ids_TK, valid_T, home_T, chance_T, runs_T = step
         num_rows, top_k = topk_ids_TK.shape
         _check("topk_ids", topk_ids_TK, ID_DTYPES)
         _check("topk_weights", topk_weights_TK, (torch.float32,))
         if topk_weights_TK.shape != topk_ids_TK.shape or not 0 < top_k <= MAX_TOP_K:
             shapes = f"weights {tuple(topk_weights_TK.shape)} and ids {tuple(topk_ids_TK.shape)}"
             raise ValueError(f"{shapes} must be alike, with 1 to {MAX_TOP_K} slots per token")
-        masks = (("valid", valid_T, torch.bool), ("home", home_T, torch.int32), ("chance", chance_T, torch.float32))
+        masks = (
+            ("valid", valid_T, torch.bool),
+            ("home", home_T, torch.int32),
+            ("chance", chance_T, torch.float32),
+            ("runs", runs_T, torch.bool),
+        )
         for name, mask, dtype in masks:
             if mask is not None:
                 _check(name, mask, (dtype,))
@@ -237,7 +242,7 @@ class LayerKernel:
             return
         arguments, num_experts = self.arguments, len(self.cutoff_E)
         arguments.point_to(weights_TK=topk_weights_TK, ids_TK=topk_ids_TK)
-        arguments.point_to(valid_T=valid_T, home_T=home_T, chance_T=chance_T)
+        arguments.point_to(valid_T=valid_T, home_T=home_T, chance_T=chance_T, runs_T=runs_T)
         features = self.features
         if chance_T is not None and Feature.PROJECTION in features:
             features |= Feature.CHANCES

@@ -19,12 +19,18 @@ import torch
 
 from sere_dist.kernels.neighbors import ranked_neighbors
 from sere_dist.method.counters import COUNTERS
-from sere_dist.method.projection import ALWAYS_PRIMARY, FIXED_POINT_ONE, projection_tables, to_fixed_point
+from sere_dist.method.projection import (
+    ALWAYS_PRIMARY,
+    FIXED_POINT_ONE,
+    projection_tables,
+    to_fixed_point,
+)
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 
 NOWHERE = -1  # a slot or a token without a domain
 NO_SUBSTITUTE, NOT_LOOKED_UP = -1, -2
 NO_HOME, NO_CHANCE = np.empty(0, dtype=np.int32), np.empty(0, dtype=np.float32)
+NO_ROW = np.empty(0, dtype=np.bool_)
 ONE, ZERO = np.float32(1), np.float32(0)
 FIXED = np.float32(FIXED_POINT_ONE)
 MOST = np.float32(ALWAYS_PRIMARY)
@@ -51,13 +57,14 @@ MOST = np.float32(ALWAYS_PRIMARY)
 
 class Slots(NamedTuple):
     """A step's own copies of weights and ids, which are rewritten, and its masks. `home_T` is empty where no token has
-    a home, `chance_T` where no token is a draft."""
+    a home, `chance_T` where no token is a draft, `runs_T` where no other row's experts count."""
 
     weights_TK: np.ndarray
     ids_TK: np.ndarray
     valid_T: np.ndarray
     home_T: np.ndarray
     chance_T: np.ndarray
+    runs_T: np.ndarray
 
 
 class Tables(NamedTuple):
@@ -111,13 +118,17 @@ def in_fixed_point(error, chance_T, token):
 @compiled
 def vote(slots, size_E, numbers, losses_E, chosen_E):
     """Adds each expert's loss to `losses_E`, and marks the experts that valid tokens chose. Returns the valid rows."""
-    weights_TK, ids_TK, valid_T, _home_T, chance_T = slots
+    weights_TK, ids_TK, valid_T, _home_T, chance_T, runs_T = slots
     num_slots, num_experts, rows = ids_TK.shape[1], len(losses_E), 0
     select_top_k = np.int64(numbers[SELECT_TOP_K])
     counts_losses = len(size_E) > 0 and numbers[LOSS_THAT_SUFFICES] < ALWAYS_PRIMARY
     ranks_K, heaviest_E = np.empty(num_slots, dtype=np.int64), np.zeros(num_experts, dtype=np.bool_)
     is_on = 0 < select_top_k < num_slots
     for token in range(len(ids_TK)):
+        if is_on and len(size_E) and len(runs_T) and runs_T[token]:
+            for expert in ids_TK[token]:
+                if 0 <= expert < num_experts:
+                    heaviest_E[expert] = True
         if not valid_T[token]:
             continue
         rows += 1
@@ -152,6 +163,34 @@ def substitute_of(expert, tables, primary_E, threshold):
                 return NO_SUBSTITUTE, ZERO
             return np.int64(neighbor), similarity
     return NO_SUBSTITUTE, ZERO
+
+
+@compiled
+def mark_primary(losses_E, tables, price):
+    """Returns bool [E], the primary experts: those that run in any case, and those that are worth the price."""
+    must_E = losses_E >= ALWAYS_PRIMARY
+    if price >= ALWAYS_PRIMARY:
+        return must_E
+    least, num_experts = np.float32(price), len(losses_E)
+    left_E, primary_E = np.zeros(num_experts, dtype=np.float32), must_E.copy()
+    for expert in range(num_experts):
+        loss = np.float32(losses_E[expert])
+        if must_E[expert]:
+            left_E[expert] = np.inf
+        elif loss >= least:
+            left_E[expert] = loss * (ONE - max(substitute_of(expert, tables, must_E, ZERO)[1], ZERO))
+    for expert in range(num_experts):
+        left = left_E[expert]
+        if must_E[expert] or left < least:
+            continue
+        best = ZERO
+        for place in range(num_experts):
+            neighbor = np.int64(tables.neighbors_EE[expert, place])
+            if left_E[neighbor] > left or (left_E[neighbor] == left and neighbor < expert):
+                best = max(tables.ranked_EE[expert, place], ZERO)
+                break
+        primary_E[expert] = np.float32(losses_E[expert]) * (ONE - best) >= least
+    return primary_E
 
 
 @compiled
@@ -223,7 +262,7 @@ def merge(weights_K, ids_K):
 @compiled
 def settle(slots, tables, primary_E, numbers, acts, runs_E, counters):
     """Rewrites the valid tokens' slots in place, marks the experts that run, and counts slots and visits."""
-    weights_TK, ids_TK, valid_T, home_T, chance_T = slots
+    weights_TK, ids_TK, valid_T, home_T, chance_T, _runs_T = slots
     num_slots, num_experts = ids_TK.shape[1], len(primary_E)
     select_top_k, merges = np.int64(numbers[SELECT_TOP_K]), numbers[MERGES] > 0
     threshold, price = np.float32(numbers[THRESHOLD]), np.float32(numbers[TRAFFIC_PRICE])
@@ -325,12 +364,9 @@ def finish(slots, tables, numbers, rows, losses_E, chosen_E, counters):
     if rows == 0:
         return
     select_top_k, enough = np.int64(numbers[SELECT_TOP_K]), np.int64(numbers[LOSS_THAT_SUFFICES])
-    primary_E, any_primary = np.empty(len(losses_E), dtype=np.bool_), False
-    for expert in range(len(losses_E)):
-        primary_E[expert] = losses_E[expert] >= enough
-        any_primary = any_primary or primary_E[expert]
+    primary_E = mark_primary(losses_E, tables, enough)
     is_on = 0 < select_top_k < slots.ids_TK.shape[1] and numbers[MIN_ROWS] <= rows <= numbers[MAX_ROWS]
-    acts = any_primary and is_on
+    acts = is_on and primary_E.any()
     runs_E = np.zeros(len(losses_E), dtype=np.bool_) if acts else chosen_E
     counters[STEPS] += 1
     counters[ROWS] += rows
@@ -398,7 +434,8 @@ class CpuLayer:
         valid_T = np.ones(len(ids), dtype=bool) if step.valid_T is None else step.valid_T.numpy()
         home_T = NO_HOME if step.home_T is None else step.home_T.numpy()
         chance_T = NO_CHANCE if step.chance_T is None else step.chance_T.numpy()
-        slots = Slots(weights.numpy(), ids.numpy(), valid_T, home_T, chance_T)
+        runs_T = NO_ROW if step.runs_T is None else step.runs_T.numpy()
+        slots = Slots(weights.numpy(), ids.numpy(), valid_T, home_T, chance_T, runs_T)
         if all_reduce is None:
             reroute_alone(slots, self._tables, self._numbers, self._counters)
             return weights, ids

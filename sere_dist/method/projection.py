@@ -10,11 +10,20 @@ is the mean squared output of e. With w the router's weight, the squared errors 
 for every primary expert p; s_ee = c_ee = 1. A slot that goes to p gets the weight w c_ep, a dropped slot the id -1 and
 the weight 0. A token's S heaviest slots and critical ones stay as they are, as in `rerouting`.
 
-`expert_price` decides what is primary beyond the S heaviest: an expert runs if the step would lose as much without it,
+Primary are the experts in these heaviest slots, and those that run in any case for rows that keep theirs: a prompt's,
+or those of a request that opted out (`Step.runs_T`). `expert_price` decides what else is. Without e, the step would
+lose
 
-    loss(e) = sum over the slots that name e of w² n_e q >= expert_price.
+    loss(e) = sum over the slots that name e of w² n_e q
+    left(e) = loss(e) (1 - the largest s_ep over the primary p so far, at least 0)
 
-q is the chance that the token's output is used: 1, but for drafted tokens of speculative decoding.
+if nothing stood in for e, and after the best substitution. q is the chance that the token's output is used: 1, but for
+drafted tokens of speculative decoding. Experts of which more is left come first, of equal ones the lower id. e runs if
+it is worth its price beside those that come before it:
+
+    loss(e) (1 - the largest s_ep over the p before e, at least 0) >= expert_price.
+
+That is as good as to add the experts one at a time (`studies/selection.py`), and needs no loop.
 
 Losses are added up in fixed point, so that the sum does not depend on the order and ranks can share one primary set.
 
@@ -109,15 +118,37 @@ def reroute_projection(
 
 def primary_by_price(step: Step, tables: LayerTables, settings: Settings) -> torch.Tensor:
     """Returns bool [E]: the experts in the S heaviest slots and those worth the `expert_price`; none where S is off."""
-    return primary_losses(step, tables, settings) >= to_fixed_point(settings.expert_price)
+    losses_E = primary_losses(step, tables, settings)
+    return worth_running(losses_E, tables.similarity_EE, settings.expert_price)
+
+
+def worth_running(losses_E: torch.Tensor, similarity_EE: torch.Tensor, expert_price: float) -> torch.Tensor:
+    """Returns bool [E], the primary experts: those that run in any case, and those that are worth the price; see above.
+
+    Args:
+        losses_E: int64 [E], the `primary_losses` of a step; ranks may have added theirs up.
+        similarity_EE: the layer's.
+        expert_price: 0: none but those that run in any case.
+    """
+    must_E, price = losses_E >= ALWAYS_PRIMARY, to_fixed_point(expert_price)
+    if price >= ALWAYS_PRIMARY:
+        return must_E
+    loss_E, alike_EE = losses_E.float(), similarity_EE.float().clamp(min=0)
+    left_E = loss_E * (1 - alike_EE.masked_fill(~must_E, 0).amax(dim=1))
+    left_E = left_E.masked_fill(must_E, torch.inf)
+    index_E = torch.arange(len(left_E), device=left_E.device)
+    is_before_EE = (left_E > left_E[:, None]) | ((left_E == left_E[:, None]) & (index_E < index_E[:, None]))
+    best_E = alike_EE.masked_fill(~is_before_EE, 0).amax(dim=1)
+    return must_E | (loss_E * (1 - best_E) >= torch.tensor(price, dtype=torch.float32, device=losses_E.device))
 
 
 def primary_losses(step: Step, tables: LayerTables, settings: Settings) -> torch.Tensor:
-    """Returns int64 [E], fixed point: what the step would lose without each expert.
+    """Returns int64 [E], fixed point: what the step would lose without each expert if nothing stood in for it.
 
-    ALWAYS_PRIMARY for an expert in one of the S heaviest slots of a valid token. Losses of other experts are only
-    counted if there is an `expert_price`, which needs `tables.size_E`. All 0 where S <= 0 or S >= K. Ranks that share
-    one primary set add these up.
+    ALWAYS_PRIMARY for an expert in one of the S heaviest slots of a valid token. With sizes, which policy projection
+    has, also for one in any slot of a row of `runs_T`: it runs whatever is decided here. Losses of other experts are
+    only counted if there is an `expert_price`, which needs `tables.size_E`. All 0 where S <= 0 or S >= K. Ranks that
+    share one primary set add these up.
     """
     num_experts = len(tables.similarity_EE)
     if not 0 < settings.select_top_k < step.ids_TK.shape[1]:
@@ -130,6 +161,8 @@ def primary_losses(step: Step, tables: LayerTables, settings: Settings) -> torch
         losses_E = losses_without_each_expert(step, tables.size_E)
     else:
         losses_E = torch.zeros(num_experts, dtype=torch.int64, device=step.ids_TK.device)
+    if tables.size_E is not None and step.runs_T is not None:
+        keeps_TK = keeps_TK | step.runs_T[:, None]
     return losses_E.masked_fill(active_experts(step.ids_TK, keeps_TK, num_experts), ALWAYS_PRIMARY)
 
 
@@ -169,7 +202,7 @@ def _in_fixed_point(errors_TK: torch.Tensor, chance_T: torch.Tensor | None) -> t
 
 
 def to_fixed_point(expert_price: float) -> int:
-    """Returns the loss that makes an expert primary, 1 to ALWAYS_PRIMARY: the price rounded to float32, in fixed point.
+    """Returns what must be left without an expert, 1 to ALWAYS_PRIMARY: the price rounded to float32, in fixed point.
 
     No price (0) and one that is too large for fixed point are ALWAYS_PRIMARY: only heaviest slots reach that.
     """

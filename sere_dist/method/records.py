@@ -20,6 +20,7 @@ class Step(NamedTuple):
     valid_T: torch.Tensor | None = None  # bool; other rows (prefill, padding) neither change nor count. None: all
     home_T: torch.Tensor | None = None  # int, the domain where a token's attention ran. None: no token has one
     chance_T: torch.Tensor | None = None  # float32, that a token's output is used. None: it always is
+    runs_T: torch.Tensor | None = None  # bool; rows that are not valid whose experts run all the same. None: no row
 
 
 class LayerTables(NamedTuple):

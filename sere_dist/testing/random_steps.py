@@ -17,7 +17,7 @@ from sere_dist.method.projection import (
     FIXED_POINT_ONE,
     primary_losses,
     reroute_projection,
-    to_fixed_point,
+    worth_running,
 )
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import replace_experts, substitutes
@@ -33,7 +33,9 @@ class RandomStep:
         ranks: number of ranks that hold the experts; 0: one holds all, and is not named.
         elsewhere_share: of the experts, those that must be primary for other ranks; None: there are no other ranks.
         valid_share: of the rows; None: no mask.
+        runs_share: of the rows, valid or not, those whose experts run all the same; None: no mask.
         ties: weights and similarities have few values.
+        most_alike: the largest similarity. Some are below 0.
         empty_share: of the slots, with id -1.
     """
 
@@ -56,7 +58,9 @@ class RandomStep:
     min_rows: int = 0
     max_rows: int | None = None
     valid_share: float | None = 0.7
+    runs_share: float | None = None
     ties: bool = True
+    most_alike: float = 1.0
     empty_share: float = 0.1
     id_dtype: torch.dtype = torch.int32
 
@@ -72,9 +76,10 @@ class RandomStep:
         ids_TK = torch.randint(experts, (rows, self.top_k), generator=random)
         empty_TK = torch.rand(rows, self.top_k, generator=random) < self.empty_share
         self.ids_TK = ids_TK.masked_fill(empty_TK, -1).to(self.id_dtype)
-        self.similarity_EE = uniform(experts, experts, values=8)
+        similarity_EE = uniform(experts, experts, values=8)
+        self.similarity_EE = (similarity_EE - 0.125) / 0.875 * self.most_alike
         self.coefficient_EE, self.size_E = 2 * uniform(experts, experts), 2 * uniform(experts)
-        self.valid_T = self.domain_E = self.home_T = self.chance_T = self.rank_E = self.elsewhere_E = None
+        self.valid_T = self.domain_E = self.home_T = self.chance_T = self.runs_T = self.rank_E = self.elsewhere_E = None
         longer = rows + 5  # as a runner's buffers are
         if self.valid_share is not None:
             self.valid_T = torch.rand(longer, generator=random) < self.valid_share
@@ -84,6 +89,8 @@ class RandomStep:
             self.home_T = torch.randint(-1, self.domains, (longer,), generator=random, dtype=torch.int32)
         if self.has_chance:
             self.chance_T = uniform(longer)
+        if self.runs_share is not None:
+            self.runs_T = torch.rand(longer, generator=random) < self.runs_share
         if self.ranks:
             self.rank_E = torch.randint(self.ranks, (experts,), generator=random)
         if self.elsewhere_share is not None:
@@ -99,7 +106,7 @@ class RandomStep:
     @property
     def masks(self) -> tuple[torch.Tensor | None, ...]:
         """Those of the step as a runner has them: longer than its rows."""
-        return self.valid_T, self.home_T, self.chance_T
+        return self.valid_T, self.home_T, self.chance_T, self.runs_T
 
     @property
     def tables(self) -> LayerTables:
@@ -132,7 +139,7 @@ class RandomStep:
         losses_E = primary_losses(step, tables, settings)
         if self.elsewhere_E is not None and 0 < settings.select_top_k < self.top_k:
             losses_E = losses_E + self.elsewhere_E
-        primary_E = losses_E >= to_fixed_point(settings.expert_price)
+        primary_E = worth_running(losses_E, tables.similarity_EE, settings.expert_price)
         if self.projection:
             weights_TK, ids_TK = reroute_projection(step, tables, settings, self.places, primary_E)
         else:
@@ -235,7 +242,9 @@ CHOICES: dict[str, Sequence[Any]] = {
     "min_rows": [0] * 6 + [5, 20],
     "max_rows": [None] * 6 + [5, 20],
     "valid_share": [None, None, 0.0, 0.3, 0.9, 0.9],
+    "runs_share": [None, None, 0.0, 0.1, 0.5],
     "ties": [False, True],
+    "most_alike": [1.0, 1.0, 0.5, 0.1],
     "empty_share": [0.0, 0.1, 0.9],
     "id_dtype": ID_DTYPES,
 }

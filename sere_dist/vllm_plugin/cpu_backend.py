@@ -94,4 +94,5 @@ class CpuBackend(Backend[CpuLayer]):
             )
         if not num_valid and self.all_reduce is None:  # a profiling or dummy run, or a step of prefill only
             return weights, ids
-        return kernel.reroute(Step(weights, ids, self.rows.valid, self.home, self.rows.chance), self.all_reduce)
+        step = Step(weights, ids, self.rows.valid, self.home, self.rows.chance, self.rows.runs)
+        return kernel.reroute(step, self.all_reduce)

@@ -72,7 +72,7 @@ class GpuBackend(Backend[LayerKernel]):
         def rerouted(_router, weights, ids):
             check_rows(len(ids), rows)
             weights, ids = (each.clone() if borrows else each.contiguous() for each in (weights, ids))
-            kernel.reroute(Step(weights, ids, rows.valid, self.home, rows.chance), self.all_reduce)
+            kernel.reroute(Step(weights, ids, rows.valid, self.home, rows.chance, rows.runs), self.all_reduce)
             return weights, ids
 
         replace_choice(router, rerouted)

@@ -19,6 +19,8 @@ class Rows:
     Attributes:
         valid: bool [most tokens of a step] on the model's device: rows that re-routing may change and that vote. Rows
             behind those of the step are padding, and False.
+        runs: bool, as long: rows that keep their experts because they are of a prompt or of a request that opted out.
+            What they run, others may turn to.
         chance: float32 [most tokens of a step], that a row's output is used. None: no step verifies drafts.
         count: int64 [2] on the CPU: rows of the step, and valid ones; 0 in profiling and dummy runs.
         requests: bool, for each request of the step, in the order of its rows, whether its rows are valid.
@@ -28,6 +30,7 @@ class Rows:
 
     def __init__(self, max_tokens: int, device: torch.device | str = "cpu", speculation: Speculation | None = None):
         self.valid = torch.zeros(max_tokens, dtype=torch.bool, device=device)
+        self.runs = torch.zeros_like(self.valid)
         self.speculation = speculation
         self.chance = None if speculation is None else torch.ones(max_tokens, device=device)
         self.count = torch.zeros(2, dtype=torch.int64)
@@ -77,6 +80,7 @@ class Rows:
         """Marks no row: what runs next is no step of requests."""
         self.count.zero_()
         self.valid.zero_()
+        self.runs.zero_()
         self.requests, self.scheduled_tokens = self.requests[:0], self.scheduled_tokens[:0]
 
     def start_step(
@@ -99,11 +103,13 @@ class Rows:
         if self.opted_out:
             self.opted_out.intersection_update(live)
             valid = valid & [request not in self.opted_out for request in requests]
-        if self.share < 1:
+        runs = ~valid
+        if self.share < 1:  # what a trial on few requests costs is not to depend on the experts of all others
             valid = valid & [is_in_share(request, self.share) for request in requests]
         self.requests, self.scheduled_tokens = valid, scheduled_tokens.copy()
         rows = np.repeat(valid, scheduled_tokens)
         self.mark(rows, len(rows))
+        self.mark_runs(np.repeat(runs, scheduled_tokens))
         if self.speculation is not None and self.chance is not None:
             places = places_in_drafts(scheduled_tokens, drafted_tokens)
             _copy(self.speculation.chances[places], self.chance)
@@ -116,6 +122,11 @@ class Rows:
         _copy(valid, self.valid)
         self.valid[len(valid) :] = False
         self.count[0], self.count[1] = num_rows, int(valid.sum())
+
+    def mark_runs(self, runs: np.ndarray) -> None:
+        """Sets which of a step's rows run their experts although they are not valid."""
+        _copy(runs, self.runs)
+        self.runs[len(runs) :] = False
 
 
 def is_in_share(request: str, share: float) -> bool:
@@ -145,7 +156,7 @@ def _copy(values: np.ndarray, buffer: torch.Tensor) -> None:
 
 
 def opts_out(extra_args: Mapping[str, Any] | None) -> bool:
-    """Returns whether a request's extra arguments switch `sere` off: its rows then neither change nor vote.
+    """Returns whether a request's extra arguments switch `sere` off: its rows then keep their experts.
 
     "off", "false", 0 and False switch it off. Any other value changes nothing: a request can't switch re-routing on.
     """

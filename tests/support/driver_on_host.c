@@ -19,7 +19,7 @@ typedef struct {
     unsigned num_attributes;
 } LaunchConfig;
 
-enum { STRUCT_BYTES = 15 * 8 + 5 * 4 + 4 };  // struct Step: pointers, numbers, and padding to a multiple of 8
+enum { STRUCT_BYTES = 16 * 8 + 5 * 4 + 4 };  // struct Step: pointers, numbers, and padding to a multiple of 8
 
 static int succeed(void) { return 0; }
 

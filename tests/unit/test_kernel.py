@@ -112,7 +112,7 @@ def test_policy_and_threshold_change_in_place(on_host, projection):
         (2, 0.0, True, 0.0),
         (2, 0.9, True, 0.0),
         (2, 0.9, False, 0.0),
-        (1, 0.0, True, 0.25),
+        (1, 0.0, True, 0.03),
     ]:
         step.set(layer.settings)
         layer.set_threshold(step.threshold)
@@ -256,8 +256,10 @@ def test_a_dropped_barrier_is_caught(tmp_path, monkeypatch, which):
         kernels.seed = seed
         common = {"rows": 40, "top_k": 8, "experts": 60, "select_top_k": 1, "domains": 4, "ranks": 4}
         papers = RandomStep(seed=seed, projection=False, **common)
-        priced = RandomStep(seed=seed, projection=True, expert_price=0.5, traffic_price=0.1, **common)
-        for step, one_launch_rows in itertools.product((papers, priced), (1024, 0)):
+        prices = {"expert_price": 0.25, "traffic_price": 0.1}
+        priced = RandomStep(seed=seed, projection=True, **prices, **common)
+        few_alike = dataclasses.replace(priced, rows=8, most_alike=0.5, ties=False)
+        for step, one_launch_rows in itertools.product((papers, priced, few_alike), (1024, 0)):
             monkeypatch.setattr(kernel, "ONE_LAUNCH_LANES", one_launch_rows)
             try:
                 step.check("cpu")

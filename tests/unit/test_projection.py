@@ -11,7 +11,7 @@ from sere_dist.method.projection import (
     primary_by_price,
     primary_losses,
     reroute_projection,
-    to_fixed_point,
+    worth_running,
 )
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import replace_experts, reroute, substitutes
@@ -38,7 +38,18 @@ def oracle(drawn, tables, prices, domain, home, chance):
             for k, expert in enumerate(row):
                 if valid[t] and expert >= 0:
                     losses[expert] += in_fixed_point(weights[t][k] * weights[t][k] * size[expert] * chance[t])
-        primary |= {expert for expert, loss in losses.items() if loss >= max(1, in_fixed_point(expert_price))}
+        primary |= {expert for expert, loss in losses.items() if loss >= ALWAYS_PRIMARY}
+        enough = np.float32(max(1, in_fixed_point(expert_price)))
+
+        def left(e, others):
+            best = max((similarity[e][p] for p in others if p != e), default=np.float32(0))
+            return np.float32(losses[e]) * (np.float32(1) - max(np.float32(best), np.float32(0)))
+
+        if enough < ALWAYS_PRIMARY:
+            must = set(primary)
+            beside = {e: (0, -left(e, must), e) for e in losses if e not in must} | {e: (-1, 0, e) for e in must}
+            in_order = sorted(beside, key=lambda e: beside[e])
+            primary |= {e for i, e in enumerate(in_order) if left(e, in_order[:i]) >= enough}
     rho, price = np.float32(drawn.threshold), np.float32(price)
 
     def similar(e, p):
@@ -120,7 +131,7 @@ def test_ranks_that_share_primary_experts_act_as_one(drawn, rows_of_first, exper
 
     def shared(numbers):
         losses_E = sum(primary_losses(of_rows(rows), tables, numbers) for rows in both)
-        return losses_E >= to_fixed_point(numbers.expert_price)
+        return worth_running(losses_E, tables.similarity_EE, numbers.expert_price)
 
     def on_this_rank(rows):
         step = of_rows(rows)
@@ -159,6 +170,42 @@ def test_losses_by_hand():
     assert primary(1e-9, size=torch.tensor([1.0, 1.0, torch.nan, 0.0])) == [1, 1, 0, 0]
     for select_top_k in (-1, 0, 3, 4):
         assert primary(1e-9, select_top_k) == [0] * 4
+
+
+def test_what_other_rows_run_is_primary_by_hand():
+    """The row of a prompt runs expert 3: a slot that names it stays, and under the paper's policy it does not count."""
+    step = Step(
+        torch.tensor([[0.5, 0.4], [0.6, 0.5], [0.9, 0.1]]),
+        torch.tensor([[0, 3], [1, 2], [3, -1]]),
+        valid_T=torch.tensor([True, True, False]),
+    )
+    beside = step._replace(runs_T=torch.tensor([False, False, True]))
+    tables = LayerTables(0.5 + torch.eye(4) / 2, torch.ones(4, 4), torch.ones(4))
+    assert primary_by_price(step, tables, Settings(1)).tolist() == [True, True, False, False]
+    assert primary_by_price(beside, tables, Settings(1)).tolist() == [True, True, False, True]
+    assert reroute_projection(step, tables, Settings(1))[1].tolist() == [[0, 0], [1, 0], [3, -1]]
+    assert reroute_projection(beside, tables, Settings(1))[1].tolist() == [[0, 3], [1, 0], [3, -1]]
+    assert primary_losses(beside, LayerTables(torch.eye(4)), Settings(1))[3] == 0
+    assert primary_losses(beside, tables, Settings(2)).tolist() == [0] * 4, "off"
+
+
+def test_what_substitutes_make_good_needs_no_expert():
+    """The step would lose 1 without 2 and 0.8 without 3. Beside 0, 0.4 of 2 is left; beside 2, 0.2 of 3."""
+    weights, ids = torch.tensor([[2.0, 1.0, 0.8**0.5]]), torch.tensor([[0, 2, 3]])
+    similarity = torch.eye(4)
+    similarity[2, 0], similarity[3, 2] = 0.6, 0.75
+    tables = LayerTables(similarity, torch.ones(4, 4), torch.ones(4))
+
+    def primary(price):
+        return primary_by_price(Step(weights, ids), tables, Settings(1, expert_price=price)).tolist()
+
+    assert primary(0.81) == [True, False, False, False]
+    assert primary(0.41) == [True, False, False, True], "3 comes first"
+    assert primary(0.39) == primary(0.19) == [True, False, True, True]
+    similarity[2, 0] = 0.1
+    assert primary(0.41) == [True, False, True, False], "2 comes first, and then makes good most of 3"
+    similarity[2, 0], similarity[2, 3] = 0.2, 0.75
+    assert primary(0.21) == [True, False, True, False], "of equal ones the lower id comes first"
 
 
 def test_sums_of_losses_are_exact():

@@ -67,6 +67,7 @@ def follow(runner: Runner, speculation: Speculation | None = None, **settings) -
     rows = Rows(32, speculation=speculation)
     rows.set_settings(ReroutingConfig(artifact="a", select_top_k=2, **settings))
     rows.valid.fill_(True)  # as if left over from a larger step
+    rows.runs.fill_(True)
     rows.follow(runner)
     return rows
 
@@ -75,11 +76,15 @@ def valid(rows: Rows) -> list[int]:
     return rows.valid.nonzero().flatten().tolist()
 
 
+def running(rows: Rows) -> list[int]:
+    return rows.runs.nonzero().flatten().tolist()
+
+
 def test_only_rows_of_computed_prompts_decode(runner):
     rows = follow(runner)
     assert runner.step([1, 4, 6, 1])
     assert rows.count.tolist() == [12, 1]
-    assert valid(rows) == [0]
+    assert valid(rows) == [0] and running(rows) == list(range(1, 12)), "what the others run, it may turn to"
 
 
 def test_rows_that_verify_speculated_tokens_decode(runner):
@@ -115,14 +120,14 @@ def test_all_rows(runner):
     rows = follow(runner, rows="all")
     runner.step([1, 4, 6, 1])
     assert rows.count.tolist() == [12, 12]
-    assert valid(rows) == list(range(12))
+    assert valid(rows) == list(range(12)) and not running(rows)
 
 
 def test_dummy_runs_have_no_rows(runner):
     rows = follow(runner)
     runner.step([1, 4, 6, 1])
     assert runner._dummy_run(8) == "dummy"
-    assert rows.count.tolist() == [0, 0] and not valid(rows)
+    assert rows.count.tolist() == [0, 0] and not valid(rows) and not running(rows)
 
 
 def test_rows_of_a_request_that_opts_out(runner):
@@ -131,7 +136,7 @@ def test_rows_of_a_request_that_opts_out(runner):
     for new in (out, {}):  # in later steps it is no new request
         runner.step([1, 4, 6, 1], **new)
         assert rows.count.tolist() == [12, 8]
-        assert valid(rows) == [0, *range(5, 12)]
+        assert valid(rows) == [0, *range(5, 12)] and running(rows) == [1, 2, 3, 4]
     del (runner.requests if hasattr(runner, "requests") else runner.req_states.req_id_to_index)["b"]
     runner.step([1, 4, 6, 1])
     assert not rows.opted_out, "a finished request is forgotten"
@@ -167,6 +172,7 @@ def test_a_share_of_the_requests(runner):
         assert all(by_share[share] >= fewer for fewer in by_share.values())
         for request in ({0}, set(range(1, 5)), set(range(5, 11)), {11}):
             assert request <= by_share[share] or not request & by_share[share]
+        assert not running(rows), "what others of a trial run is not for its requests"
     assert by_share[0.0] == set() and by_share[1.0] == set(range(12))
 
 

@@ -11,7 +11,18 @@ from sere_dist.evaluation.rerouters import primary_by_step, projection_rerouter
 from sere_dist.method.projection import FIXED_POINT_ONE, losses_without_each_expert
 from sere_dist.method.records import LayerTables, Settings, Step
 from studies import selection as study
-from studies.selection import ALWAYS, Fill, errors_left, exact, greedy, losses, residual, selecting_rerouter, threshold
+from studies.selection import (
+    ALWAYS,
+    Fill,
+    errors_left,
+    exact,
+    greedy,
+    in_order,
+    losses,
+    one_at_a_time,
+    selecting_rerouter,
+    threshold,
+)
 
 STEPS, BATCH, TOP_K, EXPERTS = 30, 3, 3, 6
 PRICE = 0.1
@@ -76,18 +87,19 @@ def test_exact_is_the_best_of_all_sets(steps, free):
 
 
 def test_greedy_lies_between_threshold_and_exact(steps):
-    """Together over all steps: in a single one the threshold may be lucky."""
-    sums = dict.fromkeys(("threshold", "greedy", "exact"), 0.0)
+    """Together over all steps: in a single one the threshold may be lucky. So may the policy."""
+    sums = dict.fromkeys(("threshold", "in order", "greedy", "exact"), 0.0)
     for step in steps:
         one = step[0][None], step[1][None], step[2]
         found = {"threshold": threshold(*one, price=PRICE)[0], "greedy": greedy(*one, price=PRICE)[0]}
-        found["exact"] = exact(*step, price=PRICE)
+        found |= {"in order": in_order(*one, price=PRICE)[0], "exact": exact(*step, price=PRICE)}
         of_step = {name: objective(step, runs_E) for name, runs_E in found.items()}
         assert of_step["exact"] <= min(of_step["threshold"], of_step["greedy"]) + 1e-9
         assert all((runs_E | ~step[1]).all() for runs_E in found.values())
         for name, value in of_step.items():
             sums[name] += value
     assert sums["exact"] <= sums["greedy"] + 1e-9 < sums["threshold"]
+    assert sums["exact"] <= sums["in order"] + 1e-9 < sums["threshold"]
 
 
 def test_greedy_may_be_worse_than_the_threshold():
@@ -102,7 +114,7 @@ def test_greedy_may_be_worse_than_the_threshold():
     assert objective(step, own, 0.5) == objective(step, exact(*step, price=0.5), 0.5) == pytest.approx(1.2)
 
 
-def test_residual(steps):
+def test_one_at_a_time(steps):
     """Beside a loop; without similarities it is the threshold."""
     for losses_E, must_E, similarity_EE in steps:
         runs = {p for p in range(EXPERTS) if must_E[p]}
@@ -115,9 +127,9 @@ def test_residual(steps):
                 break
             runs.add(max(left, key=lambda e, left=left: left[e]))
         one = losses_E[None], must_E[None]
-        assert set(residual(*one, similarity_EE, price=PRICE / 2)[0].nonzero().flatten().tolist()) == runs
+        assert set(one_at_a_time(*one, similarity_EE, price=PRICE / 2)[0].nonzero().flatten().tolist()) == runs
         unlike = one[0], one[1], torch.eye(EXPERTS)
-        assert residual(*unlike, price=PRICE).equal(threshold(*unlike, price=PRICE))
+        assert one_at_a_time(*unlike, price=PRICE).equal(threshold(*unlike, price=PRICE))
 
 
 def test_greedy_by_steps_and_counts(steps):
@@ -138,11 +150,11 @@ def weight_by_expert(weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return dropped.scatter_add(2, torch.where(ids < 0, EXPERTS, ids), weights)[:, :, :EXPERTS]
 
 
-def test_threshold_without_fills_is_the_policy(routing, of_layer):
+def test_in_order_without_fills_is_the_policy(routing, of_layer):
     for price in (0.02, PRICE, 0.5):
         theirs = projection_rerouter({0: of_layer}, Settings(1, expert_price=price))(0, *routing)
         for fill in (None, Fill(0.0)):
-            rerouter = selecting_rerouter({0: of_layer}, partial(threshold, price=price), fill=fill)
+            rerouter = selecting_rerouter({0: of_layer}, partial(in_order, price=price), fill=fill)
             assert torch.allclose(weight_by_expert(*rerouter(0, *routing)), weight_by_expert(*theirs))
 
 
@@ -194,5 +206,5 @@ def test_study(tmp_path, capsys, monkeypatch):
     assert least["exact, free"] <= least["exact"] <= least["greedy"] * (1 + 1e-3)
     assert {row["policy"] for row in found["at_equal_experts"]} == {study.TODAY, study.FILLED, *study.CHOICES}
     assert [row["ratio"] for row in found["at_equal_experts"] if row["policy"] == study.TODAY] == [1]
-    assert len(found["points"]) == 1 + 7 * 2
+    assert len(found["points"]) == 1 + 6 * 2
     assert "beside exact" in capsys.readouterr().out
