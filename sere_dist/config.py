@@ -20,6 +20,7 @@ CHANGEABLE = (
     "expert_price",
     "traffic_price",
     "share",
+    "shadow_share",
 )
 
 # Settings that policy `recommended` takes, for each layer, from the artifact; it was measured without a traffic_price.
@@ -107,6 +108,13 @@ class ReroutingConfig(PolicyConfig):
         description="Share of the sequences that are re-routed, by chance. The others are answered as if they opted "
         "out.",
     )
+    shadow_share: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="Share of the re-routed decode steps that also run without re-routing, to measure the KL "
+        "divergence. Set it, to 0 for none yet, so that it may change while serving.",
+    )
     traffic_price: float = Field(
         default=0.0,
         ge=0.0,
@@ -180,6 +188,12 @@ class ReroutingConfig(PolicyConfig):
         if self.policy == "recommended" and (taken := sorted(changes.keys() & RECOMMENDED)):
             raise ValueError(
                 f"policy: recommended leaves no choice of {', '.join(taken)}; start with another policy to set that"
+            )
+        shadow_share = changes.get("shadow_share", self.shadow_share)
+        if (shadow_share is None) != (self.shadow_share is None):
+            raise ValueError(
+                "shadow_share can't be changed while serving to a number or from one to none: start with shadow_share: "
+                "0, and set it to 0 to stop the checks"
             )
         try:
             settings = ReroutingConfig.model_validate({**self.model_dump(), **changes})

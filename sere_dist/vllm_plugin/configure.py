@@ -14,7 +14,7 @@ from sere_dist.artifact.placement import Placement
 from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ALLOW_UNTESTED_VLLM, environment_flag, is_tested_release
 from sere_dist.moe import MoeShape
-from sere_dist.vllm_plugin import TESTED_VLLM, WORKERS
+from sere_dist.vllm_plugin import TESTED_VLLM, WORKERS, shadow
 from sere_dist.vllm_plugin.engine_settings import artifact_of, engine_settings, returns_routed_experts, settings_of
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows what is logged below its own name
@@ -45,6 +45,10 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         check_placement(settings.placement, shape, set(artifact.layers), vllm_config)
     if (of_draft := settings.of_draft()) is not None:
         check_draft(of_draft, vllm_config.speculative_config)
+    if settings.shadow_share is not None:
+        for unsupported, what in shadow.unsupported_features(vllm_config):
+            if unsupported:
+                raise ValueError(f"shadow_share does not work with {what}: change that, or remove 'shadow_share'")
     if settings.exact_cache:
         if vllm_config.kv_transfer_config is not None:
             raise ValueError("exact_cache does not reach what a KV connector stores: remove kv_transfer_config, or it")

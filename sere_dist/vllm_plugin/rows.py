@@ -1,7 +1,8 @@
 """Which rows of a step may be re-routed, read from vLLM's model runner before each step."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,16 @@ class Rows:
         self.valid.zero_()
         self.runs.zero_()
         self.requests, self.scheduled_tokens = self.requests[:0], self.scheduled_tokens[:0]
+
+    @contextmanager
+    def none_valid(self) -> Generator[None]:
+        """Within it no row is valid, so nothing is re-routed or counted; afterwards those that were."""
+        valid, count = self.valid.clone(), self.count.clone()
+        self.valid.zero_()
+        self.count[1] = 0
+        yield
+        self.valid.copy_(valid)
+        self.count.copy_(count)
 
     def start_step(
         self,

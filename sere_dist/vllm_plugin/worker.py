@@ -25,6 +25,7 @@ from sere_dist.vllm_plugin.expert_kernels import merges_repeats
 from sere_dist.vllm_plugin.expert_map import ExpertMap
 from sere_dist.vllm_plugin.layers import rerouted_layers, settings_by_layer
 from sere_dist.vllm_plugin.rows import Rows
+from sere_dist.vllm_plugin.shadow import Shadow
 from sere_dist.vllm_plugin.speculation import Speculation, VerifyingSteps
 from sere_dist.vllm_plugin.weights import checkpoint_weights
 
@@ -68,6 +69,7 @@ class Rerouting(Worker):
             speculation = Speculation(speculative.num_speculative_tokens, bool(scheduler.async_scheduling))
         self.sere_rows = Rows(scheduler.max_num_batched_tokens + padding, self.device, speculation)
         self.sere_rows.follow(self.model_runner)
+        self.sere_shadow = None if settings.shadow_share is None else Shadow(self.model_runner, self.sere_rows)
         self.sere_expert_map = None
         if self.parallel_config.enable_expert_parallel and get_ep_group().world_size > 1:
             num_experts = artifact.config.num_experts
@@ -115,6 +117,8 @@ class Rerouting(Worker):
             self.sere_verifying.clear()
         if self.sere_draft is not None:
             self.sere_draft.clear()
+        if self.sere_shadow is not None:
+            self.sere_shadow.clear()
 
     def reload_weights(self, *args, **kwargs) -> None:
         """Loads weights again, with the experts where the placement has them."""
@@ -131,6 +135,8 @@ class Rerouting(Worker):
         if self.sere_verifying is not None and scheduler_output.total_num_scheduled_tokens:
             self.sere_verifying.start_step(bool(scheduler_output.scheduled_spec_decode_tokens))
         output = super().execute_model(scheduler_output, *args, **kwargs)
+        if self.sere_shadow is not None:
+            self.sere_shadow.finish_step()
         if scheduler_output.total_num_scheduled_tokens and not self.sere_rows.is_of_this_step:
             raise RuntimeError(
                 "vLLM ran a step without preparing its batch where sere_dist looks: nothing would be re-routed. Use a "
@@ -153,6 +159,8 @@ class Rerouting(Worker):
         self.sere_backend.set_settings(of_layers)
         if self.sere_draft is not None and (of_draft := settings.of_draft()) is not None:
             self.sere_draft.set_settings(of_draft)
+        if self.sere_shadow is not None:
+            self.sere_shadow.set_settings(settings)
 
     def sere_counters(self, reset: bool = False) -> dict[str, Any]:
         """Returns the counters of every layer of this worker, and sets them to 0 if asked to.
@@ -161,7 +169,8 @@ class Rerouting(Worker):
         with data-parallel attention `bytes_by_dispatch`, of re-routed rows; see `counters.dispatch_bytes`. With
         speculative decoding the worker has `drafted_tokens` and `accepted_tokens`, by their place in a draft, and every
         layer has `verifying`: what the steps that verify drafts have added to its counters. A draft model that is
-        re-routed, too, has counters of its own, `draft_layers`, which count its passes as steps.
+        re-routed, too, has counters of its own, `draft_layers`, which count its passes as steps. With a `shadow_share`
+        the worker has `shadow`: see `Shadow.totals`.
         """
         expert_map, model = self.sere_expert_map, self.vllm_config.model_config
         assert isinstance(model.dtype, torch.dtype)  # vLLM has resolved its name
@@ -192,6 +201,8 @@ class Rerouting(Worker):
                 layers[layer]["verifying"] = named(totals[: len(COUNTERS)])
         if self.sere_draft is not None:
             counted["draft_layers"] = self.sere_draft.counters()
+        if self.sere_shadow is not None:
+            counted["shadow"] = self.sere_shadow.totals()
         if reset:
             self._reset_counters()
         ranks_before = self.parallel_config.data_parallel_rank * self.parallel_config.world_size

@@ -1,5 +1,6 @@
 """What the plugin checks in vLLM's front end, before an engine or a worker starts."""
 
+import copy
 import logging
 import pickle
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from examples.tiny_moe.data import DRAFT, MODEL
 from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ALLOW_UNTESTED_VLLM
 from sere_dist.vllm_plugin import configure as plugin
-from sere_dist.vllm_plugin import scheduler
+from sere_dist.vllm_plugin import scheduler, shadow
 from sere_dist.vllm_plugin.engine_settings import settings_of
 from tests.support.artifacts import small_artifact
 
@@ -52,6 +53,7 @@ def caplog_vllm(caplog, monkeypatch):
         ({"policy": "recommended", "select_top_k": 2}, "recommended leaves no choice of select_top_k"),
         ({"select_top_k": 2, "traffic_price": 0.01}, r"traffic_price \(0.01\) needs policy: projection"),
         ({"select_top_k": 2, "expert_price": 0.1}, r"expert_price \(0.1\) needs policy: projection"),
+        ({"select_top_k": 2, "shadow_share": 1.1}, "shadow_share\n.*less than or equal to 1"),
     ],
 )
 def test_bad_settings_stop_the_start(artifact_path, settings, message):
@@ -213,6 +215,54 @@ def test_which_speculative_decoding_is_refused(artifact_path, speculation, cure)
     config.speculative_config = SimpleNamespace(**speculation)
     advice = [advice for is_on, advice in plugin.unsupported_features(config) if is_on]
     assert [cure in each for each in advice] == ([] if cure is None else [True])
+
+
+@pytest.mark.parametrize(
+    ("feature", "message"),
+    [
+        ({"tensor_parallel_size": 2, "enable_expert_parallel": True}, None),
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size above 1"),
+        (
+            {"data_parallel_size": 2, "enable_expert_parallel": True, "enforce_eager": True},
+            "data_parallel_size above 1",
+        ),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative_config"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "kv_transfer_config, which may send",
+        ),
+    ],
+)
+def test_what_can_not_run_a_step_twice_is_refused(artifact_path, feature, message):
+    sere = {"artifact": str(artifact_path), "select_top_k": 2}
+    configure(sere, **copy.deepcopy(feature))  # vLLM writes into it
+    if message is None:
+        configure({**sere, "shadow_share": 0.0}, **feature)
+        return
+    with pytest.raises(ValueError, match=f"shadow_share does not work with {message}"):
+        configure({**sere, "shadow_share": 0.0}, **feature)
+
+
+@pytest.mark.parametrize(
+    ("switch", "message"),
+    [
+        ({"has_inner_state": True}, "recurrent state"),
+        ({"is_hybrid": True}, "recurrent state"),
+        ({"enable_eplb": True}, "enable_eplb"),
+        ({"use_v2_model_runner": True}, "VLLM_USE_V2_MODEL_RUNNER=0 chooses V1"),
+    ],
+)
+def test_models_and_runners_that_can_not_run_a_step_twice(switch, message):
+    """None of which this machine has."""
+    off = dict.fromkeys(("has_inner_state", "is_hybrid", "enable_eplb", "use_v2_model_runner"), False)
+    every = SimpleNamespace(
+        **off, data_parallel_size=1, pipeline_parallel_size=1, speculative_config=None, kv_transfer_config=None
+    )
+    every.parallel_config = every.model_config = every
+    assert not any(is_on for is_on, _what in shadow.unsupported_features(every))
+    vars(every).update(switch)
+    (what,) = [what for is_on, what in shadow.unsupported_features(every) if is_on]
+    assert message in what
 
 
 def test_a_draft_models_experts_have_settings_of_their_own(artifact_path):

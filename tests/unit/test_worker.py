@@ -53,7 +53,7 @@ class Worker(Rerouting, Vllms):
         super().__init__(step)
         self.on_capture, self.sere_placement = capture, None
         self.sere_rows, self.sere_expert_map, self.sere_draft = Rows(4), None, None
-        self.sere_verifying, self.sere_seen_rerouting = None, False
+        self.sere_verifying, self.sere_shadow, self.sere_seen_rerouting = None, None, False
         self.sere_layers = {7: torch.zeros(len(COUNTERS), dtype=torch.int64)}
 
 
