@@ -27,7 +27,7 @@ from sere_dist.method.counters import COUNTERS
 from sere_dist.testing.expert_choice import CAPABILITIES, LAYOUTS, QUANTISATIONS, chosen, pretended_gpu, verdict
 from sere_dist.vllm_plugin.expert_kernels import DISPATCHERS, EXPERTS, Takes
 from serve_apps.control import ControlConfig
-from serve_apps.metrics import DESCRIPTIONS, KL_DESCRIPTION, SETTINGS
+from serve_apps.metrics import DESCRIPTIONS, KL_DESCRIPTIONS, SETTINGS, SHADOW_DESCRIPTIONS
 from serve_apps.sere import AppConfig, Pool
 from serve_apps.settings import Trial
 
@@ -137,9 +137,11 @@ def metrics() -> str:
         (code(f"ray_sere_{name}_total"), "rank, drafts" + ", when" * (f"{name}_before" in COUNTERS), description)
         for name, description in DESCRIPTIONS.items()
     ]
+    rows += [(code(f"ray_sere_{name}_total"), "rank", description) for name, description in SHADOW_DESCRIPTIONS.items()]
     meanings = {name: description for name, _, _, description in fields(ReroutingConfig)}
     rows += [(code(f"ray_sere_{name}"), "", meanings[name]) for name in SETTINGS]
-    rows.append((code("ray_sere_estimated_kl"), "bound", KL_DESCRIPTION))
+    for name, description in KL_DESCRIPTIONS.items():
+        rows.append((code(f"ray_sere_{name}"), "bound" * (name == "estimated_kl"), description))
     return table(("metric", "labels", "meaning"), rows)
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter as Totals
+from collections import defaultdict
 from typing import Any
 
 from ray.serve.metrics import Counter, Gauge
@@ -27,11 +28,27 @@ DESCRIPTIONS = {
     "estimated_error": "Squared error that re-routing is estimated to make, in the unit of the prices, summed over "
     "rows and layers. It is 0 under the paper's policy, which has no estimate.",
 }
-KL_DESCRIPTION = (
-    "KL divergence that re-routing is estimated to cost, nats per token, since the last report: as the tuning of the "
-    "artifact found it, with one standard deviation as `low` and `high`."
+SHADOW_DESCRIPTIONS = {
+    "shadow_kl": "KL divergence that re-routing made in the steps of shadow checks, nats, summed over their re-routed "
+    "rows. Divided by shadow_rows_total, it is nats per token.",
+    "shadow_rows": "Re-routed rows of the steps of shadow checks.",
+}
+KL_DESCRIPTIONS = {
+    "estimated_kl": "KL divergence that re-routing is estimated to cost, nats per token, since the last report: as the "
+    "tuning of the artifact found it, with one standard deviation as `low` and `high`.",
+    "tuned_kl": "KL divergence that the recommended settings had on the held-out texts of the tuning, nats per token. "
+    "It is there under policy `recommended`.",
+}
+SETTINGS = (
+    "enabled",
+    "select_top_k",
+    "threshold",
+    "expert_price",
+    "traffic_price",
+    "min_rows",
+    "share",
+    "shadow_share",
 )
-SETTINGS = ("enabled", "select_top_k", "threshold", "expert_price", "traffic_price", "min_rows", "share")
 
 
 class ReroutingMetrics:
@@ -41,9 +58,16 @@ class ReroutingMetrics:
     `model`, `rank` and `drafts`, all metrics those that Ray Serve adds: application, deployment, replica.
     """
 
-    def __init__(self, model: str, artifact: dict[str, str], kl_estimate: KlEstimate | None = None):
-        """`artifact` has labels of `sere_info`: `artifact` and `method`. Without an estimate there is no KL gauge."""
-        self.model, self.artifact, self.kl_estimate = model, artifact, kl_estimate
+    def __init__(
+        self,
+        model: str,
+        artifact: dict[str, str],
+        kl_estimate: KlEstimate | None = None,
+        tuned_kl: float | None = None,
+    ):
+        """`artifact` has labels of `sere_info`: `artifact` and `method`. Of the gauges of KL divergence, those stay
+        unset of which nothing is given."""
+        self.model, self.artifact, self.kl_estimate, self.tuned_kl = model, artifact, kl_estimate, tuned_kl
         self.seen: dict[tuple[int, str, str], float] = {}  # (rank, counter, drafts) -> its total when last read
         self.counters = {}
         for name, description in DESCRIPTIONS.items():
@@ -55,8 +79,13 @@ class ReroutingMetrics:
             self.counters |= {} if is_pair else {name: (counter, {})}
         fields = ReroutingConfig.model_fields
         self.settings = {name: Gauge(f"sere_{name}", fields[name].description or "", ("model",)) for name in SETTINGS}
-        of_bounds = ("model", "bound")
-        self.estimated_kl = Gauge("sere_estimated_kl", KL_DESCRIPTION, of_bounds)  # ty: ignore[invalid-argument-type]
+        self.shadow = {
+            name: Counter(f"sere_{name}", description, ("model", "rank"))  # ty: ignore[invalid-argument-type]
+            for name, description in SHADOW_DESCRIPTIONS.items()
+        }
+        of_bounds, about = ("model", "bound"), KL_DESCRIPTIONS
+        self.estimated = Gauge("sere_estimated_kl", about["estimated_kl"], of_bounds)  # ty: ignore[invalid-argument-type]
+        self.tuned = Gauge("sere_tuned_kl", about["tuned_kl"], ("model",))
         self.info = Gauge(
             "sere_info",
             "Always 1. Its labels name the artifact and the policy.",
@@ -65,36 +94,51 @@ class ReroutingMetrics:
 
     def update(self, workers: list[dict[str, Any]], settings: dict[str, Any]) -> None:
         """Takes what `sere_counters` returned for every worker, and what `sere_settings` did for one."""
-        recent: Totals[str] = Totals()
+        recent: defaultdict[str, float] = defaultdict(float)
         for worker in workers:
             for name, (counter, labels) in self.counters.items():
                 total = sum(layer[name] for layer in worker["layers"].values())
                 verifying = sum(layer.get("verifying", {}).get(name, 0) for layer in worker["layers"].values())
                 for drafts, counted in (("none", total - verifying), ("verified", verifying)):
-                    place = worker["rank"], name, drafts
-                    before = self.seen.get(place, 0)
-                    added = counted - before if counted >= before else counted  # they were set to 0 meanwhile
-                    self.seen[place] = counted
+                    added = self._added((worker["rank"], name, drafts), counted)
                     recent[name] += added
                     if added:
                         own = {"model": self.model, "rank": str(worker["rank"]), "drafts": drafts, **labels}
                         counter.inc(added, own)
+            for name, counted in of_shadow(worker).items():
+                if added := self._added((worker["rank"], name, ""), counted):
+                    self.shadow[name].inc(added, {"model": self.model, "rank": str(worker["rank"])})
         if self.kl_estimate is not None and recent["rows"]:
             kl, spread = self.kl_estimate.of(recent["estimated_error"], recent["rows"]), self.kl_estimate.spread
             for bound, value in (("low", kl / spread), ("estimate", kl), ("high", kl * spread)):
-                self.estimated_kl.set(value, {"model": self.model, "bound": bound})
+                self.estimated.set(value, {"model": self.model, "bound": bound})
         is_recommended = settings["policy"] == "recommended"  # some settings differ from layer to layer
+        if is_recommended and self.tuned_kl is not None:
+            self.tuned.set(self.tuned_kl, {"model": self.model})
         for name, gauge in self.settings.items():
-            if is_recommended and name in RECOMMENDED:
+            if settings[name] is None or (is_recommended and name in RECOMMENDED):
                 continue
             gauge.set(float(settings[name]), {"model": self.model})
         self.info.set(1, {"model": self.model, "policy": settings["policy"], **self.artifact})
 
+    def _added(self, place: tuple[int, str, str], counted: float) -> float:
+        """Returns what is new in a counter since it was last read."""
+        before = self.seen.get(place, 0)
+        self.seen[place] = counted
+        return counted - before if counted >= before else counted  # it was set to 0 meanwhile
+
+
+def of_shadow(worker: dict[str, Any]) -> dict[str, float]:
+    """Returns what a worker's shadow checks have counted, by the names of `SHADOW_DESCRIPTIONS`; none without them."""
+    return {f"shadow_{name}": total for name, total in worker.get("shadow", {}).items()}
+
 
 def totals_of(workers: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the counters of `counters.COUNTERS` summed over workers and layers, of what `sere_counters` returned."""
+    """Returns the counters of `counters.COUNTERS` and of shadow checks, summed over workers and layers, of what
+    `sere_counters` returned."""
     totals: Totals[str] = Totals()
     for worker in workers:
+        totals.update(of_shadow(worker))
         for layer in worker["layers"].values():
             totals.update({name: layer[name] for name in COUNTERS})
     return dict(totals)

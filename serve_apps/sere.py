@@ -269,7 +269,8 @@ def build_app(args: dict[str, Any]) -> Application:
         artifact.settings_by_layer(config.rerouting)
         of_model = artifact.config
         shape = {name: getattr(of_model, name) for name in ("num_experts", "num_experts_per_token")}
-        kl_estimate = None if artifact.recommended is None else artifact.recommended.kl_estimate
+        tuned = artifact.recommended
+        kl_estimate = None if tuned is None else tuned.kl_estimate
         check_control(config, artifact.policy(config.rerouting), kl_estimate)
         deployed = serve.deployment(
             name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
@@ -287,6 +288,7 @@ def build_app(args: dict[str, Any]) -> Application:
             "keeper": keeper,
             "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
             "kl_estimate": kl_estimate,
+            "tuned_kl": None if tuned is None else tuned.at(tuned.recommended).kl,
             "slow_ms": None if config.control is None else config.control.token_ms,
         }
     elif config.control is not None:

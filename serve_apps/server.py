@@ -152,8 +152,8 @@ class EndsWithEngine(Server):
 class Rerouting(EndsWithEngine):
     """Goes before a class of Ray Serve LLM's servers.
 
-    `keeper` is the application's `SettingsKeeper`, `artifact` what the metrics say of it, and `kl_estimate` what they
-    make of estimated errors. `slow_ms`: see `Latencies`.
+    `keeper` is the application's `SettingsKeeper`, `artifact` what the metrics say of it, `kl_estimate` what they
+    make of estimated errors, and `tuned_kl` what the artifact's tuning measured. `slow_ms`: see `Latencies`.
     """
 
     async def __init__(
@@ -163,6 +163,7 @@ class Rerouting(EndsWithEngine):
         keeper: DeploymentHandle,
         artifact: dict[str, str],
         kl_estimate: KlEstimate | None,
+        tuned_kl: float | None,
         slow_ms: float | None,
         **kwargs,
     ):
@@ -170,7 +171,7 @@ class Rerouting(EndsWithEngine):
         settings = llm_config.engine_kwargs["additional_config"]["sere"]
         replica = serve.get_replica_context().replica_id.unique_id
         self.follower = Follower(replica, settings, keeper.follow.remote, self._apply_settings, self._count)
-        self.metrics = ReroutingMetrics(llm_config.model_id, artifact, kl_estimate)
+        self.metrics = ReroutingMetrics(llm_config.model_id, artifact, kl_estimate, tuned_kl)
         self.latencies = Latencies(slow_ms)
         if (vllm_loggers := getattr(self._client(), "logger_manager", None)) is not None:  # none if it logs nothing
             vllm_loggers.stat_loggers.append(self.latencies)

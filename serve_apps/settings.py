@@ -27,7 +27,13 @@ FEWEST_REQUESTS = 16  # of a replica, before a limit of a trial is compared with
 logger = logging.getLogger("ray.serve")
 
 Limited = Literal[
-    "inter_token_ms", "first_token_ms", "refused_share", "rerouted_share", "estimated_error", "estimated_kl"
+    "inter_token_ms",
+    "first_token_ms",
+    "refused_share",
+    "rerouted_share",
+    "estimated_error",
+    "estimated_kl",
+    "shadow_kl",
 ]
 
 
@@ -50,8 +56,8 @@ def measures(
 ) -> dict[str, float]:
     """Returns what a replica's totals since its settings last changed amount to: `requests`, the share of them that it
     refused, mean latencies, experts per layer and step, the share of slots that were re-routed, the error that this is
-    estimated to make per row and layer, and the KL divergence per token that this comes to. What nothing was counted
-    for is left out."""
+    estimated to make per row and layer, the KL divergence per token that this comes to, and the one that shadow checks
+    measured. What nothing was counted for is left out."""
     of = {
         "inter_token_ms": (1000 * totals.get("next_token_s", 0.0), totals.get("next_tokens", 0)),
         "first_token_ms": (1000 * totals.get("first_token_s", 0.0), totals.get("first_tokens", 0)),
@@ -59,6 +65,7 @@ def measures(
         "active_experts": (totals.get("active_experts_after", 0), totals.get("steps", 0)),
         "rerouted_share": (totals.get("rerouted_slots", 0), totals.get("rows", 0) * num_experts_per_token),
         "estimated_error": (totals.get("estimated_error", 0.0), totals.get("rows", 0)),
+        "shadow_kl": (totals.get("shadow_kl", 0.0), totals.get("shadow_rows", 0)),
     }
     means = {name: total / count for name, (total, count) in of.items() if count}
     if kl_estimate is not None and totals.get("rows"):
@@ -236,7 +243,7 @@ class SettingsKeeper:
             try:
                 if trial is not None:
                     started = Trial.model_validate(trial)
-                    self.initial.changed({**self.changes, **started.changes}, self.num_experts_per_token)
+                    tried = self.initial.changed({**self.changes, **started.changes}, self.num_experts_per_token)
                     if self.is_group and started.replicas is not None:
                         raise ValueError(
                             "the ranks of data-parallel groups run the same settings: leave out `replicas`"
@@ -248,6 +255,8 @@ class SettingsKeeper:
                             "estimated_kl needs an artifact of method projection that was tuned: run python -m "
                             "calibration_jobs.tune, or limit estimated_error"
                         )
+                    if "shadow_kl" in started.take_back_if and not tried.shadow_share:
+                        raise ValueError("shadow_kl is measured with a shadow_share: set one, or leave that limit out")
             except ValueError as error:
                 message = explain(error) if isinstance(error, ValidationError) else str(error)
                 logger.warning("audit: no trial: %s; asked for by %s", message, by)

@@ -51,7 +51,7 @@ def url(request, cluster, artifact_path, key_file, pools):
         arguments = {"environment": ENVIRONMENT, "require_api_key": True, "ingress": ingress} | PARALLEL[request.param]
     else:
         arguments = {
-            "one worker": {},
+            "one worker": {"rerouting": {"artifact": str(artifact_path), "select_top_k": 2, "shadow_share": 0}},
             "two pools": pools,
             "few at a time": {
                 "engine": {"max_model_len": 512, "enforce_eager": True, "kv_cache_memory_bytes": 2**27, **FEW},

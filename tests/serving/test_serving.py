@@ -182,7 +182,7 @@ def test_a_trial_that_reroutes_too_much_is_taken_back(url, admin, client, prompt
 
 
 def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
-    (replica,) = admin(select_top_k=3, threshold=0.1)["replicas"]
+    (replica,) = admin(select_top_k=3, threshold=0.1, shadow_share=1)["replicas"]
 
     def now() -> Counter[str]:
         return Counter(metrics(cluster, replica=replica))
@@ -198,6 +198,7 @@ def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
     assert added["active_experts_total before"] == 8 * rows
     assert 3 * rows <= added["active_experts_total after"] < 8 * rows
     assert 0 < added["rerouted_slots_total"] <= 5 * rows
+    assert added["shadow_rows_total"] == rows / 6 and added["shadow_kl_total"] > 0
     assert after["ray_sere_threshold"] == pytest.approx(0.1) and after["ray_sere_enabled"] == 1
 
 

@@ -63,7 +63,7 @@ def test_what_differs_from_layer_to_layer_is_not_shown_as_one_number(seen):
     ours = metrics.ReroutingMetrics("tiny-moe", {"artifact": "0fceb5430c7d", "method": "frobenius"})
     ours.update([], ReroutingConfig(artifact="a", policy="recommended", min_rows=3).model_dump(mode="json"))
     assert seen == {"sere_enabled": 1, "sere_min_rows": 3, "sere_share": 1, "sere_info": 1}
-    ours.update([], ReroutingConfig(artifact="a", select_top_k=3).model_dump(mode="json"))
+    ours.update([], ReroutingConfig(artifact="a", select_top_k=3, shadow_share=0.1).model_dump(mode="json"))
     assert seen.keys() == {f"sere_{name}" for name in (*metrics.SETTINGS, "info")} and seen["sere_select_top_k"] == 3
 
 
@@ -84,8 +84,42 @@ def test_estimated_errors_become_a_kl_divergence(seen):
     assert report(20, 4.0) == pytest.approx([0.225, 0.45, 0.9])
 
 
+def test_shadow_checks_are_reported(seen, monkeypatch):
+    """By rank, where one of two has the logits; and what the tuning measured, for the settings that it recommends."""
+    added = []
+
+    class Counter:
+        def __init__(self, name, *_):
+            self.name = name
+
+        def inc(self, value, labels):
+            added.append((self.name, labels["rank"], value))
+
+    monkeypatch.setattr(metrics, "Counter", Counter)
+    ours = metrics.ReroutingMetrics("tiny-moe", {"artifact": "0fceb5430c7d", "method": "frobenius"}, tuned_kl=0.03)
+
+    def report(policy: dict, *counted: tuple[float, int]) -> list[tuple]:
+        added.clear()
+        workers = [
+            {"rank": rank, "layers": {}, "shadow": {"kl": kl, "rows": rows}} for rank, (kl, rows) in enumerate(counted)
+        ]
+        ours.update(workers, ReroutingConfig(artifact="a", shadow_share=0.1, **policy).model_dump(mode="json"))
+        return list(added)
+
+    by_hand, recommended = {"select_top_k": 3}, {"policy": "recommended"}
+    assert report(by_hand, (0.5, 8), (0.0, 0)) == [("sere_shadow_kl", "0", 0.5), ("sere_shadow_rows", "0", 8)]
+    assert seen["sere_shadow_share"] == 0.1 and "sere_tuned_kl" not in seen
+    assert report(recommended, (0.75, 12), (0.0, 0)) == [("sere_shadow_kl", "0", 0.25), ("sere_shadow_rows", "0", 4)]
+    assert seen["sere_tuned_kl"] == 0.03
+    assert metrics.totals_of([{"layers": {}, "shadow": {"kl": 0.75, "rows": 12}}, {"layers": {}}]) == {
+        "shadow_kl": 0.75,
+        "shadow_rows": 12,
+    }
+
+
 def test_every_metric_of_ours_is_shown_and_no_other(exported):
-    assert len(exported) == len(metrics.DESCRIPTIONS) + len(metrics.SETTINGS) + 2
+    named_by = (metrics.DESCRIPTIONS, metrics.SHADOW_DESCRIPTIONS, metrics.KL_DESCRIPTIONS, metrics.SETTINGS, ["info"])
+    assert len(exported) == sum(map(len, named_by))
     assert named("ray_sere_") == exported.keys()
 
 

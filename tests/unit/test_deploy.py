@@ -17,7 +17,7 @@ from ray.serve.schema import ServeDeploySchema
 from calibration_jobs import calibrate
 from deploy import check
 from examples.application import ROOT
-from serve_apps.metrics import DESCRIPTIONS, SETTINGS
+from serve_apps.metrics import DESCRIPTIONS, KL_DESCRIPTIONS, SETTINGS, SHADOW_DESCRIPTIONS
 from serve_apps.sere import LONGEST_ANSWER_SECONDS, AppConfig
 
 MANIFESTS = check.manifests()
@@ -253,7 +253,8 @@ def test_every_alert_is_in_the_runbook_and_asks_for_metrics_that_exist():
     alerts = [rule for group in rules["spec"]["groups"] for rule in group["rules"]]
     guides = (ROOT / "docs" / "guides.md").read_text()
     assert re.findall(r"^\| `(Sere\w+)` \|", guides, re.MULTILINE) == [alert["alert"] for alert in alerts]
-    ours = {f"ray_sere_{name}" for name in SETTINGS} | {f"ray_sere_{name}_total" for name in DESCRIPTIONS}
+    ours = {f"ray_sere_{name}" for name in (*SETTINGS, *KL_DESCRIPTIONS)}
+    ours |= {f"ray_sere_{name}_total" for name in (*DESCRIPTIONS, *SHADOW_DESCRIPTIONS)}
     for alert in alerts:
         named = set(re.findall(r"ray_sere_\w+", alert["expr"]))
         assert named <= ours and ("ray_" in alert["expr"])

@@ -294,6 +294,7 @@ def test_a_trial_of_all_replicas_ends_when_told_to(keeper, end):
             TRIAL | {"take_back_if": {"estimated_kl": 0.1}},
             "estimated_kl needs an artifact of method projection that was",
         ),
+        (TRIAL | {"take_back_if": {"shadow_kl": 0.1}}, "shadow_kl is measured with a shadow_share: set one"),
         (TRIAL | {"take_back_if": {"mood": 1}}, "take_back_if.mood.*: Input should be 'inter_token_ms', "),
         (TRIAL | {"until": 3}, "until: Extra inputs"),
     ],
@@ -439,3 +440,6 @@ def test_measures():
     estimate = KlEstimate(nats=0.8, spread=1.5, layers=6)
     assert measures(totals, TOP_K, estimate)["estimated_kl"] == pytest.approx(0.8 * 0.025 * 6)
     assert measures({}, TOP_K, estimate) == {"requests": 0}
+    checked = {"shadow_kl": 0.6, "shadow_rows": 12}
+    assert measures(totals | checked, TOP_K) == measures(totals, TOP_K) | {"shadow_kl": pytest.approx(0.05)}
+    assert "shadow_kl" not in measures(totals | {"shadow_kl": 0.0, "shadow_rows": 0}, TOP_K)
