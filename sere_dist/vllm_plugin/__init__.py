@@ -1,7 +1,7 @@
 """The vLLM plugin. vLLM finds `register` by the entry point `vllm.general_plugins`.
 
 This package is the only place that touches vLLM's internals: here `EngineArgs.create_engine_config`, in `worker` and
-`backend` the MoE layers' routers, in `rows` the model runner's batch.
+`backend` the MoE layers' routers, in `rows` the model runner's batch, in `shadow` its forward pass.
 """
 
 # vLLM logs a plugin whose import fails and goes on without it. So what could fail is imported when it is needed, where
