@@ -23,8 +23,9 @@ def drawn(steps=3, rows=6, top_k=4):
     return {0: tables}, weights, ids
 
 
-def test_a_price_with_safe_slots_is_the_expert_price():
+def test_a_price_with_safe_slots_is_the_expert_price_where_nothing_stands_in():
     tables, weights, ids = drawn()
+    tables = {0: tables[0]._replace(similarity_EE=torch.eye(16))}
     ours = study.Priced(tables, LAYOUT, study.PRICED, 0.2)(0, weights, ids)
     known = projection_rerouter(tables, Settings(1, expert_price=0.2))(0, weights, ids, None)
     assert all(map(torch.equal, ours, known))
