@@ -19,12 +19,14 @@ CHANGEABLE = (
     "threshold",
     "expert_price",
     "traffic_price",
+    "balance_price",
     "share",
     "shadow_share",
 )
 
-# Settings that policy `recommended` takes, for each layer, from the artifact; it was measured without a traffic_price.
-RECOMMENDED = ("policy", "select_top_k", "threshold", "expert_price", "traffic_price")
+# Settings that policy `recommended` takes, for each layer, from the artifact; it was measured without the prices of
+# groups of ranks.
+RECOMMENDED = ("policy", "select_top_k", "threshold", "expert_price", "traffic_price", "balance_price")
 
 MAX_ROWS = 2**31 - 1  # Rows of a step, as the kernel counts them.
 
@@ -72,7 +74,7 @@ class PolicyConfig(BaseModel):
             return self
         if self.select_top_k is None:
             raise ValueError("select_top_k is missing; only policy: recommended brings its own")
-        for name in ("expert_price", "traffic_price"):
+        for name in ("expert_price", "traffic_price", "balance_price"):
             if (price := getattr(self, name, 0)) and self.policy != "projection":
                 raise ValueError(f"{name} ({price}) needs policy: projection, not {self.policy}")
         return self
@@ -121,6 +123,13 @@ class ReroutingConfig(PolicyConfig):
         allow_inf_nan=False,
         description="Error that visiting one domain less is worth, for policy projection with expert parallelism.",
     )
+    balance_price: float = Field(
+        default=0.0,
+        ge=0.0,
+        allow_inf_nan=False,
+        description="Error that running one expert less on the rank with most is worth, for policy projection with "
+        "expert parallelism.",
+    )
     domain: Literal["rank", "node"] = Field(
         default="rank", description="Whether `traffic_price` counts ranks or nodes."
     )
@@ -160,7 +169,8 @@ class ReroutingConfig(PolicyConfig):
     @property
     def numbers(self) -> Settings:
         """The same as re-routing takes it; S = 0 (off) where policy `recommended` brings its own."""
-        return Settings(self.select_top_k or 0, self.threshold, self.expert_price, self.traffic_price)
+        prices = (self.expert_price, self.traffic_price, self.balance_price)
+        return Settings(self.select_top_k or 0, self.threshold, *prices)
 
     def resolved(self) -> "ReroutingConfig":
         """Returns the same with absolute paths: other processes may run elsewhere. Names on the Hub stay."""

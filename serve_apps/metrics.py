@@ -45,6 +45,7 @@ SETTINGS = (
     "threshold",
     "expert_price",
     "traffic_price",
+    "balance_price",
     "min_rows",
     "share",
     "shadow_share",

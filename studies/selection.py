@@ -66,7 +66,8 @@ from sere_dist.evaluation.protocol import (
     held_out_texts,
 )
 from sere_dist.evaluation.rerouters import primary_by_step, projection_rerouter
-from sere_dist.method.projection import ALWAYS_PRIMARY, FIXED_POINT_ONE, projection_tables, worth_running
+from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE
+from sere_dist.method.projection import projection_tables, worth_running
 from sere_dist.method.records import LayerTables, Settings
 from sere_dist.method.rerouting import slots_by_weight
 from sere_dist.moe import MoeShape, load_model
@@ -128,7 +129,8 @@ def in_order(
 ) -> torch.Tensor:
     """The policy's choice, by `projection.worth_running`."""
     fixed_DE = (losses_DE * FIXED_POINT_ONE).round().long().masked_fill(must_DE, ALWAYS_PRIMARY)
-    return torch.stack([worth_running(fixed_E, similarity_EE, price) for fixed_E in fixed_DE])
+    tables, settings = LayerTables(similarity_EE), Settings(1, expert_price=price)
+    return torch.stack([worth_running(fixed_E, tables, settings) for fixed_E in fixed_DE])
 
 
 def greedy(

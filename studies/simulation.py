@@ -46,13 +46,9 @@ from sere_dist.evaluation.synthetic import Statistics, SyntheticRouter, fit, sta
 from sere_dist.evaluation.traffic import Layout, traffic
 from sere_dist.forecast import DEVICES, Device, ModelCost, decode_step
 from sere_dist.method.balance import balanced_primary, places
+from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE, to_fixed_point
 from sere_dist.method.placement import linear_ranks
-from sere_dist.method.projection import (
-    ALWAYS_PRIMARY,
-    FIXED_POINT_ONE,
-    losses_without_each_expert,
-    reroute_projection,
-)
+from sere_dist.method.projection import losses_without_each_expert, reroute_projection
 from sere_dist.method.records import LayerTables, Settings, Step
 from sere_dist.method.rerouting import primary_experts
 from sere_dist.moe import MoeShape, load_model
@@ -178,8 +174,9 @@ class Priced:
 
     def __call__(self, layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, _scores: Any = None) -> Routed:
         tables, rank_E = self.tables[layer], self.layout.rank[layer]
+        price = to_fixed_point(self.price)
         by_balance = self.policy in (BALANCED, BALANCED_ALL)
-        prices = {"expert_price": 0.0 if by_balance else self.price, "balance_price": self.price if by_balance else 0.0}
+        prices = {"expert_price": 0 if by_balance else price, "balance_price": price if by_balance else 0}
 
         def step(weights_BK: torch.Tensor, ids_BK: torch.Tensor) -> Routed:
             losses_E = step_losses(weights_BK, ids_BK, tables, safe=self.policy in (PRICED, BALANCED))

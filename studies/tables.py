@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -268,9 +268,9 @@ def at_equal_experts(rows: list[dict[str, Any]], digits: int) -> str:
     return markdown(["batch", "active experts", f"KL, {policies[0]}", *policies[1:]], cells)
 
 
-def choices(example: str) -> str:
+def choices() -> str:
     """What the policy's choice costs, beside the exact one, and its error beside the least at as many experts."""
-    rows = load(RESULTS / f"selection-{example}.json")["choices"]
+    rows = load(RESULTS / "selection-tiny-moe.json")["choices"]
     of = {(row["batch"], row["price"], row["choice"]): row for row in rows}
     cells = []
     for place in dict.fromkeys((row["batch"], row["price"]) for row in rows):
@@ -282,12 +282,12 @@ def choices(example: str) -> str:
     return markdown(head, cells)
 
 
-def selection(example: str) -> str:
-    return at_equal_experts(load(RESULTS / f"selection-{example}.json")["at_equal_experts"], digits=2)
+def selection() -> str:
+    return at_equal_experts(load(RESULTS / "selection-tiny-moe.json")["at_equal_experts"], digits=2)
 
 
-def fills(example: str) -> str:
-    rows = load(RESULTS / f"selection-{example}.json")["fills"]
+def fills() -> str:
+    rows = load(RESULTS / "selection-tiny-moe.json")["fills"]
     prices = list(dict.fromkeys(row["price"] for row in rows))
     of = {(row["fill"], row["price"]): row for row in rows}
     cells = [
@@ -463,13 +463,20 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         *(quality, against_the_field, by_batch, similarity, tuning, traffic),
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
-        *(sensitivity, carving, smollm2_quality, smollm2_against_the_field, drift, scheduling),
+        *(
+            sensitivity,
+            choices,
+            selection,
+            fills,
+            carving,
+            smollm2_quality,
+            smollm2_against_the_field,
+            drift,
+            scheduling,
+        ),
         *(scale_evidence, scale_real, scale_synthetic),
     )
 }
-for name, of_example in (("tiny_moe", "tiny-moe"), ("smollm2_moe", "smollm2-moe")):
-    for function in (choices, selection, fills):
-        TABLES[f"{function.__name__}_{name}"] = partial(function, of_example)
 
 
 def written(page: str) -> str:

@@ -10,7 +10,8 @@ import torch
 
 from sere_dist.evaluation.lockstep import Rerouter, Routed, active_by_step, unchanged
 from sere_dist.evaluation.traffic import Layout
-from sere_dist.method.projection import FIXED_POINT_ONE, estimated_error, reroute_projection
+from sere_dist.method.fixed_point import FIXED_POINT_ONE
+from sere_dist.method.projection import estimated_error, reroute_projection
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import heaviest_slots, replace_experts, substitutes
 

@@ -60,7 +60,8 @@ struct Settings {
     int select_top_k;
     int least_rows, most_rows;  // valid rows of a step between which re-routing is on
     float traffic_price;
-    Count loss_that_suffices;  // of an expert that has a price; ALWAYS_PRIMARY: it has none
+    Count expert_price;   // in the unit of losses; 0: none
+    Count balance_price;  // of RANKS; 0: none
 };
 
 enum Counter {  // COUNTERS of counters.py; of a pair, the second is AFTER
@@ -271,9 +272,17 @@ __device__ void count_visit(int visits, const Slot &slot, int K, When when, int 
     counts[REMOTE_SLOTS + when] += remote;
 }
 
-// Whether an expert that is in no heaviest slot can become primary. It has a price under policy projection alone.
-__device__ bool is_for_sale(const Step &step, const Block &block) {
-    return has(step, PROJECTION) && block.settings.loss_that_suffices < ALWAYS_PRIMARY;
+// What one more expert on the rank with most costs; 0: ranks do not matter.
+__device__ Count price_of_a_place(const Step &step, const Block &block) {
+    return has(step, PROJECTION) && has(step, RANKS) ? block.settings.balance_price : 0;
+}
+
+// What an expert in no heaviest slot must be worth to become primary; 0: it can't. It has a price under policy projection
+// alone, and where a place has one, any expert may be worth it.
+__device__ Count price_of_an_expert(const Step &step, const Block &block) {
+    if (!has(step, PROJECTION)) return 0;
+    if (block.settings.expert_price) return block.settings.expert_price;
+    return price_of_a_place(step, block) ? 1 : 0;
 }
 
 // A loss times the chance that the token's output is used: 2^24 for 1; 0 for NaN.
@@ -300,7 +309,7 @@ __device__ bool vote(const Step &step, Block &block, Slot &slot) {
     if (slot.expert >= 0) block.chosen[slot.expert] = 1;
     if (marks) block.primary[slot.expert] = 1;
     if (has(step, PROJECTION) && slot.runs >= 0 && kept > 0) block.primary[slot.runs] = marks = true;
-    if (is_for_sale(step, block) && slot.expert >= 0 && !marks && kept > 0) {
+    if (price_of_an_expert(step, block) && slot.expert >= 0 && !marks && kept > 0) {
         Count loss = loss_as_integer(step, slot, (slot.weight * slot.weight) * block.size[slot.expert]);
         atomicAdd(&block.low_loss[slot.expert], low_part(loss));
         atomicAdd(&block.high_loss[slot.expert], high_part(loss));
@@ -328,16 +337,20 @@ enum Search {
 __device__ int neighbors_to_ask(const Step &step, const Block &block, int expert, Search search) {
     bool primary = block.primary[expert];
     if (search != TO_SETTLE)
-        return !primary && block.left[expert] >= static_cast<float>(block.settings.loss_that_suffices) ? step.E : 0;
+        return !primary && block.left[expert] >= static_cast<float>(price_of_an_expert(step, block)) ? step.E : 0;
     if (!block.chosen[expert]) return 0;
     // A primary expert is its own substitute, which the paper's policy need not look up.
     return !primary ? block.cutoff[expert] : has(step, PROJECTION) ? step.E : 0;
 }
 
+// Whether more is left of the loss without `other`; of equal ones the lower id comes first.
+__device__ bool comes_before(const Block &block, int other, int expert) {
+    float its = block.left[other], own = block.left[expert];
+    return its > own || (its == own && other < expert);
+}
+
 __device__ bool may_stand_in(const Block &block, int neighbor, int expert, Search search) {
-    if (search != IN_ORDER) return block.primary[neighbor];
-    float its = block.left[neighbor], own = block.left[expert];
-    return its > own || (its == own && neighbor < expert);
+    return search == IN_ORDER ? comes_before(block, neighbor, expert) : block.primary[neighbor];
 }
 
 // By a warp: whether one of its lanes' neighbours, which are at `place`, may stand in. The first is the substitute.
@@ -389,29 +402,51 @@ __device__ void find_substitutes(const Step &step, Block &block, Neighbors &neig
     }
 }
 
-// Makes the experts primary that are worth their price, each thread's own one by its loss. Returns whether the thread made
+// By all threads: whether this thread's expert, worth so much, is worth its place on its rank: balance.py.
+__device__ bool is_worth_its_place(const Step &step, Block &block, Count worth, Count expert_price, bool must) {
+    int e = threadIdx.x, place = 0;
+    bool wanted = must || worth >= expert_price;  // a thread without an expert is worth 0
+    if (e < step.E) {
+        block.low_loss[e] = block.high_loss[e] = 0;  // from here on, what a place is worth
+        block.left[e] = must ? FIRST : wanted ? static_cast<float>(worth) : -1.0f;
+    }
+    __syncthreads();
+    if (wanted) {
+#pragma unroll 4
+        for (int other = 0; other < step.E; ++other)
+            place += block.rank[other] == block.rank[e] && comes_before(block, other, e);
+        Count gain = must ? ALWAYS_PRIMARY : worth - expert_price;
+        atomicAdd(&block.low_loss[place], low_part(gain));
+        atomicAdd(&block.high_loss[place], high_part(gain));
+    }
+    __syncthreads();
+    return wanted && (place == 0 || loss_of(block, place) >= price_of_a_place(step, block));
+}
+
+// Makes the experts primary that are worth the prices, each thread's own one by its loss. Returns whether the thread made
 // one primary. All threads see the marks a barrier later.
 __device__ bool buy(const Step &step, Block &block, Neighbors &neighbors, Count loss_of_own) {
     int e = threadIdx.x;
-    bool has_expert = e < step.E, bought = false;
-    float loss = static_cast<float>(loss_of_own), price = static_cast<float>(block.settings.loss_that_suffices);
-    if (has_expert) {
-        if (loss_of_own >= ALWAYS_PRIMARY) block.primary[e] = bought = true;
-        block.left[e] = block.primary[e] ? FIRST : loss;
-    }
+    Count price = price_of_an_expert(step, block), worth = 0;
+    bool has_expert = e < step.E, must = has_expert && (block.primary[e] || loss_of_own >= ALWAYS_PRIMARY);
+    float loss = static_cast<float>(loss_of_own);
+    if (has_expert) block.primary[e] = must, block.left[e] = must ? FIRST : loss;
 #pragma unroll 1
     for (int turn = TO_BUY; turn <= IN_ORDER; ++turn) {
         __syncthreads();
         find_substitutes(step, block, neighbors, static_cast<Search>(turn));
         __syncthreads();
-        if (!has_expert || block.primary[e] || block.left[e] < price) continue;  // to the next barrier, with the others
+        if (!has_expert || must || block.left[e] < static_cast<float>(price)) continue;  // to the next barrier
         float best = 0.0f;
         if (block.substitute[e] != NO_SUBSTITUTE) best = step.ranked_similarity_EE[e * step.E + block.place[e]];
-        block.left[e] = loss * (1 - fmaxf(best, 0.0f));
-        if (turn == IN_ORDER && block.left[e] >= price) block.primary[e] = bought = true;
         block.substitute[e] = NO_SUBSTITUTE;
+        block.left[e] = loss * (1 - fmaxf(best, 0.0f));
+        if (turn == IN_ORDER) worth = static_cast<Count>(block.left[e]);
     }
-    return bought;
+    bool runs = must || worth >= price;
+    if (price_of_a_place(step, block)) runs = is_worth_its_place(step, block, worth, price, must);  // all threads, or none
+    if (has_expert && runs) block.primary[e] = true;
+    return has_expert && runs;
 }
 
 // Finds out for the tokens of a warp what each settling slot becomes: an expert, or -1 (drop). The slots of a token are
@@ -599,7 +634,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute(const Step 
     Slot slot = begin(step, block, neighbors);
     __syncthreads();
     bool marked = vote(step, block, slot);
-    if (is_for_sale(step, block)) {  // all threads, or none
+    if (price_of_an_expert(step, block)) {  // all threads, or none
         __syncthreads();
         marked |= buy(step, block, neighbors, e < step.E ? loss_of(block, e) : 0);
     }
@@ -644,7 +679,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute_settle(cons
     bool primary = e < step.E && votes >= ALWAYS_PRIMARY;
     if (e < step.E) block.primary[e] = primary, block.chosen[e] = chosen;
     if (e == 0) block.rows = rows;
-    if (is_for_sale(step, block)) primary |= buy(step, block, neighbors, votes);  // all threads, or none
+    if (price_of_an_expert(step, block)) primary |= buy(step, block, neighbors, votes);  // all threads, or none
     bool any_primary = __syncthreads_or(primary);
     if (block.rows > 0) {  // all threads, or none
         if (has(step, PROJECTION)) slot.place = place_in_token(slot, step.K);

@@ -36,7 +36,8 @@ except ImportError as error:  # older ones lack names, or don't find one another
 from sere_dist.environment import NO_OVERLAP, environment_flag
 from sere_dist.kernels.neighbors import ranked_neighbors
 from sere_dist.method.counters import COUNTERS
-from sere_dist.method.projection import projection_tables, to_fixed_point
+from sere_dist.method.fixed_point import to_fixed_point
+from sere_dist.method.projection import projection_tables
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 
 SOURCE = Path(__file__).with_name("reroute.cu")
@@ -101,18 +102,19 @@ class DeviceSettings:
     """The settings in force, one block of device memory for any number of layers. Off until they are set."""
 
     def __init__(self, device: torch.device | str):
-        self.block = torch.zeros(8, dtype=torch.int32, device=device)  # struct Settings
+        self.block = torch.zeros(10, dtype=torch.int32, device=device)  # struct Settings
 
     def set(self, settings: Settings, *, enabled: bool = True, min_rows: int = 0, max_rows: int | None = None) -> None:
-        """Sets S and both prices, whether re-routing is on, and the valid rows of a step between which it is.
+        """Sets S and the prices, whether re-routing is on, and the valid rows of a step between which it is.
 
         The threshold is each layer's own: `LayerKernel.set_threshold`. Takes effect in the steps that the current
         stream runs afterwards, replays of captured graphs too.
         """
         most = NO_LIMIT if max_rows is None else max_rows
-        numbers = torch.tensor([enabled, settings.select_top_k, min_rows, most, 0, 0, 0, 0], dtype=torch.int32)
+        numbers = torch.tensor([enabled, settings.select_top_k, min_rows, most, *[0] * 6], dtype=torch.int32)
         numbers[4:5] = torch.tensor([settings.traffic_price], dtype=torch.float32).view(torch.int32)
-        numbers[6:] = torch.tensor([to_fixed_point(settings.expert_price)]).view(torch.int32)
+        prices = [to_fixed_point(price) for price in (settings.expert_price, settings.balance_price)]
+        numbers[6:] = torch.tensor(prices).view(torch.int32)
         self.block.copy_(numbers)
 
 

@@ -19,12 +19,8 @@ import torch
 
 from sere_dist.kernels.neighbors import ranked_neighbors
 from sere_dist.method.counters import COUNTERS
-from sere_dist.method.projection import (
-    ALWAYS_PRIMARY,
-    FIXED_POINT_ONE,
-    projection_tables,
-    to_fixed_point,
-)
+from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE, to_fixed_point
+from sere_dist.method.projection import projection_tables
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 
 NOWHERE = -1  # a slot or a token without a domain
@@ -80,7 +76,7 @@ class Tables(NamedTuple):
 
 
 # What stands in a layer's `numbers`, all as float64.
-SELECT_TOP_K, THRESHOLD, LOSS_THAT_SUFFICES, TRAFFIC_PRICE, MIN_ROWS, MAX_ROWS, MERGES = range(7)
+SELECT_TOP_K, THRESHOLD, EXPERT_PRICE, BALANCE_PRICE, TRAFFIC_PRICE, MIN_ROWS, MAX_ROWS, MERGES = range(8)
 
 
 def compiled(function: Callable) -> Callable:
@@ -121,7 +117,7 @@ def vote(slots, size_E, numbers, losses_E, chosen_E):
     weights_TK, ids_TK, valid_T, _home_T, chance_T, runs_T = slots
     num_slots, num_experts, rows = ids_TK.shape[1], len(losses_E), 0
     select_top_k = np.int64(numbers[SELECT_TOP_K])
-    counts_losses = len(size_E) > 0 and numbers[LOSS_THAT_SUFFICES] < ALWAYS_PRIMARY
+    counts_losses = len(size_E) > 0 and numbers[EXPERT_PRICE] > 0
     ranks_K, heaviest_E = np.empty(num_slots, dtype=np.int64), np.zeros(num_experts, dtype=np.bool_)
     is_on = 0 < select_top_k < num_slots
     for token in range(len(ids_TK)):
@@ -166,31 +162,57 @@ def substitute_of(expert, tables, primary_E, threshold):
 
 
 @compiled
-def mark_primary(losses_E, tables, price):
-    """Returns bool [E], the primary experts: those that run in any case, and those that are worth the price."""
+def comes_before(left_E, other, expert):
+    """Returns whether more is left of the loss without `other`; of equal ones the lower id comes first."""
+    return left_E[other] > left_E[expert] or (left_E[other] == left_E[expert] and other < expert)
+
+
+@compiled
+def mark_primary(losses_E, tables, expert_price, balance_price):
+    """Returns bool [E], the primary experts: those that run in any case, and those that are worth the prices."""
     must_E = losses_E >= ALWAYS_PRIMARY
-    if price >= ALWAYS_PRIMARY:
+    if expert_price == 0:
         return must_E
-    least, num_experts = np.float32(price), len(losses_E)
-    left_E, primary_E = np.zeros(num_experts, dtype=np.float32), must_E.copy()
+    num_experts = len(losses_E)
+    left_E, worth_E = np.zeros(num_experts, dtype=np.float32), np.zeros(num_experts, dtype=np.int64)
     for expert in range(num_experts):
-        loss = np.float32(losses_E[expert])
         if must_E[expert]:
-            left_E[expert] = np.inf
-        elif loss >= least:
-            left_E[expert] = loss * (ONE - max(substitute_of(expert, tables, must_E, ZERO)[1], ZERO))
+            left_E[expert], worth_E[expert] = np.inf, ALWAYS_PRIMARY
+        elif losses_E[expert] >= expert_price:
+            best = max(substitute_of(expert, tables, must_E, ZERO)[1], ZERO)
+            left_E[expert] = np.float32(losses_E[expert]) * (ONE - best)
     for expert in range(num_experts):
-        left = left_E[expert]
-        if must_E[expert] or left < least:
+        if must_E[expert] or np.int64(left_E[expert]) < expert_price:
             continue
         best = ZERO
         for place in range(num_experts):
-            neighbor = np.int64(tables.neighbors_EE[expert, place])
-            if left_E[neighbor] > left or (left_E[neighbor] == left and neighbor < expert):
+            if comes_before(left_E, np.int64(tables.neighbors_EE[expert, place]), expert):
                 best = max(tables.ranked_EE[expert, place], ZERO)
                 break
-        primary_E[expert] = np.float32(losses_E[expert]) * (ONE - best) >= least
+        worth_E[expert] = np.int64(np.float32(losses_E[expert]) * (ONE - best))
+    primary_E = worth_E >= expert_price
+    if balance_price > 0:
+        drop_places(worth_E, primary_E, tables.rank_E, expert_price, balance_price)
     return primary_E
+
+
+@compiled
+def drop_places(worth_E, primary_E, rank_E, expert_price, balance_price):
+    """Leaves those of the primary experts that are worth their place on their rank: `balance.balanced_primary`."""
+    num_experts = len(worth_E)
+    place_E, worth_of_place_E = np.zeros(num_experts, dtype=np.int64), np.zeros(num_experts, dtype=np.int64)
+    for expert in range(num_experts):
+        if not primary_E[expert]:
+            continue
+        place = 0
+        for other in range(num_experts):
+            place += primary_E[other] and rank_E[other] == rank_E[expert] and comes_before(worth_E, other, expert)
+        worth = worth_E[expert]
+        place_E[expert] = place
+        worth_of_place_E[place] += worth if worth >= ALWAYS_PRIMARY else worth - expert_price
+    for expert in range(num_experts):
+        place = place_E[expert]
+        primary_E[expert] = primary_E[expert] and (place == 0 or worth_of_place_E[place] >= balance_price)
 
 
 @compiled
@@ -363,8 +385,9 @@ def finish(slots, tables, numbers, rows, losses_E, chosen_E, counters):
     """Re-routes and counts a step, by the losses of all ranks."""
     if rows == 0:
         return
-    select_top_k, enough = np.int64(numbers[SELECT_TOP_K]), np.int64(numbers[LOSS_THAT_SUFFICES])
-    primary_E = mark_primary(losses_E, tables, enough)
+    select_top_k = np.int64(numbers[SELECT_TOP_K])
+    prices = np.int64(numbers[EXPERT_PRICE]), np.int64(numbers[BALANCE_PRICE])
+    primary_E = mark_primary(losses_E, tables, prices[0], prices[1])
     is_on = 0 < select_top_k < slots.ids_TK.shape[1] and numbers[MIN_ROWS] <= rows <= numbers[MAX_ROWS]
     acts = is_on and primary_E.any()
     runs_E = np.zeros(len(losses_E), dtype=np.bool_) if acts else chosen_E
@@ -410,15 +433,17 @@ class CpuLayer:
         of_layer = (neighbors_EE.short(), ranked_EE, coefficient_EE, size_E)
         where = (_integers(places.rank_E), _integers(places.domain_E))
         self._tables = Tables(*(table.contiguous().numpy() for table in (*of_layer, *where)))
-        self._counters, self._numbers = self.counters.numpy(), np.zeros(7)
+        self._counters, self._numbers = self.counters.numpy(), np.zeros(8)
         self._numbers[MERGES] = merges
 
     def set(self, settings: Settings, *, enabled: bool = True, min_rows: int = 0, max_rows: int | None = None) -> None:
         """Sets the settings, whether re-routing is on, and the valid rows of a step between which it is."""
         select_top_k = settings.select_top_k if enabled else 0
         most = np.inf if max_rows is None else max_rows
-        enough = to_fixed_point(settings.expert_price)
-        self._numbers[:MERGES] = select_top_k, settings.threshold, enough, settings.traffic_price, min_rows, most
+        place = to_fixed_point(settings.balance_price) if len(self._tables.rank_E) else 0
+        expert = to_fixed_point(settings.expert_price) or min(place, 1)  # as `projection.price_of_an_expert`
+        prices = expert, place, settings.traffic_price
+        self._numbers[:MERGES] = select_top_k, settings.threshold, *prices, min_rows, most
 
     def reroute(
         self, step: Step, all_reduce: Callable[[torch.Tensor], None] | None = None

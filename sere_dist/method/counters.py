@@ -6,7 +6,8 @@ Shape suffixes: T tokens of the step, K experts per token, E experts of the laye
 import torch
 from torch.nn.functional import pad
 
-from sere_dist.method.projection import FIXED_POINT_ONE, estimated_error
+from sere_dist.method.fixed_point import FIXED_POINT_ONE
+from sere_dist.method.projection import estimated_error
 from sere_dist.method.records import ExpertPlaces, LayerTables, Step
 from sere_dist.method.rerouting import active_experts
 

@@ -23,7 +23,8 @@ it is worth its price beside those that come before it:
 
     loss(e) (1 - the largest s_ep over the p before e, at least 0) >= expert_price.
 
-That is as good as to add the experts one at a time (`studies/selection.py`), and needs no loop.
+That is as good as to add the experts one at a time (`studies/selection.py`), and needs no loop. With a `balance_price`
+an expert that is worth its price also has to be worth its place: see `balance`.
 
 Losses are added up in fixed point, so that the sum does not depend on the order and ranks can share one primary set.
 
@@ -35,6 +36,8 @@ from typing import NamedTuple
 
 import torch
 
+from sere_dist.method.balance import balanced_primary
+from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE, to_fixed_point
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import (
     active_experts,
@@ -43,9 +46,6 @@ from sere_dist.method.rerouting import (
     slots_by_weight,
     substitutes,
 )
-
-FIXED_POINT_ONE = 2**24  # a squared error of 1, in the unit of w² n
-ALWAYS_PRIMARY = 2**40  # an expert in one of the heaviest slots; the most that a loss or a price can be
 
 
 class ProjectionTables(NamedTuple):
@@ -71,9 +71,10 @@ def reroute_projection(
     Args:
         step: what the router chose.
         tables: of method `projection`.
-        settings: S, rho and both prices. S <= 0 and S >= K change nothing.
-        places: the domain of each expert. A token visits its home, the domains of the slots that stay, and each domain
-            that a slot was sent to. None, or no domains: `traffic_price` has no effect.
+        settings: S, rho and the prices. S <= 0 and S >= K change nothing.
+        places: the rank and the domain of each expert. A token visits its home, the domains of the slots that stay, and
+            each domain that a slot was sent to. Without domains `traffic_price` has no effect, without ranks
+            `balance_price`.
         primary_E: bool [E], where other ranks have a say in it. None: the `primary_by_price` of this step.
 
     Raises:
@@ -82,7 +83,7 @@ def reroute_projection(
     if not 0 < settings.select_top_k < step.ids_TK.shape[1]:
         return step.weights_TK.clone(), step.ids_TK.clone()
     if primary_E is None:
-        primary_E = primary_by_price(step, tables, settings)
+        primary_E = primary_by_price(step, tables, settings, places)
     own = projection_tables(tables)
     order_TK = slots_by_weight(step.weights_TK)
     heaviest_TK = order_TK.argsort(dim=1) < settings.select_top_k
@@ -116,38 +117,61 @@ def reroute_projection(
     return torch.where(changed_TK, weights_TK.to(step.weights_TK.dtype), step.weights_TK), ids_TK
 
 
-def primary_by_price(step: Step, tables: LayerTables, settings: Settings) -> torch.Tensor:
-    """Returns bool [E]: the experts in the S heaviest slots and those worth the `expert_price`; none where S is off."""
-    losses_E = primary_losses(step, tables, settings)
-    return worth_running(losses_E, tables.similarity_EE, settings.expert_price)
+def primary_by_price(
+    step: Step, tables: LayerTables, settings: Settings, places: ExpertPlaces | None = None
+) -> torch.Tensor:
+    """Returns bool [E]: the experts in the S heaviest slots and those worth the prices; none where S is off."""
+    return worth_running(primary_losses(step, tables, settings, places), tables, settings, places)
 
 
-def worth_running(losses_E: torch.Tensor, similarity_EE: torch.Tensor, expert_price: float) -> torch.Tensor:
-    """Returns bool [E], the primary experts: those that run in any case, and those that are worth the price; see above.
+def worth_running(
+    losses_E: torch.Tensor, tables: LayerTables, settings: Settings, places: ExpertPlaces | None = None
+) -> torch.Tensor:
+    """Returns bool [E], the primary experts: those that run in any case, and those that are worth the prices.
 
     Args:
         losses_E: int64 [E], the `primary_losses` of a step; ranks may have added theirs up.
-        similarity_EE: the layer's.
-        expert_price: 0: none but those that run in any case.
+        tables: the layer's.
+        settings: without prices only those are primary that run in any case.
+        places: the rank of each expert. None, or no ranks: `balance_price` has no effect.
     """
-    must_E, price = losses_E >= ALWAYS_PRIMARY, to_fixed_point(expert_price)
-    if price >= ALWAYS_PRIMARY:
+    must_E = losses_E >= ALWAYS_PRIMARY
+    if not (expert_price := price_of_an_expert(settings, places)):
         return must_E
-    loss_E, alike_EE = losses_E.float(), similarity_EE.float().clamp(min=0)
+    loss_E, alike_EE = losses_E.float(), tables.similarity_EE.float().clamp(min=0)
     left_E = loss_E * (1 - alike_EE.masked_fill(~must_E, 0).amax(dim=1))
     left_E = left_E.masked_fill(must_E, torch.inf)
     index_E = torch.arange(len(left_E), device=left_E.device)
     is_before_EE = (left_E > left_E[:, None]) | ((left_E == left_E[:, None]) & (index_E < index_E[:, None]))
-    best_E = alike_EE.masked_fill(~is_before_EE, 0).amax(dim=1)
-    return must_E | (loss_E * (1 - best_E) >= torch.tensor(price, dtype=torch.float32, device=losses_E.device))
+    left_E = loss_E * (1 - alike_EE.masked_fill(~is_before_EE, 0).amax(dim=1))
+    worth_E = left_E.long().masked_fill(must_E, ALWAYS_PRIMARY)
+    if not (balance_price := price_of_a_place(settings, places)):
+        return worth_E >= expert_price
+    assert places is not None and places.rank_E is not None  # else a place has no price
+    return balanced_primary(worth_E, places.rank_E, expert_price=expert_price, balance_price=balance_price)
 
 
-def primary_losses(step: Step, tables: LayerTables, settings: Settings) -> torch.Tensor:
+def price_of_an_expert(settings: Settings, places: ExpertPlaces | None = None) -> int:
+    """Returns in fixed point what must be left without an expert, at least 1. 0: none has a price.
+
+    Where a place has a price, any expert may have one.
+    """
+    return to_fixed_point(settings.expert_price) or (1 if price_of_a_place(settings, places) else 0)
+
+
+def price_of_a_place(settings: Settings, places: ExpertPlaces | None) -> int:
+    """Returns the balance price in fixed point; 0 where experts are on no ranks."""
+    return 0 if places is None or places.rank_E is None else to_fixed_point(settings.balance_price)
+
+
+def primary_losses(
+    step: Step, tables: LayerTables, settings: Settings, places: ExpertPlaces | None = None
+) -> torch.Tensor:
     """Returns int64 [E], fixed point: what the step would lose without each expert if nothing stood in for it.
 
     ALWAYS_PRIMARY for an expert in one of the S heaviest slots of a valid token. With sizes, which policy projection
     has, also for one in any slot of a row of `runs_T`: it runs whatever is decided here. Losses of other experts are
-    only counted if there is an `expert_price`, which needs `tables.size_E`. All 0 where S <= 0 or S >= K. Ranks that
+    only counted if experts have a price, which needs `tables.size_E`. All 0 where S <= 0 or S >= K. Ranks that
     share one primary set add these up.
     """
     num_experts = len(tables.similarity_EE)
@@ -155,9 +179,9 @@ def primary_losses(step: Step, tables: LayerTables, settings: Settings) -> torch
         return torch.zeros(num_experts, dtype=torch.int64, device=step.ids_TK.device)
     filled_TK = filled_slots(step.ids_TK, step.valid_T)
     keeps_TK = heaviest_slots(step.weights_TK, settings.select_top_k) & filled_TK
-    if to_fixed_point(settings.expert_price) < ALWAYS_PRIMARY:
+    if price_of_an_expert(settings, places):
         if tables.size_E is None:
-            raise ValueError("an expert_price needs the experts' size_E: calibrate with method projection")
+            raise ValueError("a price needs the experts' size_E: calibrate with method projection")
         losses_E = losses_without_each_expert(step, tables.size_E)
     else:
         losses_E = torch.zeros(num_experts, dtype=torch.int64, device=step.ids_TK.device)
@@ -199,15 +223,6 @@ def _in_fixed_point(errors_TK: torch.Tensor, chance_T: torch.Tensor | None) -> t
     if chance_T is not None:
         errors_TK = errors_TK * chance_T[:, None]
     return (errors_TK * FIXED_POINT_ONE).round().nan_to_num(0).clamp(0, ALWAYS_PRIMARY).long()
-
-
-def to_fixed_point(expert_price: float) -> int:
-    """Returns what must be left without an expert, 1 to ALWAYS_PRIMARY: the price rounded to float32, in fixed point.
-
-    No price (0) and one that is too large for fixed point are ALWAYS_PRIMARY: only heaviest slots reach that.
-    """
-    fixed = float(torch.tensor(expert_price, dtype=torch.float32)) * FIXED_POINT_ONE
-    return max(1, round(min(fixed, ALWAYS_PRIMARY))) if expert_price > 0 else ALWAYS_PRIMARY
 
 
 def projection_tables(tables: LayerTables) -> ProjectionTables:

@@ -44,6 +44,7 @@ class Settings(NamedTuple):
     threshold: float = 0.0  # rho: an expert with no primary expert this similar stays. 0: none stays
     expert_price: float = 0.0  # an expert runs if the step would lose this much without it. 0: S alone decides
     traffic_price: float = 0.0  # what one more domain to visit costs. 0: quality alone decides
+    balance_price: float = 0.0  # what one more expert on the rank with most costs. 0: ranks do not matter
 
 
 class ExpertPlaces(NamedTuple):

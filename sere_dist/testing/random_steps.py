@@ -12,13 +12,8 @@ import torch
 
 from sere_dist.kernels.reroute import ID_DTYPES, DeviceSettings, LayerKernel
 from sere_dist.method.counters import COUNTERS, count_step
-from sere_dist.method.projection import (
-    ALWAYS_PRIMARY,
-    FIXED_POINT_ONE,
-    primary_losses,
-    reroute_projection,
-    worth_running,
-)
+from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE
+from sere_dist.method.projection import primary_losses, reroute_projection, worth_running
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import replace_experts, substitutes
 from sere_dist.method.slots import fill_dropped, merge_repeats
@@ -48,6 +43,7 @@ class RandomStep:
     threshold: float = 0.0
     expert_price: float = 0.0
     traffic_price: float = 0.0
+    balance_price: float = 0.0
     domains: int | None = None
     ranks: int = 0
     elsewhere_share: float | None = None
@@ -121,7 +117,7 @@ class RandomStep:
     @property
     def settings(self) -> Settings:
         """Those that the user set; prices are policy projection's alone."""
-        prices = (self.expert_price, self.traffic_price) if self.projection else (0.0, 0.0)
+        prices = (self.expert_price, self.traffic_price, self.balance_price) if self.projection else ()
         return Settings(self.select_top_k, self.threshold, *prices)
 
     @property
@@ -136,10 +132,10 @@ class RandomStep:
     def by_torch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns weights, ids and counts by the functions of `method`."""
         step, tables, settings = self.step, self.tables, self.settings_in_force
-        losses_E = primary_losses(step, tables, settings)
+        losses_E = primary_losses(step, tables, settings, self.places)
         if self.elsewhere_E is not None and 0 < settings.select_top_k < self.top_k:
             losses_E = losses_E + self.elsewhere_E
-        primary_E = worth_running(losses_E, tables.similarity_EE, settings.expert_price)
+        primary_E = worth_running(losses_E, tables, settings, self.places)
         if self.projection:
             weights_TK, ids_TK = reroute_projection(step, tables, settings, self.places, primary_E)
         else:
@@ -156,7 +152,7 @@ class RandomStep:
 
     def own_losses(self) -> torch.Tensor:
         """Returns int64 [E]: this rank's say in what is primary, whether or not it then acts."""
-        return primary_losses(self.step, self.tables, self.settings)
+        return primary_losses(self.step, self.tables, self.settings, self.places)
 
     def by_cpu(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the same by `kernels.reroute_cpu`."""
@@ -232,6 +228,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "threshold": [0.0, 0.3, 0.75, 0.95, 1.0],
     "expert_price": [0.0, 0.0, 0.0, 1e-9, 0.0625, 0.125, 0.25, 0.5, 2.0, 1e6],
     "traffic_price": [0.0, 0.01, 0.125, 0.25, 0.25, 3.0],
+    "balance_price": [0.0, 0.0, 0.01, 0.25, 1.0, 1e6],
     "domains": [None, 1, 2, 8, 8, 70],
     "ranks": [0, 0, 1, 3, 8, 70],
     "elsewhere_share": [None] * 4 + [0.0, 0.1, 0.5],

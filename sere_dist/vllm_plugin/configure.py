@@ -53,13 +53,16 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         if vllm_config.kv_transfer_config is not None:
             raise ValueError("exact_cache does not reach what a KV connector stores: remove kv_transfer_config, or it")
         vllm_config.scheduler_config.scheduler_cls = scheduler_of(vllm_config.scheduler_config)
-    if settings.select_top_k == 1 < shape.num_experts_per_token and not settings.expert_price:
+    has_price = settings.expert_price or settings.balance_price
+    if settings.select_top_k == 1 < shape.num_experts_per_token and not has_price:
         logger.warning(
             "sere_dist: select_top_k 1 leaves a token one expert of its own; quality falls steeply there. Compare "
             'with requests that opt out (extra_args {"sere": "off"}), set a threshold, or raise select_top_k'
         )
     if advice := saves_no_traffic(settings, parallel):
         logger.warning("sere_dist: no bytes between ranks are saved: %s", advice)
+    if settings.balance_price and (advice := balances_nothing(settings, parallel)):
+        logger.warning("sere_dist: balance_price %s", advice)
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     vllm_config.additional_config = {**additional, "sere": engine_settings(settings, artifact.policy(settings))}
 
@@ -175,6 +178,18 @@ def unsupported_features(vllm_config: VllmConfig) -> list[tuple[bool, str]]:
             f"the worker {parallel.worker_cls}: use vLLM's CPU or CUDA worker",
         ),
     ]
+
+
+def balances_nothing(settings: ReroutingConfig, parallel: ParallelConfig) -> str | None:
+    """Says why a balance price can't balance the ranks of this engine, and what to set; None if it can."""
+    if not parallel.enable_expert_parallel:
+        return "has no effect: experts are not split between ranks; set enable_expert_parallel"
+    if parallel.data_parallel_size > 1 and settings.primary_scope == "rank":
+        return (
+            "balances what the tokens of each rank run, not what they run together: set primary_scope: group, or "
+            "leave it out"
+        )
+    return None
 
 
 def saves_no_traffic(settings: ReroutingConfig, parallel: ParallelConfig) -> str | None:

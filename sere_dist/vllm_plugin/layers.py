@@ -42,7 +42,8 @@ def scaled(settings: ReroutingConfig, scale: float) -> ReroutingConfig:
 
     Prices are in the unit of (w w) size, w being all that an expert's output is multiplied by, as in transformers.
     """
-    prices = {name: getattr(settings, name) / scale**2 for name in ("expert_price", "traffic_price")}
+    names = ("expert_price", "traffic_price", "balance_price")
+    prices = {name: getattr(settings, name) / scale**2 for name in names}
     return settings.model_copy(update=prices)
 
 

@@ -20,7 +20,9 @@ HALVES = [0] * (BATCH // 2) + [1] * (BATCH // 2)  # the rank that each prompt go
 OFF, ON = {"enabled": False}, {"enabled": True}
 SHORTER = {"lengths": [NEW] * (BATCH // 2) + [4] * (BATCH // 2)}  # rank 1 runs dry
 PRICES = [{"enabled": True, "traffic_price": price} for price in (0.0, 0.02)]
-EXPERT_PRICES = [{**ON, "select_top_k": 1, "traffic_price": 0.0, "expert_price": price} for price in (0.0, 0.02)]
+OF_EXPERTS = {**ON, "select_top_k": 1, "traffic_price": 0.0, "balance_price": 0.0}
+EXPERT_PRICES = [{**OF_EXPERTS, "expert_price": price} for price in (0.0, 0.02)]
+BALANCED = {**EXPERT_PRICES[0], "balance_price": 0.06}
 
 Turns = list[dict[str, Any]]
 
@@ -58,8 +60,8 @@ def papers(options, prompts) -> Turns:
 @pytest.fixture(scope="module")
 def priced(options, prompts) -> Turns:
     """One worker that prices as if its experts were on two ranks: off and two prices; then the same with homes, and two
-    prices of experts."""
-    turns = [{"pretend": [2, None], **OFF}, *PRICES, {"pretend": [2, HALVES], **OFF}, *PRICES, *EXPERT_PRICES]
+    prices of experts, and a price of the largest rank."""
+    turns = [{"pretend": [2, None], **OFF}, *PRICES, {"pretend": [2, HALVES], **OFF}, *PRICES, *EXPERT_PRICES, BALANCED]
     return engines.run(options(sere={"policy": "projection"}), prompts, NEW, turns)
 
 
@@ -148,14 +150,14 @@ def test_prices_lower_the_bytes_on_the_wire(options, prompts, priced, host_kerne
     """
     sere = {"policy": "projection", "primary_scope": "group", "cpu_dispatch": "all_to_all"}
     kernel = host_kernels[torch.int32].library._name
-    turns = [OFF, *PRICES, *EXPERT_PRICES, {"kernel": [kernel], **EXPERT_PRICES[1]}]
+    turns = [OFF, *PRICES, *EXPERT_PRICES, BALANCED, {"kernel": [kernel], **BALANCED}, EXPERT_PRICES[1]]
     ranks = engines.run_data_parallel(options(sere=sere, enable_expert_parallel=True), prompts, NEW, turns)
-    off, free, dear, few_experts, more_experts, by_kernel = together = joined(ranks)
-    assert tokens(together[:5]) == tokens(priced[3:])
-    assert more_experts == by_kernel
+    off, free, dear, few_experts, more_experts, balanced, *by_kernel = together = joined(ranks)
+    assert tokens(together[:6]) == tokens(priced[3:])
+    assert [balanced, more_experts] == by_kernel
     assert total(few_experts, "active_experts_after") < total(more_experts, "active_experts_after")
     visits = [total(turn, "remote_domains_after") for turn in together]
-    assert visits[:5] == [total(turn, "remote_domains_after") for turn in priced[3:]]
+    assert visits[:6] == [total(turn, "remote_domains_after") for turn in priced[3:]]
     assert visits[2] < 0.9 * visits[1] <= visits[0]
     # A token goes with its weights and ids, all of 4 bytes, and its output comes back.
     a_visit = 4 * (HIDDEN + TOP_K + TOP_K) + 4 * HIDDEN
@@ -166,6 +168,16 @@ def test_prices_lower_the_bytes_on_the_wire(options, prompts, priced, host_kerne
     }
     for turn, more in ((free, visits[0] - visits[1]), (dear, visits[0] - visits[2])):
         assert bytes_sent(off) - bytes_sent(turn) == more * a_visit
+
+
+@pytest.mark.slow
+def test_a_balance_price_fills_the_smaller_rank(priced):
+    """Of the experts that run, the largest rank has half, and more at a price that does not know ranks."""
+
+    def share_of_largest(turn):
+        return total(turn, "largest_rank_after") / total(turn, "active_experts_after")
+
+    assert share_of_largest(priced[-1]) < 0.52 < 0.57 < share_of_largest(priced[-2])
 
 
 @pytest.mark.slow

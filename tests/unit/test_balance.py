@@ -7,9 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sere_dist.method.balance import balanced_primary
-from sere_dist.method.projection import ALWAYS_PRIMARY, FIXED_POINT_ONE, to_fixed_point
+from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE, to_fixed_point
 
 NUM_RANKS = 3
+
+
+def balanced(losses_E, rank_E, *, expert_price, balance_price):
+    prices = {"expert_price": to_fixed_point(expert_price), "balance_price": to_fixed_point(balance_price)}
+    return balanced_primary(losses_E, rank_E, **prices)
 
 
 def objective(runs, losses, ranks, expert_price, balance_price):
@@ -32,8 +37,11 @@ def objective(runs, losses, ranks, expert_price, balance_price):
 def test_no_set_of_experts_costs_less(experts, expert_price, balance_price):
     losses = [ALWAYS_PRIMARY if loss is None else round(loss * FIXED_POINT_ONE) for loss, _ in experts]
     ranks = [rank for _, rank in experts]
-    runs = balanced_primary(
-        torch.tensor(losses), torch.tensor(ranks), expert_price=expert_price, balance_price=balance_price
+    runs = balanced(
+        torch.tensor(losses),
+        torch.tensor(ranks),
+        expert_price=expert_price,
+        balance_price=balance_price,
     ).tolist()
     always = [loss == ALWAYS_PRIMARY for loss in losses]
     sets = product(*([True] if keeps else [False, True] for keeps in always))
@@ -48,23 +56,23 @@ def test_a_place_that_one_rank_needs_is_free_for_the_others():
     small = round(0.01 * FIXED_POINT_ONE)
     losses_E = torch.tensor([ALWAYS_PRIMARY, small, ALWAYS_PRIMARY, small, small + 1, small])
     rank_E = torch.tensor([0, 0, 0, 1, 1, 1])
-    runs_E = balanced_primary(losses_E, rank_E, expert_price=0.0, balance_price=1.0)
+    runs_E = balanced(losses_E, rank_E, expert_price=0, balance_price=1.0)
     assert runs_E.tolist() == [True, False, True, True, True, False]  # of equal losses the lower id
-    third_pays = balanced_primary(losses_E, rank_E, expert_price=0.0, balance_price=0.015)
+    third_pays = balanced(losses_E, rank_E, expert_price=0, balance_price=0.015)
     assert third_pays.all()  # 2 x 0.01 for one place
 
 
 def test_without_a_balance_price_the_experts_price_decides():
     losses_E = torch.randint(0, FIXED_POINT_ONE, (64,), generator=torch.Generator().manual_seed(0))
     rank_E = torch.arange(64) % NUM_RANKS
-    runs_E = balanced_primary(losses_E, rank_E, expert_price=0.3, balance_price=0.0)
+    runs_E = balanced(losses_E, rank_E, expert_price=0.3, balance_price=0)
     assert torch.equal(runs_E, losses_E >= to_fixed_point(0.3))
-    assert torch.equal(balanced_primary(losses_E, rank_E, expert_price=0.0, balance_price=0.0), losses_E > 0)
+    assert torch.equal(balanced(losses_E, rank_E, expert_price=0, balance_price=0), losses_E > 0)
 
 
 def test_steps_can_be_mapped():
     losses_DE = torch.randint(0, FIXED_POINT_ONE, (5, 16), generator=torch.Generator().manual_seed(0))
     rank_E = torch.arange(16) % NUM_RANKS
-    mapped = torch.vmap(lambda losses_E: balanced_primary(losses_E, rank_E, expert_price=0.1, balance_price=1.0))
-    each = [balanced_primary(losses_E, rank_E, expert_price=0.1, balance_price=1.0) for losses_E in losses_DE]
+    mapped = torch.vmap(lambda losses_E: balanced(losses_E, rank_E, expert_price=0.1, balance_price=1.0))
+    each = [balanced(losses_E, rank_E, expert_price=0.1, balance_price=1.0) for losses_E in losses_DE]
     assert torch.equal(mapped(losses_DE), torch.stack(each))

@@ -21,7 +21,7 @@ from benchmarks.cubins import local_memory
 from benchmarks.kernel_times import EVERYTHING
 from sere_dist.kernels import reroute as kernel
 from sere_dist.method.counters import COUNTERS
-from sere_dist.method.projection import ALWAYS_PRIMARY
+from sere_dist.method.fixed_point import ALWAYS_PRIMARY
 from sere_dist.method.records import ExpertPlaces, LayerTables, Step
 from sere_dist.testing.random_steps import CHOICES, RandomStep, assert_equal, random_steps
 from tests.support.host_kernels import compile_on_host
@@ -259,7 +259,8 @@ def test_a_dropped_barrier_is_caught(tmp_path, monkeypatch, which):
         prices = {"expert_price": 0.25, "traffic_price": 0.1}
         priced = RandomStep(seed=seed, projection=True, **prices, **common)
         few_alike = dataclasses.replace(priced, rows=8, most_alike=0.5, ties=False)
-        for step, one_launch_rows in itertools.product((papers, priced, few_alike), (1024, 0)):
+        balanced = dataclasses.replace(few_alike, expert_price=0.01, balance_price=0.15)
+        for step, one_launch_rows in itertools.product((papers, priced, few_alike, balanced), (1024, 0)):
             monkeypatch.setattr(kernel, "ONE_LAUNCH_LANES", one_launch_rows)
             try:
                 step.check("cpu")

@@ -4,9 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sere_dist.method.counters import COUNTERS, count_step
+from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE
 from sere_dist.method.projection import (
-    ALWAYS_PRIMARY,
-    FIXED_POINT_ONE,
     losses_without_each_expert,
     primary_by_price,
     primary_losses,
@@ -39,7 +38,7 @@ def oracle(drawn, tables, prices, domain, home, chance):
                 if valid[t] and expert >= 0:
                     losses[expert] += in_fixed_point(weights[t][k] * weights[t][k] * size[expert] * chance[t])
         primary |= {expert for expert, loss in losses.items() if loss >= ALWAYS_PRIMARY}
-        enough = np.float32(max(1, in_fixed_point(expert_price)))
+        enough = max(1, in_fixed_point(expert_price))
 
         def left(e, others):
             best = max((similarity[e][p] for p in others if p != e), default=np.float32(0))
@@ -49,7 +48,7 @@ def oracle(drawn, tables, prices, domain, home, chance):
             must = set(primary)
             beside = {e: (0, -left(e, must), e) for e in losses if e not in must} | {e: (-1, 0, e) for e in must}
             in_order = sorted(beside, key=lambda e: beside[e])
-            primary |= {e for i, e in enumerate(in_order) if left(e, in_order[:i]) >= enough}
+            primary |= {e for i, e in enumerate(in_order) if int(left(e, in_order[:i])) >= enough}
     rho, price = np.float32(drawn.threshold), np.float32(price)
 
     def similar(e, p):
@@ -131,7 +130,7 @@ def test_ranks_that_share_primary_experts_act_as_one(drawn, rows_of_first, exper
 
     def shared(numbers):
         losses_E = sum(primary_losses(of_rows(rows), tables, numbers) for rows in both)
-        return worth_running(losses_E, tables.similarity_EE, numbers.expert_price)
+        return worth_running(losses_E, tables, numbers)
 
     def on_this_rank(rows):
         step = of_rows(rows)
@@ -187,6 +186,25 @@ def test_what_other_rows_run_is_primary_by_hand():
     assert reroute_projection(beside, tables, Settings(1))[1].tolist() == [[0, 3], [1, 0], [3, -1]]
     assert primary_losses(beside, LayerTables(torch.eye(4)), Settings(1))[3] == 0
     assert primary_losses(beside, tables, Settings(2)).tolist() == [0] * 4, "off"
+
+
+def test_a_place_by_hand():
+    """Two ranks run one expert each in any case. A second one on both is worth 0.25 + 0.16."""
+    step = Step(torch.tensor([[0.9, 0.5], [0.9, 0.4]]), torch.tensor([[0, 1], [2, 3]]))
+    tables = LayerTables(torch.eye(4), torch.eye(4), torch.ones(4))
+    ranks = ExpertPlaces(torch.tensor([0, 0, 1, 1]), 2)
+
+    def primary(balance_price, expert_price=0.0, places=ranks):
+        prices = {"expert_price": expert_price, "balance_price": balance_price}
+        return primary_by_price(step, tables, Settings(1, **prices), places).tolist()
+
+    neither, both = [True, False, True, False], [True] * 4
+    assert primary(0.4) == both and primary(0.42) == neither
+    assert primary(0.2, 0.1) == both and primary(0.22, 0.1) == neither, "the price of both experts comes off"
+    assert primary(0.04, 0.2) == [True, True, True, False] and primary(0.06, 0.2) == neither
+    assert primary(0.4, places=ExpertPlaces()) == neither, "without ranks there are no places"
+    assert primary(0.0) == neither, "without a price S alone decides"
+    assert reroute_projection(step, tables, Settings(1, balance_price=0.4), ranks)[1].tolist() == [[0, 1], [2, 3]]
 
 
 def test_what_substitutes_make_good_needs_no_expert():

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sere_dist.evaluation.rerouters import primary_by_step, projection_rerouter
-from sere_dist.method.projection import FIXED_POINT_ONE, losses_without_each_expert
+from sere_dist.method.fixed_point import FIXED_POINT_ONE
+from sere_dist.method.projection import losses_without_each_expert
 from sere_dist.method.records import LayerTables, Settings, Step
 from studies import selection as study
 from studies.selection import (

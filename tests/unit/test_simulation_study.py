@@ -6,8 +6,9 @@ import torch
 from sere_dist.evaluation.rerouters import projection_rerouter
 from sere_dist.evaluation.traffic import Layout
 from sere_dist.method.balance import balanced_primary
+from sere_dist.method.fixed_point import FIXED_POINT_ONE
 from sere_dist.method.placement import linear_ranks
-from sere_dist.method.projection import FIXED_POINT_ONE, estimated_error
+from sere_dist.method.projection import estimated_error
 from sere_dist.method.records import LayerTables, Settings, Step
 from studies import simulation as study
 
@@ -37,7 +38,7 @@ def test_without_safe_slots_only_primary_experts_run():
     _, found = study.Priced(tables, LAYOUT, study.BALANCED_ALL, 1.0)(0, weights, ids)
     for weights_BK, ids_BK, found_BK in zip(weights, ids, found, strict=True):
         losses_E = study.step_losses(weights_BK, ids_BK, tables[0], safe=False)
-        primary_E = balanced_primary(losses_E, LAYOUT.rank[0], expert_price=0.0, balance_price=1.0)
+        primary_E = balanced_primary(losses_E, LAYOUT.rank[0], expert_price=0, balance_price=FIXED_POINT_ONE)
         assert set(found_BK.flatten().tolist()) - {-1} <= set(primary_E.nonzero().flatten().tolist())
         assert primary_E.any() and not primary_E.all()
 

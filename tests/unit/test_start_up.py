@@ -52,6 +52,7 @@ def caplog_vllm(caplog, monkeypatch):
         ),
         ({"policy": "recommended", "select_top_k": 2}, "recommended leaves no choice of select_top_k"),
         ({"select_top_k": 2, "traffic_price": 0.01}, r"traffic_price \(0.01\) needs policy: projection"),
+        ({"select_top_k": 2, "balance_price": 0.01}, r"balance_price \(0.01\) needs policy: projection"),
         ({"select_top_k": 2, "expert_price": 0.1}, r"expert_price \(0.1\) needs policy: projection"),
         ({"select_top_k": 2, "shadow_share": 1.1}, "shadow_share\n.*less than or equal to 1"),
     ],
@@ -156,6 +157,23 @@ def test_the_start_warns_where_no_traffic_can_be_saved(projection_path, caplog_v
     sere = {"artifact": str(projection_path), "select_top_k": 2, "policy": "projection", **sere}
     configure(sere, enforce_eager=True, **parallel)
     warnings = [record.getMessage() for record in caplog_vllm.records if "no bytes" in record.getMessage()]
+    assert len(warnings) == (message is not None)
+    assert message is None or message in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("sere", "parallel", "message"),
+    [
+        ({}, {}, "set enable_expert_parallel"),
+        ({}, {"data_parallel_size": 2, "enable_expert_parallel": True}, "primary_scope: group"),
+        ({"primary_scope": "group"}, {"data_parallel_size": 2, "enable_expert_parallel": True}, None),
+        ({}, {"tensor_parallel_size": 2, "enable_expert_parallel": True}, None),
+    ],
+)
+def test_the_start_warns_where_nothing_is_balanced(projection_path, caplog_vllm, sere, parallel, message):
+    sere = {"artifact": str(projection_path), "select_top_k": 1, "policy": "projection", "balance_price": 0.1, **sere}
+    configure(sere, enforce_eager=True, **parallel)
+    warnings = [found for record in caplog_vllm.records if "balance_price" in (found := record.getMessage())]
     assert len(warnings) == (message is not None)
     assert message is None or message in warnings[0]
 

@@ -24,7 +24,8 @@ from sere_dist.evaluation.tuning import (
     hull,
     losses_of_steps,
 )
-from sere_dist.method.projection import ALWAYS_PRIMARY, FIXED_POINT_ONE, primary_losses
+from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE
+from sere_dist.method.projection import primary_losses
 from sere_dist.method.records import Settings, Step
 from tests.support.artifacts import recommend, small_artifact
 from tests.support.commands import invoke

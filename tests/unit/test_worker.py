@@ -79,9 +79,12 @@ def test_prices_follow_the_weights_that_the_router_gives():
     torch.manual_seed(0)
     weights, ids = torch.rand(6, 4), torch.stack([torch.randperm(8)[:4] for _ in range(6)])
     tables = LayerTables(torch.rand(8, 8), torch.rand(8, 8), 0.5 + torch.rand(8))
-    own = ReroutingConfig(artifact="a", policy="projection", select_top_k=1, expert_price=1.5, traffic_price=0.25)
+    own = ReroutingConfig(
+        artifact="a", policy="projection", select_top_k=1, expert_price=1.5, traffic_price=0.25, balance_price=0.5
+    )
     found = scaled(own, 2.5)
-    assert (found.expert_price, found.traffic_price) == (pytest.approx(0.24), pytest.approx(0.04))
+    prices = (found.expert_price, found.traffic_price, found.balance_price)
+    assert prices == (pytest.approx(0.24), pytest.approx(0.04), pytest.approx(0.08))
     assert (found.select_top_k, scaled(own, 1.0)) == (1, own)
     places = ExpertPlaces(domain_E=torch.arange(8) % 2)
     whole = reroute_projection(Step(2.5 * weights, ids), tables, own.numbers, places)
