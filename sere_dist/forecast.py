@@ -30,6 +30,7 @@ class Device:
         host_seconds: what the host takes for a step, beside the device; 0 where it is in `step_seconds`.
         uncertainty: by what factor the rates and times may be off, as a standard deviation of their logarithm.
         source: where the numbers come from, in words.
+        memory: bytes of it. None: not known.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Device:
     host_seconds: float
     uncertainty: float
     source: str
+    memory: float | None = None
 
     def seconds(self, read: float, operations: float) -> float:
         """Returns what a part of a step takes that reads so many bytes and does so many operations."""
@@ -48,8 +50,8 @@ class Device:
         return max(both) if self.overlaps else sum(both)
 
 
-def gpu(name: str, terabytes: float, teraflops: float) -> Device:
-    """Returns a GPU by its data sheet: memory bandwidth, and dense bfloat16 operations, per second.
+def gpu(name: str, terabytes: float, teraflops: float, gigabytes: float) -> Device:
+    """Returns a GPU by its data sheet: memory bandwidth, dense bfloat16 operations per second, and memory.
 
     Decode kernels reach about three quarters of the bandwidth and half the operations. Kernel gaps and the host's time
     are assumptions, for CUDA graphs and asynchronous scheduling; nothing of this was measured by this project.
@@ -64,19 +66,20 @@ def gpu(name: str, terabytes: float, teraflops: float) -> Device:
         host_seconds=2e-3,
         uncertainty=0.3,
         source="by its data sheet; 75% of its bandwidth, 25 us per layer and 2 ms of the host are assumed",
+        memory=1e9 * gigabytes,
     )
 
 
 DEVICES = {
     device.name: device
     for device in (
-        gpu("a100", 2.04, 312),
-        gpu("h100", 3.35, 989),
-        gpu("h200", 4.8, 989),
-        gpu("b200", 8.0, 2250),
-        gpu("l40s", 0.864, 362),
-        gpu("mi300x", 5.3, 1307),
-        gpu("mi350x", 8.0, 2300),
+        gpu("a100", 2.04, 312, 80),
+        gpu("h100", 3.35, 989, 80),
+        gpu("h200", 4.8, 989, 141),
+        gpu("b200", 8.0, 2250, 180),
+        gpu("l40s", 0.864, 362, 48),
+        gpu("mi300x", 5.3, 1307, 192),
+        gpu("mi350x", 8.0, 2300, 288),
         # By benchmarks.decode, shape cpu-small. It was not held against other shapes yet.
         Device("2-cpu-cores", 18e9, 115e9, 1.3e-3, 2e-3, False, 0.0, 0.15, "fitted to vLLM 0.32 in eager mode"),
     )

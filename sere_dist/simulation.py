@@ -11,7 +11,7 @@ and the host. Nothing of an exchange is hidden behind computing (engines with tw
 Shape suffixes: D decode steps, B rows of all ranks, T = D x B tokens, K slots of a row, E experts, R ranks, N nodes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -56,11 +56,14 @@ def network(name: str, ranks_per_node: int, inside_gigabytes: float, between_gig
 NETWORKS = {
     each.name: each
     for each in (
+        network("a100-200g", 8, 300, 25, "NVLink 3: 600 GB/s both ways, ConnectX-6 200 Gb/s (NVIDIA's data sheets)"),
         network("h800-400g", 8, 200, 50, "NVLink 400 GB/s both ways, ConnectX-7 400 Gb/s (DeepEP, docs/legacy.md)"),
         network("h100-400g", 8, 450, 50, "NVLink 4: 900 GB/s both ways, ConnectX-7 400 Gb/s (NVIDIA's data sheets)"),
+        network("b200-400g", 8, 900, 50, "NVLink 5: 1,800 GB/s both ways, ConnectX-7 400 Gb/s (NVIDIA's data sheets)"),
         network(
             "gb200-nvl72", 72, 900, 50, "NVLink 5: 1,800 GB/s both ways, ConnectX-7 400 Gb/s (NVIDIA's data sheets)"
         ),
+        network("l40s-pcie", 8, 32, 25, "PCIe 4.0 x16: 64 GB/s both ways, ConnectX-6 200 Gb/s (NVIDIA's data sheets)"),
     )
 }
 
@@ -188,14 +191,19 @@ def simulate(ids: Mapping[int, torch.Tensor], layout: Layout, cost: ModelCost, g
     """
     if layout.num_ranks != group.ranks:
         raise ValueError(f"the layout has {layout.num_ranks} ranks, and the group {group.ranks}: make them equal")
+    batch = next(iter(ids.values())).shape[1]
+    most_rows = int(layout.homes(batch).bincount(minlength=group.ranks).max())
+    of_layers = [loads(ids_DBK, layout, layer, group) for layer, ids_DBK in ids.items()]
+    return group_step(of_layers, cost, group, most_rows, context)
+
+
+def group_step(of_layers: Sequence[Loads], cost: ModelCost, group: Group, rows: int, context: int) -> GroupStep:
+    """Returns the mean decode step by what the ranks have to do in each layer; `rows` are those of the busiest rank."""
     found: list[torch.Tensor] = []
-    for layer, ids_DBK in ids.items():
-        of = loads(ids_DBK, layout, layer, group)
+    for of in of_layers:
         sizes = (cost.shape.hidden_size * each for each in (group.dispatch_bytes, group.combine_bytes))
         times = [experts_seconds(of, cost, group), *(exchange_seconds(of, group, size) for size in sizes)]
         found.append(torch.stack([*times, of.active_DR.sum(dim=1), of.active_DR.amax(dim=1)]).mean(dim=1))
     experts, dispatch, combine, active, largest = torch.stack(found).mean(dim=0).tolist()
-    batch = next(iter(ids.values())).shape[1]
-    most_rows = int(layout.homes(batch).bincount(minlength=group.ranks).max())
-    of_rank = replace(decode_step(cost, group.device, most_rows, 0.0, context), experts=group.layers * experts)
+    of_rank = replace(decode_step(cost, group.device, rows, 0.0, context), experts=group.layers * experts)
     return GroupStep(of_rank, group.layers * dispatch, group.layers * combine, active, largest)

@@ -1,10 +1,11 @@
 """The command `sere-dist`. Each command imports what it needs by itself, so that `--help` answers at once."""
 
 import json
+import shlex
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -18,6 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 ArtifactArgument = Annotated[
     str, typer.Argument(help="Folder of the artifact, or its name on the Hub: hf://ORG/NAME or hf://ORG/NAME@REVISION.")
 ]
+Objective = Literal["throughput", "latency"]  # of a plan
 STYLES = {"ok": "green", "warning": "yellow", "fail": "bold red"}  # of a check of `doctor`
 
 
@@ -390,3 +392,101 @@ def forecast(
         table.add_row(*told.as_cells(each))
     console.print(table)
     console.print(told.verdict(found, cost, device, load, known), highlight=False)
+
+
+@app.command()
+def plan_serving(
+    model: Annotated[str, typer.Option(help="Checkpoint folder or Hugging Face id; only its configuration is read.")],
+    gpus: Annotated[int, typer.Option(help="Number of GPUs, of all nodes together.", min=1)],
+    hardware: Annotated[str, typer.Option(help="The GPU, in small letters, such as h100.")],
+    nodes: Annotated[int, typer.Option(help="Number of nodes, each with as many of the GPUs.", min=1)] = 1,
+    artifact: Annotated[
+        str | None,
+        typer.Option(help="The model's artifact, in a folder or on the Hub: how popular experts are, what was tuned."),
+    ] = None,
+    objective: Annotated[
+        Objective, typer.Option(help="What is best: most tokens per second of all GPUs, or (with --requests) latency.")
+    ] = "throughput",
+    token_ms: Annotated[
+        float | None, typer.Option(help="Most milliseconds that an output token may take.", min=0)
+    ] = None,
+    requests: Annotated[
+        int | None,
+        typer.Option(help="Requests that decode at once on all GPUs. By default, as many as are best.", min=1),
+    ] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt, as a mean.", min=1)] = 512,
+    answer: Annotated[int, typer.Option(help="Tokens of an answer, as a mean.", min=1)] = 256,
+    prompts_elsewhere: Annotated[
+        bool,
+        typer.Option("--prompts-elsewhere", help="Prompts are computed in a pool of their own, not on these GPUs."),
+    ] = False,
+    network: Annotated[
+        str | None, typer.Option(help="Links between the GPUs. By default, those that the GPU comes with.")
+    ] = None,
+    host_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds that the host takes for a step, if you have measured them.")
+    ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Bits of a weight. By default, as the checkpoint stores it.")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Plans to show.", min=1)] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plans as a JSON list.")] = False,
+) -> None:
+    """Propose how to serve a model on so many GPUs: parallel sizes, dispatch, batch and re-routing."""
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.schema import ArtifactError
+    from sere_dist.calibration.checkpoint import Checkpoint
+    from sere_dist.cli import plan as told
+    from sere_dist.console import progress, tables
+    from sere_dist.forecast import DEVICES
+    from sere_dist.serving import Demand, ServedModel, Site, drawn_routing
+    from sere_dist.simulation import NETWORKS
+
+    if hardware not in told.LINKS:
+        raise typer.BadParameter(f"no links of {hardware!r}: choose {', '.join(told.LINKS)}", param_hint="--hardware")
+    if (links := network or told.LINKS[hardware]) not in NETWORKS:
+        raise typer.BadParameter(f"no numbers of {links!r}: choose {', '.join(NETWORKS)}", param_hint="--network")
+    device = DEVICES[hardware]
+    if host_ms is not None:
+        device = replace(device, host_seconds=host_ms / 1e3)
+    try:
+        goal = told.Goal(objective, token_ms, requests)
+        checkpoint = Checkpoint(model)
+        empty = checkpoint.empty_model()
+        stored = bits / 8 if bits else checkpoint.stored_bytes(empty.num_parameters())
+        served = ServedModel.of(empty, stored)
+        known = None if artifact is None else Artifact.load(artifact)
+        if known is not None:
+            known.check_serves(served.cost.shape, model, checkpoint.revision)
+        site, routing = Site(device, NETWORKS[links]), drawn_routing(served.architecture, known)
+        demand = Demand(prompt, answer, not prompts_elsewhere)
+        shown = partial(track, description="splits", console=progress())
+        found, left_out = told.plans(served, site, gpus, nodes, routing, demand, goal, shown)
+    except (ValueError, ArtifactError) as error:
+        raise SystemExit(f"error: {error}") from error
+    if as_json:
+        print(json.dumps([each.numbers() for each in found], indent=2))
+        return
+    console = tables()
+    console.print(f"{model} on {gpus} {hardware}, {nodes} node{'s' * (nodes > 1)}: {goal}", highlight=False)
+    if found:
+        table = Table(*told.HEADINGS, box=box.SIMPLE, padding=(0, 1, 0, 0))
+        for each in found[:top]:
+            for row in told.as_rows(each):
+                table.add_row(*row)
+        console.print(table)
+        best = found[0].best(goal)
+        arguments = told.application(found[0], goal, model, hardware, artifact)
+        print(told.LEGEND)
+        print(told.quality(known, best.batch))
+        print(
+            f"\nThe first plan, {found[0].split}, as lines of a Serve file (serve_apps/), and as arguments of vLLM:\n"
+        )
+        print(told.serve_yaml(arguments, artifact))
+        print(f"vllm serve {model} {shlex.join(told.engine_arguments(arguments))}\n")
+    for title, lines in (("Left out", left_out), ("What this rests on", told.evidence(served, site, known))):
+        print(f"{title}:")
+        for line in lines:
+            print(f"- {line}")
+    if not found:
+        raise SystemExit("error: no split fits and meets the objective: see what was left out")

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 from sere_dist.evaluation.lockstep import Routed
 
 FACTORS = 8  # numbers of a topic
-FIT_TOKENS, FIT_ROUNDS, HALVINGS = 4096, 2, 10
+FIT_TOKENS, FIT_ROUNDS, HALVINGS, BIAS_ROUNDS = 4096, 2, 10, 6
 
 
 class Statistics(NamedTuple):
@@ -39,19 +39,26 @@ class SyntheticRouter:
     sharpness: float
 
     def route(
-        self, steps: int, rows: int, num_experts: int, top_k: int, random: torch.Generator, groups: int = 1
+        self,
+        steps: int,
+        rows: int,
+        num_experts: int,
+        top_k: int,
+        random: torch.Generator,
+        groups: int = 1,
+        bias_E: torch.Tensor | None = None,
     ) -> Routed:
         """Returns weights and ids [D, B, K] of tokens that have nothing to do with each other, slots by weight.
 
         `groups`: the router takes experts from half of so many groups only, those whose two best logits are largest
-        together, as in DeepSeek-V3. 1: it does not.
+        together, as in DeepSeek-V3. 1: it does not. `bias_E`: the experts' biases, from `biases`; None: drawn.
         """
         quantiles_E = torch.special.ndtri((torch.arange(num_experts) + 0.5) / num_experts)
-        bias_E = quantiles_E[torch.randperm(num_experts, generator=random)]
+        drawn_E = self.bias * quantiles_E[torch.randperm(num_experts, generator=random)]
         directions_FE = normalize(torch.randn(FACTORS, num_experts, generator=random), dim=0)
         topics_DBF = torch.randn(steps, rows, FACTORS, generator=random)
         noise_DBE = -torch.empty(steps, rows, num_experts).exponential_(generator=random).log()
-        logits_DBE = self.bias * bias_E + self.topic * (topics_DBF @ directions_FE) + noise_DBE
+        logits_DBE = (drawn_E if bias_E is None else bias_E) + self.topic * (topics_DBF @ directions_FE) + noise_DBE
         if groups > 1:
             of_groups = logits_DBE.unflatten(2, (groups, -1))
             best_DBG = of_groups.topk(2, dim=3).values.sum(dim=3)
@@ -59,6 +66,21 @@ class SyntheticRouter:
             logits_DBE = of_groups.masked_fill(~chosen[..., None], -torch.inf).flatten(2)
         best = logits_DBE.topk(top_k, dim=2)
         return (self.sharpness * best.values).softmax(dim=2), best.indices
+
+    def biases(self, tokens_E: torch.Tensor, top_k: int, seed: int, groups: int = 1) -> torch.Tensor:
+        """Returns [E]: the biases with which tokens use experts about as often as `tokens_E` counts.
+
+        They belong to the topics of this seed: pass `route` a generator that starts with it.
+        """
+        wanted_E = tokens_E.float() + 0.5  # an expert that no token reached is rare, and not impossible
+        wanted_E /= wanted_E.sum()
+        bias_E = wanted_E.log()
+        for _ in range(BIAS_ROUNDS):
+            random = torch.Generator().manual_seed(seed)
+            ids = self.route(1, FIT_TOKENS, len(tokens_E), top_k, random, groups, bias_E)[1]
+            found_E = ids.flatten().bincount(minlength=len(tokens_E)) + 0.5
+            bias_E = bias_E + (wanted_E / (found_E / found_E.sum())).log()
+        return bias_E
 
 
 def statistics(weights_NK: torch.Tensor, ids_NK: torch.Tensor, num_experts: int) -> Statistics:
