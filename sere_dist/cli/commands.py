@@ -80,6 +80,12 @@ def report(
 def place(
     path: ArtifactArgument,
     ranks: Annotated[int, typer.Option(help="Number of expert-parallel ranks.")],
+    nodes: Annotated[
+        int, typer.Option(help="Number of nodes, each with as many ranks. Experts used together share one.", min=1)
+    ] = 1,
+    redundant: Annotated[
+        int, typer.Option(help="Number of replicas per layer, for the most loaded experts.", min=0)
+    ] = 0,
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("placement.json"),
     max_load: Annotated[
         float,
@@ -88,31 +94,45 @@ def place(
         ),
     ] = 1.1,
 ) -> None:
-    """Propose which rank should hold which expert, so that re-routed tokens cross ranks less often."""
-    from sere_dist.artifact.folder import Artifact
-    from sere_dist.artifact.placement import PlacementError, propose
-    from sere_dist.artifact.schema import ArtifactError
+    """Propose which rank should hold which expert, so that tokens cross ranks less often and loads are even.
 
-    console = Console()
+    With replicas the file has the map of vLLM's EPLB, which vLLM itself loads from no file.
+    """
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.artifact.placement import PlacementError, propose, propose_replicas
+    from sere_dist.artifact.schema import ArtifactError
+    from sere_dist.console import progress, tables
+
+    console = tables()
+    shown = partial(track, description="layers", console=progress())
     try:
         artifact = Artifact.load(path)
-        placement = propose(artifact, ranks, max_load, progress=partial(track, description="layers", console=console))
+        if redundant:
+            placement = propose_replicas(artifact, ranks, redundant, max_load, progress=shown, num_nodes=nodes)
+        else:
+            placement = propose(artifact, ranks, max_load, progress=shown, num_nodes=nodes)
         placement.save(output)
     except (ArtifactError, PlacementError, OSError) as error:
         raise SystemExit(f"error: {error}") from error
+    guess = " (a guess)" * (placement.affinity == "similarity")
     table = Table(
         "layer",
-        "remote domains of a token with two experts" + " (a guess)" * (placement.affinity == "similarity"),
+        "remote ranks of a token with two experts" + guess,
+        *(["remote nodes" + guess] if nodes > 1 else []),
         "largest rank's tokens, over the mean",
-        title=f"linear placement on {ranks} ranks -> this one",
+        title=f"vLLM's placement on {ranks} ranks -> this one" + f", with {redundant} replicas" * bool(redundant),
         title_justify="left",
     )
     for layer, placed in placement.layers.items():
-        domains = f"{placed.remote_domains_linear:.2f} -> {placed.remote_domains:.2f}"
-        table.add_row(str(layer), domains, f"{placed.load_linear:.2f} -> {placed.load:.2f}")
+        row = [str(layer), f"{placed.remote_domains_linear:.2f} -> {placed.remote_domains:.2f}"]
+        if placed.remote_nodes is not None:
+            row.append(f"{placed.remote_nodes_linear:.2f} -> {placed.remote_nodes:.2f}")
+        table.add_row(*row, f"{placed.load_linear:.2f} -> {placed.load:.2f}")
     console.print(table)
     if placement.affinity == "similarity":
         console.print("The artifact has no coactivation: which experts tokens use together is guessed from similarity.")
+    if redundant:
+        console.print('vLLM takes this map from no file: docs/guides.md, "Place experts", says what it is for.')
     print(f"wrote {output}")
 
 
