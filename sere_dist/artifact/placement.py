@@ -5,9 +5,10 @@ A placement is realised by permuting a layer's experts and router rows at load, 
 a file.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -230,7 +231,7 @@ def propose(
         num_ranks=num_ranks,
         num_nodes=num_nodes,
         affinity=affinity,
-        layers={layer: placed(artifact.layers[layer]) for layer in progress(sorted(artifact.layers))},
+        layers=_of_all(placed, artifact.layers, progress),
     )
 
 
@@ -279,8 +280,27 @@ def propose_replicas(
         num_nodes=num_nodes,
         num_redundant=redundant,
         affinity=affinity,
-        layers={layer: placed(artifact.layers[layer]) for layer in progress(sorted(artifact.layers))},
+        layers=_of_all(placed, artifact.layers, progress),
     )
+
+
+Placed = TypeVar("Placed", bound=Expected)
+
+
+def _of_all(
+    placed: Callable[[Layer], Placed],
+    layers: Mapping[int, Layer],
+    progress: Callable[[Iterable[int]], Iterable[int]],
+) -> dict[int, Placed]:
+    """Returns what `placed` returns for each layer, one on each core: the tensors are too small to share out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            found = {layer: pool.submit(placed, layers[layer]) for layer in sorted(layers)}
+            return {layer: found[layer].result() for layer in progress(sorted(layers))}
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _checked(artifact: Artifact, num_ranks: int, num_nodes: int, affinity: Affinity | None) -> Affinity:
