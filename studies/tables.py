@@ -167,6 +167,17 @@ def traffic() -> str:
     return markdown(["remote ranks / KL", "placed linearly", "by similarity", "by co-activation"], rows)
 
 
+def placements() -> str:
+    """Largest rank's load, of all tokens and in a step, and ranks and nodes of a token: ours, and vLLM's EPLB."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for row in load(RESULTS / "placement.json")["rows"]:
+        key = (row["routing"], *(str(row[name]) for name in ("ranks", "nodes", "redundant")))
+        names = ("largest_load", "largest_load_of_a_step", "ranks_of_a_token", "nodes_of_a_token")
+        rows.setdefault(key, []).append(" / ".join(f"{row[name]:.2f}" for name in names))
+    maps = ["vLLM's start", "EPLB", "`--max-load 1`", "`--max-load 1.1`"]
+    return markdown(["routing", "ranks", "nodes", "replicas", *maps], [[*key, *cells] for key, cells in rows.items()])
+
+
 def decode() -> str:
     rows = load(ROOT / "benchmarks/results/decode-cpu-small.json")["eager"]["rows"]
     of = {(row["batch"], row["setting"]): row for row in rows}
@@ -461,7 +472,7 @@ def scale_synthetic() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        *(quality, against_the_field, by_batch, similarity, tuning, traffic),
+        *(quality, against_the_field, by_batch, similarity, tuning, traffic, placements),
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
         *(
             sensitivity,

@@ -176,3 +176,23 @@ def test_time_at_equal_quality():
     assert "the medians are {:.2f} and {:.2f}".format(*medians) in PROSE
     assert f"take {found['share_of_experts']['median']:.0%} of a stock step at batch 16" in PROSE
     assert f"only {found['share_of_reading']['16']:.0%} of the step follows" in PROSE
+
+
+def test_placements_beside_eplb():
+    found = load(RESULTS / "placement.json")
+    rows = {(row["ranks"], row["nodes"], row["redundant"], row["map"]): row for row in found["rows"]}
+    ours, theirs = rows[8, 2, 0, "ours"], rows[8, 2, 0, "EPLB"]
+    visits, loads, steps = (
+        [f"{row[name]:.2f}" for row in (ours, theirs)]
+        for name in ("ranks_of_a_token", "largest_load", "largest_load_of_a_step")
+    )
+    assert f"tokens visit {visits[0]} of 8 ranks on two nodes, and {visits[1]} under EPLB" in PROSE
+    assert f"carries {loads[0]} times the mean instead of {loads[1]}" in PROSE
+    assert f"carries {steps[0]} times the mean, and {steps[1]} under EPLB" in PROSE
+    for (*case, name), row in rows.items():
+        if name == "ours, as even as it gets":
+            eplb = rows[*case, "EPLB"]
+            assert row["largest_load"] < 1.02 * eplb["largest_load"]
+            assert row["ranks_of_a_token"] < eplb["ranks_of_a_token"]
+    assert f"took {found['time']['cpu_seconds']:.1f} s of one core's time" in PROSE
+    assert f"it was {found['time']['seconds']:.0f} s" in PROSE
