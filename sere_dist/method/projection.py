@@ -11,7 +11,7 @@ for every primary expert p; s_ee = c_ee = 1. A slot that goes to p gets the weig
 the weight 0. A token's S heaviest slots and critical ones stay as they are, as in `rerouting`.
 
 Primary are the experts in these heaviest slots, and those that run in any case for rows that keep theirs: a prompt's,
-or those of a request that opted out (`Step.runs_T`). `expert_price` decides what else is. Without e, the step would
+or those of a request that asks for it (`Step.runs_T`). `expert_price` decides what else is. Without e, the step would
 lose
 
     loss(e) = sum over the slots that name e of w² n_e q

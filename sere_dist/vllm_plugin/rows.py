@@ -12,6 +12,7 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.vllm_plugin.speculation import Speculation
 
 OPT_OUT = "sere"  # The key of a request's own `extra_args` (`vllm_xargs` over HTTP).
+KEEP = "keep"  # Its value for a request that keeps its experts and lets others turn to them.
 
 
 class Rows:
@@ -20,8 +21,8 @@ class Rows:
     Attributes:
         valid: bool [most tokens of a step] on the model's device: rows that re-routing may change and that vote. Rows
             behind those of the step are padding, and False.
-        runs: bool, as long: rows that keep their experts because they are of a prompt or of a request that opted out.
-            What they run, others may turn to.
+        runs: bool, as long: rows that keep their experts, to which others may turn: those of a prompt, and of a request
+            that asked for it. Rows of a request that opted out are not among them: others learn nothing of it.
         chance: float32 [most tokens of a step], that a row's output is used. None: no step verifies drafts.
         count: int64 [2] on the CPU: rows of the step, and valid ones; 0 in profiling and dummy runs.
         requests: bool, for each request of the step, in the order of its rows, whether its rows are valid.
@@ -40,6 +41,7 @@ class Rows:
         self.which: str = "decode"
         self.share = 1.0
         self.opted_out: set[str] = set()
+        self.keeps: set[str] = set()
 
     def set_settings(self, settings: ReroutingConfig) -> None:
         self.which, self.share = settings.rows, settings.share
@@ -53,8 +55,11 @@ class Rows:
         def prepare(scheduler_output, *args, **kwargs):
             prepared = prepare_inputs(scheduler_output, *args, **kwargs)
             for request in scheduler_output.scheduled_new_reqs:
-                if request.sampling_params is not None and opts_out(request.sampling_params.extra_args):
+                asked = None if request.sampling_params is None else request.sampling_params.extra_args
+                if opts_out(asked):
                     self.opted_out.add(request.req_id)
+                elif keeps_experts(asked):
+                    self.keeps.add(request.req_id)
             if is_v2:
                 prompts = runner.req_states.prompt_len.np[prepared.idx_mapping_np]
                 batch = (prepared.req_ids, prompts, prepared.num_computed_tokens_np, prepared.num_scheduled_tokens)
@@ -111,10 +116,14 @@ class Rows:
         """
         decodes = (computed_tokens >= prompt_tokens) & (scheduled_tokens - drafted_tokens <= 1)
         valid = np.ones(len(requests), dtype=bool) if self.which == "all" else decodes
+        if self.keeps:
+            self.keeps.intersection_update(live)
+            valid = valid & [request not in self.keeps for request in requests]
+        runs = ~valid
         if self.opted_out:
             self.opted_out.intersection_update(live)
-            valid = valid & [request not in self.opted_out for request in requests]
-        runs = ~valid
+            takes_part = np.array([request not in self.opted_out for request in requests])
+            valid, runs = valid & takes_part, runs & takes_part
         if self.share < 1:  # what a trial on few requests costs is not to depend on the experts of all others
             valid = valid & [is_in_share(request, self.share) for request in requests]
         self.requests, self.scheduled_tokens = valid, scheduled_tokens.copy()
@@ -167,8 +176,13 @@ def _copy(values: np.ndarray, buffer: torch.Tensor) -> None:
 
 
 def opts_out(extra_args: Mapping[str, Any] | None) -> bool:
-    """Returns whether a request's extra arguments switch `sere` off: its rows then keep their experts.
+    """Returns whether a request's extra arguments switch `sere` off: its rows then neither change nor count for others.
 
     "off", "false", 0 and False switch it off. Any other value changes nothing: a request can't switch re-routing on.
     """
     return bool(extra_args) and str(extra_args.get(OPT_OUT, "")).lower() in ("off", "false", "0")
+
+
+def keeps_experts(extra_args: Mapping[str, Any] | None) -> bool:
+    """Returns whether a request's extra arguments keep its experts: its rows do not change, but count for others."""
+    return bool(extra_args) and str(extra_args.get(OPT_OUT, "")).lower() == KEEP

@@ -136,10 +136,22 @@ def test_rows_of_a_request_that_opts_out(runner):
     for new in (out, {}):  # in later steps it is no new request
         runner.step([1, 4, 6, 1], **new)
         assert rows.count.tolist() == [12, 8]
-        assert valid(rows) == [0, *range(5, 12)] and running(rows) == [1, 2, 3, 4]
+        assert valid(rows) == [0, *range(5, 12)] and not running(rows), "others learn nothing of it"
     del (runner.requests if hasattr(runner, "requests") else runner.req_states.req_id_to_index)["b"]
     runner.step([1, 4, 6, 1])
     assert not rows.opted_out, "a finished request is forgotten"
+
+
+def test_rows_of_a_request_that_keeps_its_experts(runner):
+    """Others may turn to what it runs, and to a prompt's; never to those of a request that opted out."""
+    rows = follow(runner)
+    asked = {"a": SamplingParams(extra_args={"sere": "keep"}), "b": SamplingParams(extra_args={"sere": "off"})}
+    for new in (asked, {}):
+        runner.step([1, 4, 6, 1], **new)
+        assert not valid(rows) and running(rows) == [0, *range(5, 12)]
+    del (runner.requests if hasattr(runner, "requests") else runner.req_states.req_id_to_index)["a"]
+    runner.step([1, 4, 6, 1])
+    assert not rows.keeps, "a finished request is forgotten"
 
 
 def test_a_draft_models_rows_are_those_of_the_same_requests(runner):
