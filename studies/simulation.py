@@ -27,7 +27,7 @@ import statistics as numbers
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -44,85 +44,35 @@ from sere_dist.evaluation.protocol import LENGTH, TEXTS, decoded, held_out_texts
 from sere_dist.evaluation.rerouters import paper_rerouter
 from sere_dist.evaluation.synthetic import Statistics, SyntheticRouter, fit, statistics
 from sere_dist.evaluation.traffic import Layout, traffic
-from sere_dist.forecast import DEVICES, Device, ModelCost, decode_step
+from sere_dist.forecast import DEVICES
 from sere_dist.method.balance import balanced_primary, places
 from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE, to_fixed_point
-from sere_dist.method.placement import linear_ranks
 from sere_dist.method.projection import losses_without_each_expert, reroute_projection
 from sere_dist.method.records import LayerTables, Settings, Step
 from sere_dist.method.rerouting import primary_experts
-from sere_dist.moe import MoeShape, load_model
+from sere_dist.moe import load_model
 from sere_dist.provenance import line_by_line, machine, rounded, versions
-from sere_dist.simulation import NETWORKS, Backend, Group, GroupStep, Loads, exchange_seconds, simulate
 from sere_dist.standard_errors import with_error
 from studies.artifacts import ARTIFACTS, calibrated
 from studies.common import RESULTS, ROOT, at_kl
+from studies.large_models import (
+    HARDWARE,
+    MODELS,
+    PARTS,
+    STAND_IN,
+    fits,
+    linear,
+    times,
+)
+from studies.published_times import beside_measured
 
-CONTEXT = 4096  # tokens that a row has behind it
-FP8, FP4 = 1.0, 0.5625  # bytes of a parameter; NVFP4 has a scale of one byte for 16 numbers
-BACKENDS: tuple[Backend, ...] = ("all_gather", "per_rank", "per_slot")
 QUANTILES = (0.2, 0.5, 0.8, 0.95, 1.0)
 ALL = ("validation", "synthetic", "real")
-PARTS = ("experts", "dispatch", "combine", "others", "attention", "waiting")
 OFF, PAPER, PRICED, BALANCED = "off", "paper", "expert price, S = 1", "balance price, S = 1"
 PRICED_ALL, BALANCED_ALL = "expert price, no S", "balance price, no S"
 OURS = (PRICED, BALANCED, PRICED_ALL, BALANCED_ALL)
 LOOKS = {OFF: GREY, PAPER: RED, PRICED: BLUE, BALANCED: GREEN, PRICED_ALL: ORANGE, BALANCED_ALL: BLACK}
 GOAL = 0.2
-
-
-class Hardware(NamedTuple):
-    device: str
-    network: str
-    expert_bytes: float
-    faster: float  # than bfloat16, in the experts' precision
-    memory: float  # bytes of a device
-
-
-HARDWARE = {
-    "H200, 8 to a node": Hardware("h200", "h100-400g", FP8, 2, 141e9),
-    "GB200 NVL72": Hardware("b200", "gb200-nvl72", FP4, 4, 186e9),
-}
-
-
-class Model(NamedTuple):
-    """A model's numbers that matter here, from its published configuration. All but its experts are on every rank."""
-
-    experts: int
-    top_k: int
-    groups: int
-    layers: int
-    moe_layers: int
-    sent: int  # numbers of a hidden state that goes to an expert
-    expert: float  # parameters of one, in one layer
-    others: float  # other parameters that a step reads
-    cached: float  # numbers in the cache, per token
-    attended: float  # multiplications of a row, per token
-    stands_for: int = 1  # experts whose bytes one has; a slot computes as much as one of them
-
-    def cost(self, bytes_per_parameter: float) -> ModelCost:
-        """Experts have so many bytes a parameter, other weights one, and the cache two."""
-        experts = self.expert * self.moe_layers
-        return ModelCost(
-            MoeShape("simulated", self.layers, self.sent, self.experts, self.top_k),
-            expert_bytes=experts * self.stands_for * bytes_per_parameter,
-            other_bytes=self.others * FP8,
-            expert_operations=2 * experts,
-            other_operations=2 * self.others,
-            cache_bytes=2 * self.cached,
-            attention_operations=2 * self.attended,
-        )
-
-
-LATENT = 2 * 512 + 64  # multiplications of latent attention, per head
-MODELS = {
-    "Qwen3-235B-A22B": Model(128, 8, 1, 94, 94, 4096, 3 * 4096 * 1536, 7.37e9, 96_256, 1_540_096),
-    "DeepSeek-V3": Model(256, 8, 8, 61, 58, 7168, 3 * 7168 * 2048, 16.2e9, 61 * 576, 61 * 128 * LATENT),
-    "Kimi-K2": Model(384, 8, 1, 61, 60, 7168, 3 * 7168 * 2048, 10.4e9, 61 * 576, 61 * 64 * LATENT),
-    # Its other weights are taken to be split over 8 ranks, and one layer in four to attend to the whole context.
-    "Kimi-K3": Model(896, 16, 1, 93, 92, 3584, 3 * 3584 * 3072, 55e9 / 8, 24 * 576, 24 * 64 * LATENT),
-}
-STAND_IN = MODELS["DeepSeek-V3"]._replace(experts=64, groups=1, stands_for=4)
 
 
 @dataclass(frozen=True)
@@ -268,36 +218,6 @@ def estimated_error(before: Routed, after: Routed, tables: LayerTables) -> float
     return float(torch.where(new_ids < 0, whole, left).sum() / len(ids))
 
 
-def group_of(hardware: Hardware, model: Model, ranks: int, backend: Backend) -> Group:
-    device = replace(DEVICES[hardware.device], speed=hardware.faster * DEVICES[hardware.device].speed)
-    network, sizes = NETWORKS[hardware.network], {"dispatch_bytes": FP8, "combine_bytes": 2.0}
-    return Group(device, network, ranks, backend, model.moe_layers, **sizes)
-
-
-def times(ids: Mapping[int, torch.Tensor], layout: Layout, model: Model) -> dict[str, Any]:
-    """Returns the steps on all hardware and by all backends: milliseconds, in all and of the parts."""
-    found = {}
-    for name, hardware in HARDWARE.items():
-        for backend in BACKENDS:
-            group = group_of(hardware, model, layout.num_ranks, backend)
-            step = simulate(ids, layout, model.cost(hardware.expert_bytes), group, CONTEXT)
-            found[f"{name}, {backend}"] = {part: rounded(1e3 * seconds) for part, seconds in parts_of(step).items()}
-    return found
-
-
-def parts_of(step: GroupStep) -> dict[str, float]:
-    own = step.of_rank
-    return {
-        "seconds": step.seconds,
-        "experts": own.experts,
-        "dispatch": step.dispatch,
-        "combine": step.combine,
-        "others": own.others,
-        "attention": own.attention,
-        "waiting": own.waiting,
-    }
-
-
 def spread_of(of: dict[int, torch.Tensor], layout: Layout) -> dict[str, float]:
     found = traffic(of, layout)
     return {name: rounded(numbers.fmean(getattr(found, name))) for name in ("active_experts", "largest_rank")}
@@ -316,10 +236,6 @@ def recorded_routing(texts: HeldOut) -> dict[int, Routed]:
 
     lockstep(texts.model, texts.ids_NL, prompt_length=texts.prompt_length, rerouter=look)
     return seen
-
-
-def linear(layers: Sequence[int], num_experts: int, ranks: int) -> Layout:
-    return Layout(ranks, dict.fromkeys(layers, linear_ranks(num_experts, ranks)))
 
 
 Decoded = tuple[LockstepResult, dict[int, torch.Tensor], float]  # what `decode` returns
@@ -442,12 +358,6 @@ def synthetic(router: SyntheticRouter, known: Mapping[int, LayerTables], size: S
     return rows
 
 
-def fits(model: Model, ranks: int, hardware: Hardware) -> bool:
-    """Returns whether the weights leave a tenth of the memory."""
-    cost = model.cost(hardware.expert_bytes)
-    return math.ceil(model.experts / ranks) * cost.expert_bytes + cost.other_bytes < 0.9 * hardware.memory
-
-
 # --- what is saved ---------------------------------------------------------------------------------------------------
 
 
@@ -494,89 +404,6 @@ def saving(theirs: dict[str, float], ours: dict[str, float]) -> list[float]:
 
     shaken = [share({part: by}) for part in PARTS for by in (factor, 1 / factor)]
     return [rounded(each) for each in (share({}), min(shaken), max(shaken))]
-
-
-# --- validation ------------------------------------------------------------------------------------------------------
-
-# Milliseconds of a DeepSeek MoE layer in NVFP4 on one Blackwell GPU with 32 of 256 experts, by tokens: routing, experts
-# and the sum, without an exchange. flashinfer-ai/flashinfer, pull request 5301; the workload is that of 4985.
-FLASHINFER = {1: 0.026, 8: 0.065, 16: 0.075, 32: 0.106, 64: 0.140, 1024: 0.163}
-# Microseconds of DeepEP's low-latency kernels, 128 tokens a rank, by ranks: dispatch, combine. deepseek-ai/DeepEP,
-# docs/legacy.md: H800, ConnectX-7 400 Gb/s, hidden size 7168, top-8, FP8 out and bfloat16 back.
-DEEPEP = {8: (77, 114), 16: (118, 195), 32: (155, 273), 64: (173, 314), 128: (192, 369), 256: (194, 360)}
-# Tokens per second of a node of 8 H100: DeepSeek-V3, 72 ranks, 256 rows on each, prompts of 2,000 tokens. LMSYS,
-# "Deploying DeepSeek with PD Disaggregation and Large-scale Expert Parallelism on 96 H100 GPUs", 5 May 2025.
-LMSYS = {"ranks": 72, "rows_per_rank": 256, "context": 2000, "tokens_per_second": 22_300, "experts_per_rank": 4}
-
-
-def compared(what: str, simulated: float, published: float, unit: str, source: str) -> dict[str, Any]:
-    error = rounded(simulated / published - 1, 3)
-    return {"what": what, "simulated": rounded(simulated), "measured": published, "unit": unit, "error": error} | {
-        "source": source
-    }
-
-
-def validation(routing: dict[int, Routed]) -> list[dict[str, Any]]:
-    """Returns the simulator's numbers beside measured ones."""
-    found = []
-    model, device = MODELS["DeepSeek-V3"], DEVICES["b200"]
-    for tokens, published in FLASHINFER.items():
-        active = 32 * (1 - (1 - model.top_k / model.experts) ** tokens)
-        read, operations = active * model.expert * FP4, tokens * 2 * model.expert * model.top_k / 8
-        ms = 1e3 * (device.seconds(read, operations) + device.layer_seconds)
-        what = f"MoE layer of one rank of 8, {tokens} tokens"
-        found.append(compared(what, ms, published, "ms", "flashinfer#5301"))
-    for ranks, published in DEEPEP.items():
-        size = NETWORKS["h800-400g"].ranks_per_node
-        inside, between = (
-            128 * model.top_k * torch.tensor([[share]], dtype=torch.float64)
-            for share in ((size - 1) / ranks, (ranks - size) / ranks)
-        )
-        of = Loads(inside, inside, inside, between)
-        group = replace(
-            group_of(HARDWARE["H200, 8 to a node"], model, ranks, "per_slot"), network=NETWORKS["h800-400g"]
-        )
-        for kind, copy, us in zip(("dispatch", "combine"), (FP8, 2.0), published, strict=True):
-            simulated = 1e6 * float(exchange_seconds(of, group, model.sent * copy))
-            found.append(compared(f"{kind}, {ranks} ranks", simulated, us, "us", "DeepEP, docs/legacy.md"))
-    found.append(compared(*deployment(model), "ms", "LMSYS, 5 May 2025"))
-    return found + of_two_ranks(routing)
-
-
-def deployment(model: Model) -> tuple[str, float, float]:
-    """Returns the step of LMSYS's deployment: uniform routing, all experts active, each rank with its replicas'."""
-    ranks, rows = LMSYS["ranks"], LMSYS["rows_per_rank"]
-    device: Device = replace(DEVICES["h100"], speed=2 * DEVICES["h100"].speed)  # FP8
-    cost, slots = model.cost(FP8), rows * model.top_k
-    own = decode_step(cost, device, rows, LMSYS["experts_per_rank"], LMSYS["context"])
-    copies = [torch.tensor([[slots * share]], dtype=torch.float64) for share in (7 / ranks, (ranks - 8) / ranks)]
-    group = group_of(HARDWARE["H200, 8 to a node"], model, ranks, "per_slot")
-    of = Loads(copies[0], copies[0], *copies)
-    exchanges = sum(float(exchange_seconds(of, group, model.sent * size)) for size in (FP8, 2.0))
-    published = 1e3 * rows * 8 / LMSYS["tokens_per_second"]
-    return "decode step, 72 ranks of 256 rows", 1e3 * (own.seconds + model.moe_layers * exchanges), rounded(published)
-
-
-def of_two_ranks(routing: dict[int, Routed]) -> list[dict[str, Any]]:
-    """Returns counts and times of two engines on a CPU (`studies.data_parallel`), off, beside replayed ones."""
-    measured = json.loads((RESULTS / "data-parallel.json").read_text())
-    off = next(row for row in measured["rows"] if row["turn"] == OFF and row["primary_scope"] == "group")
-    batch, ranks, found = measured["batch"], measured["ranks"], []
-    ids = {layer: torch.cat(kinds[1].split(batch, dim=1)) for layer, kinds in routing.items()}
-    layout = linear(list(ids), 64, ranks)
-    of = traffic(ids, layout)
-    source = "studies/results/data-parallel.json"
-    for name in ("remote_domains", "remote_slots"):
-        found.append(compared(f"{name}, 2 engines", numbers.fmean(getattr(of, name)), off[name], "per token", source))
-    mine = traffic({layer: each[:, ::ranks] for layer, each in ids.items()}, layout)
-    what, active = "active experts of a rank's tokens, 2 engines", numbers.fmean(mine.active_experts)
-    found.append(compared(what, active, off["active_experts_of_a_ranks_tokens"], "per layer", source))
-    device = DEVICES["2-cpu-cores"]
-    half = replace(device, bandwidth=device.bandwidth / ranks, speed=device.speed / ranks)
-    cost = ModelCost.of(load_model(str(MODEL), "cpu"), 2.0)
-    step = decode_step(cost, half, batch // ranks, numbers.fmean(of.largest_rank), 100)
-    found.append(compared("decode step, 2 engines", 1e3 * step.seconds, off["ms_per_step"]["median"], "ms", source))
-    return found
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -627,7 +454,7 @@ def main(
         "versions": versions("sere-dist", "torch", "transformers"),
     }
     if "validation" in parts:
-        report["validation"] = validation(routing)
+        report["validation"] = beside_measured(routing)
     if "synthetic" in parts:
         num_experts, top_k = ours.config.num_experts, ours.config.num_experts_per_token
         target = target_of(recorded_routing(choice_texts), num_experts)

@@ -11,6 +11,7 @@ from sere_dist.method.placement import linear_ranks
 from sere_dist.method.projection import estimated_error
 from sere_dist.method.records import LayerTables, Settings, Step
 from studies import simulation as study
+from studies.large_models import MODELS
 
 LAYOUT = Layout(4, {0: linear_ranks(16, 4)})
 
@@ -71,6 +72,6 @@ def test_steps_at_an_error():
 
 def test_large_shapes_have_the_published_numbers_of_parameters():
     totals = {"Qwen3-235B-A22B": 235e9, "DeepSeek-V3": 671e9, "Kimi-K2": 1.04e12, "Kimi-K3": 2.78e12}
-    for name, model in study.MODELS.items():
+    for name, model in MODELS.items():
         others = model.others * (8 if name == "Kimi-K3" else 1)
         assert model.experts * model.expert * model.moe_layers + others == pytest.approx(totals[name], rel=0.02)
