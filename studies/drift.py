@@ -44,7 +44,9 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 PER_KIND = 100
 JSON_KEYS = ("name", "age", "city")
 POLICIES: dict[str, dict[str, Any]] = {"off": {"enabled": False}}
-POLICIES |= {"expert_price 0.02": {"enabled": True, "expert_price": 0.02}}  # as the demo serves it
+POLICIES |= {
+    "expert_price 0.02": {"enabled": True, "expert_price": 0.02}
+}  # as the demo served it when this was measured
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from sere_dist.method.projection import estimated_error, reroute_projection
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import heaviest_slots, replace_experts, substitutes
 
+PAIRS_AT_ONCE = 2**26  # of experts, over the steps that are re-routed together: 256 MiB for each number of a pair
+
 
 def primary_by_step(
     weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, select_top_k: int, num_experts: int
@@ -59,7 +61,8 @@ def projection_rerouter(
         def step(weights_BK: torch.Tensor, ids_BK: torch.Tensor) -> Routed:
             return reroute_projection(Step(weights_BK, ids_BK, home_T=home_B), tables[layer], settings, places)
 
-        return torch.vmap(step)(weights_DBK, ids_DBK)
+        steps_at_once = max(1, PAIRS_AT_ONCE // len(tables[layer].similarity_EE) ** 2)
+        return torch.vmap(step, chunk_size=steps_at_once)(weights_DBK, ids_DBK)
 
     return route
 
