@@ -27,7 +27,7 @@ from sere_dist.method.counters import COUNTERS
 from sere_dist.testing.expert_choice import CAPABILITIES, LAYOUTS, QUANTISATIONS, chosen, pretended_gpu, verdict
 from sere_dist.vllm_plugin.expert_kernels import DISPATCHERS, EXPERTS, Takes
 from serve_apps.control import ControlConfig
-from serve_apps.metrics import DESCRIPTIONS, KL_DESCRIPTIONS, SETTINGS, SHADOW_DESCRIPTIONS
+from serve_apps.metrics import DESCRIPTIONS, KL_DESCRIPTIONS, REQUEST_DESCRIPTIONS, SETTINGS, SHADOW_DESCRIPTIONS
 from serve_apps.sere import AppConfig, Pool
 from serve_apps.settings import Trial
 
@@ -138,6 +138,7 @@ def metrics() -> str:
         for name, description in DESCRIPTIONS.items()
     ]
     rows += [(code(f"ray_sere_{name}_total"), "rank", description) for name, description in SHADOW_DESCRIPTIONS.items()]
+    rows += [(code(f"ray_sere_{name}_total"), "opted_out_by", about) for name, about in REQUEST_DESCRIPTIONS.items()]
     meanings = {name: description for name, _, _, description in fields(ReroutingConfig)}
     rows += [(code(f"ray_sere_{name}"), "", meanings[name]) for name in SETTINGS]
     for name, description in KL_DESCRIPTIONS.items():

@@ -9,10 +9,10 @@ import hmac
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import ray
 from fastapi import FastAPI, Request
@@ -33,6 +33,7 @@ from sere_dist.config import CHANGEABLE, ReroutingConfig
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY, Secrets, fingerprint
 from sere_dist.method.counters import COUNTERS
 from sere_dist.vllm_plugin.rows import OPT_OUT, opts_out
+from serve_apps.metrics import RequestMetrics
 from serve_apps.server import EngineDied, EngineIsFull, EngineIsGone
 from serve_apps.settings import Trial
 
@@ -57,6 +58,8 @@ AGAIN_SECONDS = 0.2  # before a request goes to another replica
 RETRY_SECONDS = 1  # what clients are told to wait when no replica can take their request
 QUOTED = 100  # characters of a model's name that errors quote
 HEADER = "x-sere-rerouting"  # says as a request's `vllm_xargs` do whether it opts out; a gateway can set it
+OptOutBy = Literal["header", "body"]  # what a request can opt out by, beside its key
+OPT_OUT_BY: tuple[OptOutBy, ...] = get_args(OptOutBy)
 PAGE_PATH, PAGE = "/", Path(__file__).with_name("page.html")
 # What the page may do: nothing but run what is in it, and ask the server that it came from.
 PAGE_POLICY = (
@@ -249,7 +252,7 @@ class SereIngress(OpenAiIngress):
 
     `keeper` is the application's `SettingsKeeper`, if it has one. `replicas` are the servers of a model that is
     re-routed, and `shape` says how many experts it has. `bounds` has the most answers that a request may ask
-    for (`n`), and the most prompts that it may bring. `cache_per_key`: see `AppConfig`.
+    for (`n`), and the most prompts that it may bring. `cache_per_key`, `opt_out_by`: see `AppConfig`.
 
     Raises:
         ValueError: a key is required and the environment of this process has none, or what it has can't be used.
@@ -263,11 +266,12 @@ class SereIngress(OpenAiIngress):
         shape: dict[str, int] | None = None,
         require_api_key: bool = False,
         cache_per_key: bool = False,
+        opt_out_by: Sequence[OptOutBy] = OPT_OUT_BY,
         bounds: dict[str, int] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.bounds, self.cache_per_key = bounds or {}, cache_per_key
+        self.bounds, self.cache_per_key, self.opt_out_by = bounds or {}, cache_per_key, opt_out_by
         self.keys = Keys()
         keys = self.keys()
         if require_api_key and not keys:
@@ -276,6 +280,7 @@ class SereIngress(OpenAiIngress):
                 "before Ray starts on the nodes that run the ingress"
             )
         self.keeper, self.replicas, self.shape = keeper, replicas, shape or {}
+        self.requests = None if keeper is None else RequestMetrics(", ".join(self._model_cards))
         self.admin_tokens = Secrets(ADMIN_TOKEN)
         if set(keys) & set(self.admin_tokens()):
             raise ValueError(f"{ADMIN_TOKEN} is an API key as well: clients could change settings. Use another secret")
@@ -293,12 +298,35 @@ class SereIngress(OpenAiIngress):
     def _mark(self, body: Any, request: Request) -> None:
         """Lets the key and the header of a request decide what its body may leave open."""
         key = secret_of(request.scope["headers"], self.keys())
-        if hasattr(body, "vllm_xargs") and (
-            key in self.keys.exact() or opts_out({OPT_OUT: request.headers.get(HEADER, "")})
-        ):
-            body.vllm_xargs = {**(body.vllm_xargs or {}), OPT_OUT: "off"}
+        if hasattr(body, "vllm_xargs"):
+            by = self._opted_out_by(body, request, is_exact=key in self.keys.exact())
+            if by is not None:
+                body.vllm_xargs = {**(body.vllm_xargs or {}), OPT_OUT: "off"}
+            if self.requests is not None:
+                self.requests.count(by)
         if self.cache_per_key and key is not None and hasattr(body, "cache_salt"):
             body.cache_salt = hmac.new(key.encode(), (body.cache_salt or "").encode(), "sha256").hexdigest()
+
+    def _opted_out_by(self, body: Any, request: Request, *, is_exact: bool) -> str | None:
+        """Returns what opts a request out of re-routing: its `key`, its `header` or its `body`; None: nothing does.
+
+        Raises:
+            HTTPException: the header or the body would, and may not. Whoever asks for a model's own answer gets no
+                other without being told.
+        """
+        if is_exact:
+            return "key"
+        claims = {"header": {OPT_OUT: request.headers.get(HEADER, "")}, "body": body.vllm_xargs}
+        claimed = [by for by in OPT_OUT_BY if opts_out(claims[by])]
+        if allowed := [by for by in claimed if by in self.opt_out_by]:
+            return allowed[0]
+        if claimed:
+            what = {"header": f"the header {HEADER}", "body": f"vllm_xargs.{OPT_OUT}"}[claimed[0]]
+            raise HTTPException(
+                403,
+                f"A request may not opt out of re-routing by {what} here: leave it out, or use a key that opts out.",
+            )
+        return None
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None
@@ -486,6 +514,7 @@ def build_ingress(
     has_page: bool,
     require_api_key: bool,
     cache_per_key: bool,
+    opt_out_by: Sequence[OptOutBy],
     allow_origins: list[str],
     max_body_bytes: int,
     max_requests: int | None,
@@ -511,5 +540,6 @@ def build_ingress(
         shape=shape,
         require_api_key=require_api_key,
         cache_per_key=cache_per_key,
+        opt_out_by=opt_out_by,
         bounds=bounds,
     )

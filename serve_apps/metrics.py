@@ -20,8 +20,9 @@ DESCRIPTIONS = {
     "critical_slots": "Slots that kept their expert because no active expert was similar enough.",
     "dropped_slots": "Slots that were dropped, so that no expert computes them.",
     "merged_slots": "Slots that were added to an earlier slot of the same token and expert.",
-    "active_experts": "Experts that run, summed over layers and steps. Divided by steps_total, it is the mean.",
-    "largest_rank": "Experts that the rank with most of them runs, summed over the steps.",
+    "active_experts": "Experts that run for these rows, summed over layers and steps. Divided by steps_total, it is "
+    "the mean.",
+    "largest_rank": "Experts that the rank with most of them runs for these rows, summed over the steps.",
     "domains": "Domains (ranks or nodes) that hold a token's experts, summed over the tokens.",
     "remote_domains": "Domains of a token's experts other than its own, summed over the tokens.",
     "remote_slots": "Slots whose expert is in another domain than the token.",
@@ -38,6 +39,10 @@ KL_DESCRIPTIONS = {
     "tuning of the artifact found it, with one standard deviation as `low` and `high`.",
     "tuned_kl": "KL divergence that the recommended settings had on the held-out texts of the tuning, nats per token. "
     "It is there under policy `recommended`.",
+}
+REQUEST_DESCRIPTIONS = {
+    "requests": "Requests for an answer that the ingress let in, by what opted them out of re-routing: `key`, "
+    "`header`, `body`, or `nothing`.",
 }
 SETTINGS = (
     "enabled",
@@ -127,6 +132,18 @@ class ReroutingMetrics:
         before = self.seen.get(place, 0)
         self.seen[place] = counted
         return counted - before if counted >= before else counted  # it was set to 0 meanwhile
+
+
+class RequestMetrics:
+    """An ingress's counter of requests. Ray Serve adds the labels application, deployment and replica."""
+
+    def __init__(self, model: str):
+        self.model = model
+        labels = ("model", "opted_out_by")
+        self.counter = Counter("sere_requests", REQUEST_DESCRIPTIONS["requests"], labels)  # ty: ignore[invalid-argument-type]
+
+    def count(self, opted_out_by: str | None) -> None:
+        self.counter.inc(1, {"model": self.model, "opted_out_by": opted_out_by or "nothing"})
 
 
 def of_shadow(worker: dict[str, Any]) -> dict[str, float]:

@@ -22,7 +22,7 @@ from sere_dist.artifact.reference import load_artifact_of
 from sere_dist.config import ReroutingConfig
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY, PLUGIN, plugin_is_disabled
 from serve_apps.control import ControlConfig
-from serve_apps.ingress import build_ingress
+from serve_apps.ingress import HEADER, OPT_OUT_BY, OptOutBy, build_ingress
 from serve_apps.server import DECODE_SERVERS, PREFILL_SERVERS, SERVERS
 from serve_apps.settings import KEEPER, DeployedKeeper
 
@@ -139,6 +139,11 @@ class AppConfig(Pool):
         default=False,
         description="Whether requests of different API keys share nothing of vLLM's prefix cache, so that its speed "
         "tells nobody what others have sent.",
+    )
+    opt_out_by: list[OptOutBy] = Field(
+        default=list(OPT_OUT_BY),
+        description=f"What may opt a request out of re-routing: `header` ({HEADER}), `body` (`vllm_xargs`). A request "
+        f"that opts out by what is not in the list is answered by 403. Keys of {EXACT_API_KEY} always opt out.",
     )
     allow_origins: list[str] = Field(
         default_factory=list,
@@ -293,6 +298,8 @@ def build_app(args: dict[str, Any]) -> Application:
         }
     elif config.control is not None:
         raise ValueError("control changes how requests are re-routed: set rerouting too, or leave control out")
+    elif "opt_out_by" in config.model_fields_set:
+        raise ValueError("opt_out_by says who may opt out of re-routing: set rerouting too, or leave opt_out_by out")
     if config.prefill is not None:
         arguments["prefill_server"] = build_servers(
             llm_config(config, config.prefill), PREFILL_PREFIX, PREFILL_SERVERS, watched
@@ -309,6 +316,7 @@ def build_app(args: dict[str, Any]) -> Application:
         has_page=config.page,
         require_api_key=config.require_api_key,
         cache_per_key=config.cache_per_key,
+        opt_out_by=config.opt_out_by,
         allow_origins=config.allow_origins,
         max_body_bytes=config.max_body_bytes,
         max_requests=config.max_requests or requests_of_engines(config),

@@ -9,24 +9,32 @@ import yaml
 from examples.application import ROOT, served
 from sere_dist.admin import change_settings, request_settings
 from sere_dist.config import CHANGEABLE
-from sere_dist.environment import ADMIN_TOKEN, API_KEY
+from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY
 from sere_dist.testing.local_cluster import free_ports
 from tests.soak.load import ENVIRONMENT
 
 # The workers of an engine in parallel hold half of the experts each: as one replica under tensor parallelism, and as a
-# gang of two replicas under data-parallel attention. They are behind a key.
+# gang of two replicas under data-parallel attention. They are behind keys, and no header opts a request out.
 PARALLEL = {
     "TP2+EP2": {"tensor_parallel_size": 2, "expert_parallel": True},
     "DP2+EP2": {"data_parallel_size": 2, "expert_parallel": True},
 }
 FEW = {"max_num_seqs": 2, "max_num_queued_reqs": 4}
 KEYS = ("old-key-of-clients", "new-key-of-clients")
+EXACT_KEY = "key-of-exact-clients"
 
 
 @pytest.fixture(scope="session")
 def key_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("secrets") / "keys"
     path.write_text("\n".join(KEYS))
+    return path
+
+
+@pytest.fixture(scope="session")
+def exact_key_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("secrets") / "exact-keys"
+    path.write_text(EXACT_KEY)
     return path
 
 
@@ -42,13 +50,14 @@ def pools(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def url(request, cluster, artifact_path, key_file, pools):
+def url(request, cluster, artifact_path, key_file, exact_key_file, pools):
     """The endpoint of the layout that a test is parametrised with. pytest runs all tests of a layout in a row, whatever
     their files, so each is served once, and one after the other: they are one application."""
     if request.param in PARALLEL:
-        environment = {"runtime_env": {"env_vars": {f"{API_KEY}_FILE": str(key_file)}}}
-        ingress = {"num_replicas": 1, "ray_actor_options": environment}
-        arguments = {"environment": ENVIRONMENT, "require_api_key": True, "ingress": ingress} | PARALLEL[request.param]
+        files = {f"{API_KEY}_FILE": str(key_file), f"{EXACT_API_KEY}_FILE": str(exact_key_file)}
+        ingress = {"num_replicas": 1, "ray_actor_options": {"runtime_env": {"env_vars": files}}}
+        doors = {"require_api_key": True, "opt_out_by": ["body"], "ingress": ingress}
+        arguments = {"environment": ENVIRONMENT} | doors | PARALLEL[request.param]
     else:
         arguments = {
             "one worker": {"rerouting": {"artifact": str(artifact_path), "select_top_k": 2, "shadow_share": 0}},

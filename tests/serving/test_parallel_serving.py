@@ -3,11 +3,13 @@ parallelism, and as a gang of two replicas under data-parallel attention. Behind
 
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 
 from examples.tiny_moe.data import MODEL_ID, example_texts
-from tests.serving.conftest import KEYS
+from sere_dist.admin import ACTIVITY_PATH
+from tests.serving.conftest import EXACT_KEY, KEYS
 from tests.soak.load import processes
 from tests.support.metrics import metrics
 from tests.support.polling import eventually
@@ -38,6 +40,26 @@ def test_every_rank_answers_and_reroutes(cluster, url, admin):
         return len(ranks) == 2 and len(rerouted) == 2 and min(rerouted) > 0
 
     eventually(every_rank_rerouted)
+
+
+def test_a_key_opts_out_and_a_header_may_not(url):
+    def rows() -> int:
+        activity = httpx.get(url.removesuffix("/v1") + ACTIVITY_PATH, headers={"Authorization": f"Bearer {EXACT_KEY}"})
+        return sum(counters["rows"] for counters in activity.raise_for_status().json()["layers"].values())
+
+    def ask(key: str, **headers: str) -> None:
+        options = {"max_tokens": 4, "extra_headers": headers, "extra_body": {"ignore_eos": True}}
+        with openai.OpenAI(base_url=url, api_key=key) as client:
+            client.completions.create(model=MODEL_ID, prompt="In the beginning", **options)
+
+    before = rows()
+    ask(EXACT_KEY)
+    assert rows() == before, "nothing could be re-routed"
+    with pytest.raises(openai.PermissionDeniedError) as refused:
+        ask(KEYS[0], **{"x-sere-rerouting": "off"})
+    assert "may not opt out of re-routing by the header" in refused.value.body["message"]
+    ask(KEYS[0])
+    assert rows() > before
 
 
 def test_without_a_key_there_is_no_answer(url):

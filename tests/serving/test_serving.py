@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -94,12 +95,16 @@ def prompts() -> list[list[int]]:
     return example_texts("heldout.parquet", 24, 4).tolist()
 
 
+def following(client: openai.OpenAI, prompt: list[int], headers: dict[str, str] | None = None, **own) -> list[int]:
+    """Returns the tokens that follow a prompt. `own` are further fields of the request."""
+    options = {"model": MODEL_ID, "max_tokens": NEW, "temperature": 0, "extra_headers": headers}
+    extra = {"ignore_eos": True, "return_token_ids": True, **own}
+    return client.completions.create(prompt=prompt, extra_body=extra, **options).choices[0].token_ids
+
+
 def greedy(client: openai.OpenAI, prompts: list[list[int]]) -> list[list[int]]:
     """Returns the tokens that follow each prompt, one request at a time."""
-    options = {"model": MODEL_ID, "max_tokens": NEW, "temperature": 0}
-    extra = {"ignore_eos": True, "return_token_ids": True}
-    answers = [client.completions.create(prompt=prompt, extra_body=extra, **options) for prompt in prompts]
-    return [answer.choices[0].token_ids for answer in answers]
+    return [following(client, prompt) for prompt in prompts]
 
 
 @pytest.mark.slow
@@ -200,6 +205,29 @@ def test_metrics_say_what_rerouting_did(cluster, admin, client, prompts):
     assert 0 < added["rerouted_slots_total"] <= 5 * rows
     assert added["shadow_rows_total"] == rows / 6 and added["shadow_kl_total"] > 0
     assert after["ray_sere_threshold"] == pytest.approx(0.1) and after["ray_sere_enabled"] == 1
+
+
+def test_requests_that_opt_out_beside_others(cluster, url, client, prompts):
+    """By a header they get the tokens that they get by their bodies, and those beside them are re-routed."""
+
+    def counted(name: str) -> int:
+        layers = httpx.get(url.removesuffix("/v1") + ACTIVITY_PATH).json()["layers"]
+        return sum(counters[name] for counters in layers.values())
+
+    def requests(by: str) -> float:
+        return sum(metrics(cluster, prefix="ray_sere_requests_total", opted_out_by=by).values())
+
+    rows, requests_before = counted("rows"), {by: requests(by) for by in ("body", "header")}
+    exact = [following(client, prompt, vllm_xargs={"sere": "off"}) for prompt in prompts]
+    assert counted("rows") == rows, "nothing could be re-routed"
+    off, slots = {"x-sere-rerouting": "off"}, counted("rerouted_slots")
+    with ThreadPoolExecutor(2 * len(prompts)) as pool:
+        gold = [pool.submit(following, client, prompt, off) for prompt in prompts]
+        bulk = [pool.submit(following, client, prompt) for prompt in prompts]
+    assert [answer.result() for answer in gold] == exact != [answer.result() for answer in bulk]
+    # One row for each layer and token, but for the first, which comes from the prompt's own step.
+    assert counted("rows") - rows == len(prompts) * (NEW - 1) * 6 and counted("rerouted_slots") > slots
+    eventually(lambda: all(requests(by) - before == len(prompts) for by, before in requests_before.items()))
 
 
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])

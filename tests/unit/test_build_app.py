@@ -54,6 +54,8 @@ def test_bad_settings_stop_the_deployment(artifact_path, changes, message):
         ({"control": {"prices": [0, 0.01]}}, "control\n.*the controller has no objective"),
         ({"control": CONTROL}, "control changes expert_price: set policy: projection in rerouting"),
         ({"control": CONTROL, "rerouting": None}, "set rerouting too"),
+        ({"opt_out_by": [], "rerouting": None}, "opt_out_by says who may opt out of re-routing: set rerouting too"),
+        ({"opt_out_by": ["key"]}, "opt_out_by.0\n.*'header' or 'body'"),
         ({"accelerator_type": "H1000"}, "Unsupported accelerator type: H1000"),
         ({"data_parallel_size": 2}, "needs expert_parallel: true"),
         ({"data_parallel_size": 2, "tensor_parallel_size": 2, "expert_parallel": True}, "set one of them to 1"),

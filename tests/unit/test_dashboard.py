@@ -30,7 +30,7 @@ def named(prefix: str) -> set[str]:
 
 @pytest.fixture
 def exported(monkeypatch) -> dict[str, tuple[str, ...]]:
-    """What a replica's `ReroutingMetrics` declares, by the names that Ray gives it in Prometheus: its labels."""
+    """What the metrics of replicas and of an ingress declare, by their names in Prometheus: their labels."""
     declared = {}
 
     def declare(suffix: str):
@@ -39,6 +39,7 @@ def exported(monkeypatch) -> dict[str, tuple[str, ...]]:
     monkeypatch.setattr(metrics, "Counter", declare("_total"))
     monkeypatch.setattr(metrics, "Gauge", declare(""))
     metrics.ReroutingMetrics("tiny-moe", {"artifact": "0fceb5430c7d", "method": "frobenius"})
+    metrics.RequestMetrics("tiny-moe")
     return declared
 
 
@@ -119,7 +120,7 @@ def test_shadow_checks_are_reported(seen, monkeypatch):
 
 def test_every_metric_of_ours_is_shown_and_no_other(exported):
     named_by = (metrics.DESCRIPTIONS, metrics.SHADOW_DESCRIPTIONS, metrics.KL_DESCRIPTIONS, metrics.SETTINGS, ["info"])
-    assert len(exported) == sum(map(len, named_by))
+    assert len(exported) == sum(map(len, (*named_by, metrics.REQUEST_DESCRIPTIONS)))
     assert named("ray_sere_") == exported.keys()
 
 

@@ -379,6 +379,30 @@ def test_keys_and_headers_that_opt_out(monkeypatch):
     assert opened.status_code == 200
 
 
+@pytest.mark.parametrize("allowed", [["header", "body"], ["header"], ["body"], []], ids=str)
+@pytest.mark.parametrize("claimed", [["header", "body"], ["header"], ["body"], []], ids=str)
+def test_who_may_opt_out(monkeypatch, allowed, claimed):
+    """One permission is enough. A request that has none is refused, not re-routed in silence; a key needs none."""
+    monkeypatch.setenv(API_KEY, KEY)
+    monkeypatch.setenv(EXACT_API_KEY, "the-key-of-the-exact")
+    ingress = SereIngress({}, {}, opt_out_by=allowed)
+    headers = {"x_sere_rerouting": "off"} if "header" in claimed else {}
+
+    def marked(key: str) -> CompletionRequest:
+        body = CompletionRequest(prompt="a", vllm_xargs={OPT_OUT: "off" if "body" in claimed else "on"})
+        ingress._mark(body, asking(key, **headers))
+        return body
+
+    assert opts_out(marked("the-key-of-the-exact").vllm_xargs)
+    if not claimed or set(claimed) & set(allowed):
+        assert opts_out(marked(KEY).vllm_xargs) == bool(claimed)
+    else:
+        named = {"header": "the header x-sere-rerouting", "body": "vllm_xargs.sere"}[claimed[0]]
+        with pytest.raises(HTTPException, match=f"may not opt out of re-routing by {named} here") as refused:
+            marked(KEY)
+        assert refused.value.status_code == 403
+
+
 def test_a_prefix_cache_per_key(monkeypatch):
     """A salt depends on the key and on the client's own, and tells nothing of either."""
     monkeypatch.setenv(API_KEY, f"{KEY}\nanother-key-of-it")
