@@ -32,7 +32,7 @@ from sere_dist.admin import ACTIVITY_PATH, ADMIN_PATH, CONTROL_PATH, SETTINGS_PA
 from sere_dist.config import CHANGEABLE, ReroutingConfig
 from sere_dist.environment import ADMIN_TOKEN, API_KEY, EXACT_API_KEY, Secrets, fingerprint
 from sere_dist.method.counters import COUNTERS
-from sere_dist.vllm_plugin.rows import OPT_OUT, opts_out
+from sere_dist.vllm_plugin.rows import KEEP, OFF, OPT_OUT, keeps_experts, opts_out
 from serve_apps.metrics import RequestMetrics
 from serve_apps.server import EngineDied, EngineIsFull, EngineIsGone
 from serve_apps.settings import Trial
@@ -299,34 +299,36 @@ class SereIngress(OpenAiIngress):
         """Lets the key and the header of a request decide what its body may leave open."""
         key = secret_of(request.scope["headers"], self.keys())
         if hasattr(body, "vllm_xargs"):
-            by = self._opted_out_by(body, request, is_exact=key in self.keys.exact())
+            by, asked = self._opted_out_by(body, request, is_exact=key in self.keys.exact())
             if by is not None:
-                body.vllm_xargs = {**(body.vllm_xargs or {}), OPT_OUT: "off"}
+                body.vllm_xargs = {**(body.vllm_xargs or {}), OPT_OUT: asked}
             if self.requests is not None:
                 self.requests.count(by)
         if self.cache_per_key and key is not None and hasattr(body, "cache_salt"):
             body.cache_salt = hmac.new(key.encode(), (body.cache_salt or "").encode(), "sha256").hexdigest()
 
-    def _opted_out_by(self, body: Any, request: Request, *, is_exact: bool) -> str | None:
-        """Returns what opts a request out of re-routing: its `key`, its `header` or its `body`; None: nothing does.
+    def _opted_out_by(self, body: Any, request: Request, *, is_exact: bool) -> tuple[str | None, str]:
+        """Returns what opts a request out of re-routing, and into what (`off` or `keep`).
+
+        That is its `key`, its `header` or its `body`; None: nothing does.
 
         Raises:
             HTTPException: the header or the body would, and may not. Whoever asks for a model's own answer gets no
                 other without being told.
         """
-        if is_exact:
-            return "key"
         claims = {"header": {OPT_OUT: request.headers.get(HEADER, "")}, "body": body.vllm_xargs}
-        claimed = [by for by in OPT_OUT_BY if opts_out(claims[by])]
+        claimed = [by for by in OPT_OUT_BY if opts_out(claims[by]) or keeps_experts(claims[by])]
+        if is_exact:
+            return "key", KEEP if any(keeps_experts(claims[by]) for by in claimed) else OFF
         if allowed := [by for by in claimed if by in self.opt_out_by]:
-            return allowed[0]
+            return allowed[0], KEEP if keeps_experts(claims[allowed[0]]) else OFF
         if claimed:
             what = {"header": f"the header {HEADER}", "body": f"vllm_xargs.{OPT_OUT}"}[claimed[0]]
             raise HTTPException(
                 403,
                 f"A request may not opt out of re-routing by {what} here: leave it out, or use a key that opts out.",
             )
-        return None
+        return None, OFF
 
     async def _get_response(
         self, *, body: Any, call_method: str, raw_request: Request | None = None

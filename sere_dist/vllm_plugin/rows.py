@@ -12,7 +12,7 @@ from sere_dist.config import ReroutingConfig
 from sere_dist.vllm_plugin.speculation import Speculation
 
 OPT_OUT = "sere"  # The key of a request's own `extra_args` (`vllm_xargs` over HTTP).
-KEEP = "keep"  # Its value for a request that keeps its experts and lets others turn to them.
+OFF, KEEP = "off", "keep"  # Its values: a request opts out; or it keeps its experts, and lets others turn to them.
 
 
 class Rows:
@@ -180,7 +180,7 @@ def opts_out(extra_args: Mapping[str, Any] | None) -> bool:
 
     "off", "false", 0 and False switch it off. Any other value changes nothing: a request can't switch re-routing on.
     """
-    return bool(extra_args) and str(extra_args.get(OPT_OUT, "")).lower() in ("off", "false", "0")
+    return bool(extra_args) and str(extra_args.get(OPT_OUT, "")).lower() in (OFF, "false", "0")
 
 
 def keeps_experts(extra_args: Mapping[str, Any] | None) -> bool:

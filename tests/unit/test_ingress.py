@@ -403,6 +403,24 @@ def test_who_may_opt_out(monkeypatch, allowed, claimed):
         assert refused.value.status_code == 403
 
 
+def test_a_request_may_keep_its_experts_and_share_them(monkeypatch):
+    """By header or body, under the same permissions; the header comes first. A key hides what it runs unless told."""
+    monkeypatch.setenv(API_KEY, KEY)
+    monkeypatch.setenv(EXACT_API_KEY, "the-key-of-the-exact")
+
+    def marked(key: str, in_body: str, allowed=("header", "body"), **headers: str) -> str:
+        body = CompletionRequest(prompt="a", vllm_xargs={OPT_OUT: in_body})
+        SereIngress({}, {}, opt_out_by=allowed)._mark(body, asking(key, **headers))
+        assert body.vllm_xargs is not None
+        return str(body.vllm_xargs[OPT_OUT])
+
+    assert marked(KEY, "keep") == marked(KEY, "on", x_sere_rerouting="keep") == "keep"
+    assert marked(KEY, "keep", x_sere_rerouting="off") == marked("the-key-of-the-exact", "on") == "off"
+    assert marked("the-key-of-the-exact", "keep") == "keep"
+    with pytest.raises(HTTPException, match="may not opt out"):
+        marked(KEY, "keep", allowed=["header"])
+
+
 def test_a_prefix_cache_per_key(monkeypatch):
     """A salt depends on the key and on the client's own, and tells nothing of either."""
     monkeypatch.setenv(API_KEY, f"{KEY}\nanother-key-of-it")
