@@ -9,7 +9,6 @@ Shape suffixes: T tokens of this rank, K experts per token, E experts, R ranks, 
 
 import dis
 import functools
-import math
 from collections.abc import Sequence
 
 import torch
@@ -74,15 +73,20 @@ def exchange(group: dist.ProcessGroup, parts: Sequence[torch.Tensor], sizes: Seq
     All parts have one dtype and one shape behind the rows. Adds to `bytes_sent` what goes to other ranks.
     """
     global bytes_sent
-    shape, dtype = parts[0].shape[1:], parts[0].dtype
-    row_bytes = math.prod(shape) * dtype.itemsize
-    # As bytes: gloo does not know every dtype.
-    outgoing = torch.cat([part.reshape(-1) for part in parts]).view(torch.uint8)
-    incoming = outgoing.new_empty(sum(sizes) * row_bytes)
-    splits = [size * row_bytes for size in sizes], [len(part) * row_bytes for part in parts]
-    dist.all_to_all_single(incoming, outgoing, *splits, group=group)
-    bytes_sent += sum(size for rank, size in enumerate(splits[1]) if rank != group.rank())
-    return list(incoming.view(dtype).view(-1, *shape).split(list(sizes)))
+    arrived = [parts[0].new_empty(size, *parts[0].shape[1:]) for size in sizes]
+    arrived[group.rank()].copy_(parts[group.rank()])
+    others = [rank for rank in range(group.size()) if rank != group.rank()]
+    # As bytes: gloo does not know every dtype. Its messages go in order, and no data goes before the receiver has said
+    # that it is ready. So that comes first: behind the data, as in gloo's all-to-all, the other direction would wait.
+    incoming = {rank: arrived[rank].view(torch.uint8) for rank in others if sizes[rank]}
+    outgoing = {rank: parts[rank].contiguous().view(torch.uint8) for rank in others if len(parts[rank])}
+    on_their_way = [dist.irecv(part, group=group, group_src=rank) for rank, part in incoming.items()]
+    on_their_way += [dist.isend(part, group=group, group_dst=rank) for rank, part in outgoing.items()]
+    for each in on_their_way:
+        assert each is not None  # this rank is one of the group
+        each.wait()
+    bytes_sent += sum(part.nbytes for part in outgoing.values())
+    return arrived
 
 
 def all_gatherv(
