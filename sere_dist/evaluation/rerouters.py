@@ -1,10 +1,12 @@
 """The policies that we serve, as `lockstep` calls them: the paper's, and projection.
 
 Each function returns a `lockstep.Rerouter`. The primary set of a step is that of the whole batch, whatever ranks its
-rows are on, but for `of_each_rank`. Shape suffixes: D decode steps, B sequences, K experts per token, E experts.
+rows are on, but for `of_each_rank` and `of_ranks`.
+
+Shape suffixes: D decode steps, B sequences, K experts per token, E experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -88,13 +90,18 @@ class Estimating:
 
 def of_each_rank(rerouter: Rerouter, num_ranks: int) -> Rerouter:
     """Returns the rerouter with a primary set for each rank's rows alone, b mod `num_ranks`, instead of the batch's."""
+    return of_ranks([rerouter] * num_ranks)
+
+
+def of_ranks(rerouters: Sequence[Rerouter]) -> Rerouter:
+    """Returns the rerouter that is, for the rows b mod `len(rerouters)` of each rank, that rank's."""
 
     def by_rank(
         layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None
     ) -> Routed:
         weights_DBK, ids_DBK = weights_DBK.clone(), ids_DBK.clone()
-        for rank in range(min(num_ranks, ids_DBK.shape[1])):
-            rows = slice(rank, None, num_ranks)
+        for rank, rerouter in enumerate(rerouters[: ids_DBK.shape[1]]):
+            rows = slice(rank, None, len(rerouters))
             scores = None if scores_DBE is None else scores_DBE[:, rows]
             weights_DBK[:, rows], ids_DBK[:, rows] = rerouter(layer, weights_DBK[:, rows], ids_DBK[:, rows], scores)
         return weights_DBK, ids_DBK

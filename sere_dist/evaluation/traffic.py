@@ -19,9 +19,12 @@ class Layout:
 
     num_ranks: int
     rank: Mapping[int, torch.Tensor]  # decoder layer index -> int64 [E], the rank that holds each expert
+    home: int | None = None  # the rank of all sequences instead: a batch is then what one rank decodes
 
     def homes(self, batch: int) -> torch.Tensor:
         """Returns int64 [B]: data-parallel attention spreads the requests of a batch."""
+        if self.home is not None:
+            return torch.full((batch,), self.home)
         return torch.arange(batch) % self.num_ranks
 
 
