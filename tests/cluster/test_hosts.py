@@ -4,12 +4,13 @@ says does, and no connection closes."""
 import pytest
 
 from sere_dist.artifact.folder import TENSORS_FILE
+from sere_dist.testing.namespaces import can_be_made
 from tests.cluster.test_survival import Job
 from tests.support import hosts
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hosts.can_be_made(), reason="network namespaces need root and iproute2"),
+    pytest.mark.skipif(not can_be_made(), reason="network namespaces need root and iproute2"),
 ]
 
 

@@ -29,8 +29,9 @@ from examples.application import ROOT, TINY_MOE
 from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.environment import ADMIN_TOKEN
 from sere_dist.provenance import rounded
+from sere_dist.testing.namespaces import can_be_made
 from tests.soak.load import ENGINE, ENVIRONMENT, finish, processes
-from tests.support.hosts import Hosts, can_be_made
+from tests.support.hosts import Hosts
 from tests.support.polling import eventually
 
 HEAD, WORKER = 0, 1

@@ -13,6 +13,8 @@ from typing import Self
 
 import psutil
 
+from sere_dist.testing.namespaces import ip, processes_of
+
 NETWORK = "10.93.17"
 GCS_PORT = 6379  # nobody else is on that network
 START_SECONDS = 300
@@ -23,24 +25,6 @@ PATIENCE = {
     "RAY_health_check_failure_threshold": "3",
     **{f"RAY_grpc_client_keepalive_{name}_ms": "5000" for name in ("time", "timeout")},
 }
-
-
-def ip(*arguments: str) -> str:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
-    return done.stdout
-
-
-def can_be_made() -> bool:
-    """Whether this process may make network namespaces: as root, where iproute2 is installed."""
-    name = f"sere-{secrets.token_hex(3)}"
-    try:
-        ip("netns", "add", name)
-        ip("netns", "delete", name)
-    except OSError:
-        return False
-    return True
 
 
 class Hosts:
@@ -148,12 +132,7 @@ class Hosts:
         ip("-n", self.namespace("switch"), "link", "set", f"port{host}", "down")
 
     def processes_of(self, host: int) -> list[psutil.Process]:
-        found = []
-        with contextlib.suppress(OSError):
-            for pid in ip("netns", "pids", self.namespace(host)).split():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    found.append(psutil.Process(int(pid)))
-        return found
+        return processes_of(self.namespace(host))
 
     def processes(self) -> list[psutil.Process]:
         return [process for host in range(self.count + self.has_redis) for process in self.processes_of(host)]
