@@ -469,6 +469,35 @@ def scale_synthetic() -> str:
     return markdown(head, rows)
 
 
+def narrow_link_rows(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Returns head and cells: by setting and link, milliseconds of a step, measured and predicted."""
+    links = list(dict.fromkeys(row["link"] for row in rows))
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        sent = f"{row['sent_bytes'] / 1e3:.0f}, predicted {row['predicted_bytes'] / 1e3:.0f}"
+        mine = cells.setdefault(row["setting"], [row["setting"], f"{abs(row['kl']):.4f} ± {row['kl_error']:.4f}", sent])
+        ms = row["ms"]
+        predicted = "" if row["link"] == links[0] else f", predicted {row['predicted_ms']:.0f}"
+        mine.append(f"{ms['median']:.0f} ({ms['min']:.0f} to {ms['max']:.0f}){predicted}")
+    return ["setting", "KL divergence", "KB that a rank sends in a step", *links], list(cells.values())
+
+
+def narrow_link() -> str:
+    return markdown(*narrow_link_rows(load(RESULTS / "narrow-link.json")["rows"]))
+
+
+def narrow_link_gains() -> str:
+    """How many times as fast as without re-routing, over the same link and in the same round."""
+    rows = load(RESULTS / "narrow-link.json")["rows"]
+    cells: dict[str, list[str]] = {}
+    for row in rows:
+        faster = row["times_faster"]
+        mine = cells.setdefault(row["setting"], [row["setting"]])
+        mine.append(f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})")
+    del cells["off"]
+    return markdown(["times as fast as off", *dict.fromkeys(row["link"] for row in rows)], list(cells.values()))
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
