@@ -26,8 +26,9 @@ VARIABLES = {
     API_KEY: "API keys of a serving application. If there are any, every request must carry one of them. "
     "Each line is a key of at least 16 characters.",
     API_KEY + FILE: f"File that holds the keys, instead of {API_KEY}. It is read again when it changes.",
-    EXACT_API_KEY: "Further API keys, whose requests are answered without re-routing. Their answers do not depend on "
-    "other requests. Each line is a key of at least 16 characters.",
+    EXACT_API_KEY: "Further API keys, whose requests are answered without re-routing. They neither change other "
+    "requests' answers nor depend on them, unless they ask to `keep` their experts. Each line is a key of at least 16 "
+    "characters.",
     EXACT_API_KEY + FILE: f"File that holds these keys, instead of {EXACT_API_KEY}. It is read again when it changes.",
     ADMIN_TOKEN: "Tokens that open /sere/settings, /sere/trial and /sere/control of a serving application, which are "
     "closed without. Each line is a token of at least 16 characters, and no API key. The clients of those routes send "
