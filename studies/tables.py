@@ -514,7 +514,7 @@ TABLES: dict[str, Callable[[], str]] = {
             drift,
             scheduling,
         ),
-        *(scale_evidence, scale_real, scale_synthetic),
+        *(scale_evidence, scale_real, scale_synthetic, narrow_link, narrow_link_gains),
     )
 }
 

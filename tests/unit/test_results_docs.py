@@ -196,3 +196,37 @@ def test_placements_beside_eplb():
             assert row["ranks_of_a_token"] < eplb["ranks_of_a_token"]
     assert f"took {found['time']['cpu_seconds']:.1f} s of one core's time" in PROSE
     assert f"it was {found['time']['seconds']:.0f} s" in PROSE
+
+
+def test_a_narrow_link():
+    page = " ".join(SCALE.split())
+    found = load(RESULTS / "narrow-link.json")
+    links = list(dict.fromkeys(row["link"] for row in found["rows"]))
+    of = {(row["setting"], links.index(row["link"])): row for row in found["rows"]}
+
+    def faster(setting: str) -> list[str]:
+        return [f"{of[setting, link]['times_faster']['median']:.2f}" for link in (1, 2, 3)]
+
+    high, low, papers = (
+        "expert_price 0.005, traffic_price 0.05",
+        "expert_price 0.005, traffic_price 0.01",
+        "SERE, S = 2",
+    )
+    sent = [f"{of[setting, 0]['sent_bytes'] / 1e3:.0f}" for setting in (high, "off")]
+    at_80, at_20, delayed = faster(high)
+    assert f"sends {sent[0]} kB instead of {sent[1]}" in page
+    assert f"{at_80} times as fast at 80 Mbit/s and {at_20} times at 20 Mbit/s" in page
+    assert f"at a KL divergence of {of[high, 0]['kl']:.4f}. The paper's policy" in page
+    assert f"has {of[papers, 0]['kl']:.4f}, and is {' and '.join(faster(papers)[:2])} times as fast" in page
+    assert f"is {of[low, 0]['kl']:.4f}, and the step is {' and '.join(faster(low)[:2])} times as fast" in page
+    assert f"{at_20} times as fast becomes {delayed}" in page
+    off = [row["ms"]["median"] / row["predicted_ms"] - 1 for (_, link), row in of.items() if link]
+    assert f"are {-min(off):.0%} below to {max(off):.0%} above it" in page
+    assert all(abs(row["sent_bytes"] / row["predicted_bytes"] - 1) < 0.025 for row in of.values())
+    headers = [row["wire_bytes"] / row["sent_bytes"] - 1 for row in of.values()]
+    assert f"the wire carries {min(headers):.0%} to {max(headers):.0%} more".replace("%", "", 1) in page
+    rates = [row["mbit_per_second"]["median"] for row in found["probes"][1:]]
+    assert f"medians of {rates[0]:.0f} and {rates[1]:.0f} Mbit/s" in page
+    nothing = [f"{row['nothing_ms']['median']:.1f}" for row in found["probes"][1:]]
+    assert "nothing took {}, {} and {} ms".format(*nothing) in page
+    assert f"{found['exchanges_of_step']} exchanges" in page
