@@ -469,6 +469,19 @@ def scale_synthetic() -> str:
     return markdown(head, rows)
 
 
+def control() -> str:
+    days = load(RESULTS / "control.json")["days"]
+    rows = [
+        [
+            *(way, str(day["requests"]), str(day["good"]), f"{day['good'] / days['off']['good']:.2f}"),
+            *(f"{day['kl']:.4f}", f"{day['active_experts']:.1f}"),
+        ]
+        for way, day in days.items()
+    ]
+    head = ["price", "requests", "within the objective", "times off", "KL divergence, nats per token", "active experts"]
+    return markdown(head, rows)
+
+
 def narrow_link_rows(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Returns head and cells: by setting and link, milliseconds of a step, measured and predicted."""
     links = list(dict.fromkeys(row["link"] for row in rows))
@@ -513,6 +526,7 @@ TABLES: dict[str, Callable[[], str]] = {
             smollm2_against_the_field,
             drift,
             scheduling,
+            control,
         ),
         *(scale_evidence, scale_real, scale_synthetic, narrow_link, narrow_link_gains),
     )
