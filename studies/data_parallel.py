@@ -43,9 +43,10 @@ from sere_dist.method.placement import linear_ranks
 from sere_dist.method.records import Settings
 from sere_dist.moe import load_model
 from sere_dist.provenance import keep, machine, rounded, versions
-from sere_dist.testing.processes import data_parallel_ranks, run_together
+from sere_dist.testing.processes import data_parallel_ranks
 from studies.artifacts import ARTIFACTS, calibrated
 from studies.common import RESULTS
+from studies.ranks import ENVIRONMENT, measured_together, say
 
 RANKS, NEW = 2, 48
 PRICES = (0.0, 0.01, 0.02, 0.05)
@@ -93,23 +94,15 @@ def rank(work: dict[str, Any]) -> None:
                 seconds.append(time.perf_counter() - started)
             (counters,) = llm.collective_rpc("sere_counters")
             if turn:  # the first warms up
-                print(
-                    "MEASURED",
-                    json.dumps({"turn": name, "seconds": statistics.median(seconds), **counters}),
-                    flush=True,
-                )
+                say(turn=name, seconds=statistics.median(seconds), **counters)
 
 
 def run(sere: dict[str, Any], prompts: list[list[int]], rounds: int) -> list[list[dict[str, Any]]]:
     """Starts all ranks; returns what each measured, in order."""
     works = [{"rank": index, "sere": sere, "prompts": prompts, "rounds": rounds} for index in range(RANKS)]
     commands = [[sys.executable, "-m", "studies.data_parallel", "--work", json.dumps(work)] for work in works]
-    common = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    environments = [{**common, **each} for each in data_parallel_ranks(RANKS)]
-    return [
-        [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("MEASURED ")]
-        for output in run_together(commands, environments, timeout=1800)
-    ]
+    environments = [{**ENVIRONMENT, **each} for each in data_parallel_ranks(RANKS)]
+    return measured_together(commands, environments, timeout=1800)
 
 
 def scopes(artifacts: dict[str, Artifact], texts: HeldOut, select_top_k: int, batch: int) -> list[dict[str, Any]]:

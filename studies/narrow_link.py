@@ -49,9 +49,10 @@ from sere_dist.method.records import LayerTables, Settings
 from sere_dist.moe import load_model
 from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.testing.link import Link, order
-from sere_dist.testing.processes import data_parallel_ranks, run_together
+from sere_dist.testing.processes import data_parallel_ranks
 from studies.artifacts import ARTIFACTS, calibrated
 from studies.common import RESULTS
+from studies.ranks import ENVIRONMENT, measured_together, say
 
 RANKS = 2
 ELEMENT = torch.float32.itemsize  # bytes of everything that is exchanged: float32, and ids as int32
@@ -192,9 +193,6 @@ def rank(work: dict[str, Any]) -> None:
         if work["rank"] == 0:
             order(work["orders"], *speed)
 
-    def say(**measured: Any) -> None:
-        print("MEASURED", json.dumps(measured), flush=True)
-
     for number, speed in enumerate(links):
         cross(speed)
         llm.collective_rpc(probe, args=(1,))
@@ -236,23 +234,14 @@ def rank(work: dict[str, Any]) -> None:
 
 def run(link: Link, work: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """Starts a rank on each host; returns what each measured, in order."""
-    common = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for `probe`
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "GLOO_SOCKET_IFNAME": "eth0",
-    }
+    own_too = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "GLOO_SOCKET_IFNAME": "eth0"}  # the first is for `probe`
     commands, environments = [], []
     for host, environment in enumerate(data_parallel_ranks(RANKS)):
         own = json.dumps({**work, "rank": host, "orders": str(link.orders)})
         commands.append(link.command(host, [sys.executable, "-m", "studies.narrow_link", "--work", own]))
         addresses = {"VLLM_DP_MASTER_IP": link.address(0), "VLLM_HOST_IP": link.address(host)}
-        environments.append({**common, **environment, **addresses})
-    return [
-        [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("MEASURED ")]
-        for output in run_together(commands, environments, timeout=1200)
-    ]
+        environments.append({**ENVIRONMENT, **own_too, **environment, **addresses})
+    return measured_together(commands, environments, timeout=1200)
 
 
 def policy_of(
