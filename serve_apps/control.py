@@ -54,7 +54,7 @@ class Load(NamedTuple):
 
     slow_share: float | None = None  # of the output tokens, those that took longer than `token_ms`
     waiting: float | None = None  # requests that waited for a replica, as a mean over its steps
-    tokens_per_s: float | None = None  # that all replicas gave out
+    tokens_per_s: float | None = None  # that a replica gave out, as a mean
     estimated_kl: float | None = None  # nats per token
 
 

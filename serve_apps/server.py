@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from logging.handlers import MemoryHandler
 from typing import TYPE_CHECKING, Any
@@ -185,8 +186,10 @@ class Rerouting(EndsWithEngine):
         await self._of_workers("sere_settings", settings)
 
     async def _count(self) -> dict[str, float]:
-        """Returns what the settings in force are judged by: requests, latencies, and what re-routing did, in total."""
-        return self.requests | self.latencies.totals | totals_of(await self._of_workers("sere_counters"))
+        """Returns what the settings in force are judged by: requests, latencies, and what re-routing did, in total; and
+        the time."""
+        counted = totals_of(await self._of_workers("sere_counters"))
+        return self.requests | self.latencies.totals | counted | {"seconds": time.monotonic()}
 
     async def activity(self) -> dict[int, dict[str, float]]:
         """Returns the counters of every layer, in total. The workers of a replica count the same, but for layers that

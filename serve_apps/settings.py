@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from statistics import fmean
 from typing import Any, Literal, Protocol
 
 import ray
@@ -281,34 +282,36 @@ class SettingsKeeper:
             await self._confirmed(wait_s)
         return await self.state()
 
-    async def control_once(self, seconds: float) -> None:
-        """Lets the controller decide by what was measured since it last did, so many seconds ago.
-
-        Not while a price is pinned or tried.
-        """
+    async def control_once(self) -> None:
+        """Lets the controller decide by what was measured since it last did. Not while a price is pinned or tried."""
         async with self.news:
             if self.controller is None or self.pinned or self.trial is not None:
                 self.seen.clear()
                 return
             before = self.controller.settings
-            decision = self.controller.decide(self._load(seconds))
+            decision = self.controller.decide(self._load())
             self.why, after = decision.why, self.controller.settings
             if after != before:
                 logger.warning("audit: settings change from %s to %s, by the controller: %s", before, after, self.why)
                 self.changes |= after
                 self._renew()
 
-    def _load(self, seconds: float) -> Load:
-        """Returns what the replicas that run the settings in force have measured since the last look."""
+    def _load(self) -> Load:
+        """Returns what the replicas that run the settings in force have measured since the last look.
+
+        They report every `HEARTBEAT_SECONDS`, and as soon as they run new settings: then there is nothing to judge yet.
+        """
         recent: Counter[str] = Counter()
-        living, has_report = self.cluster.replicas(), False
+        living, rates = self.cluster.replicas(), list[float]()
         for replica, totals in self.measured.items():
-            before = self.seen.get(replica)
-            if replica not in living or not totals or totals is before:  # starting, gone, or not heard of since
+            before = self.seen.get(replica, {})
+            since = {name: total - before.get(name, 0) for name, total in totals.items()}
+            if replica not in living or since.get("seconds", 0) < HEARTBEAT_SECONDS / 2:
                 continue
-            recent.update({name: total - (before or {}).get(name, 0) for name, total in totals.items()})
-            self.seen[replica], has_report = totals, True
-        if not has_report:
+            recent.update(since)
+            rates.append(since["next_tokens"] / since["seconds"])
+            self.seen[replica] = totals
+        if not rates:
             return Load()
         tokens, steps, estimate = recent["next_tokens"], recent["engine_steps"], None
         if self.kl_estimate is not None and recent["rows"]:
@@ -316,7 +319,7 @@ class SettingsKeeper:
         return Load(
             slow_share=recent["slow_tokens"] / tokens if tokens else 0.0,
             waiting=recent["waiting_requests"] / steps if steps else 0.0,
-            tokens_per_s=tokens / seconds,
+            tokens_per_s=fmean(rates),
             estimated_kl=estimate,
         )
 
@@ -431,7 +434,7 @@ class DeployedKeeper(SettingsKeeper):
         while True:
             await asyncio.sleep(period_s)
             try:
-                await self.control_once(period_s)
+                await self.control_once()
             except Exception:
                 logger.exception("sere_dist: the controller could not decide, it tries again in %g s", period_s)
 
@@ -440,7 +443,7 @@ class Follower:
     """A replica's side: asks the keeper, and has the replica's workers apply what is new.
 
     `follow` is the keeper's method of this name, `apply` changes the settings of all workers, `count` returns totals
-    since the replica started; see `measures`.
+    since the replica started, with the `seconds` that have passed; see `measures`.
     """
 
     def __init__(

@@ -323,10 +323,10 @@ async def period(keeper: SettingsKeeper, replicas: list[Replica], waiting: float
     where they run without re-routing."""
     for replica in replicas:
         added = {"engine_steps": 10, "waiting_requests": 10 * waiting, "next_tokens": 1500, "rows": 60}
-        added |= {"estimated_error": 60 * error}
+        added |= {"estimated_error": 60 * error, "seconds": 15}
         replica.totals = {name: replica.totals.get(name, 0) + value for name, value in added.items()}
         await replica.once(wait_s=0)
-    await keeper.control_once(15)
+    await keeper.control_once()
     for replica in replicas:
         await replica.once(wait_s=0)
     (price,) = {replica.runs["expert_price"] if replica.runs["enabled"] else None for replica in replicas}
@@ -354,6 +354,29 @@ def test_the_price_follows_the_load(here):
     assert prices == [None, 0.01, 0.01, 0.02, 0.02, 0.02, 0.02, 0.02]
     assert state["control"]["price"] == 0.02 and not state["control"]["pinned"]
     assert "the price below was too small" in state["control"]["why"]
+
+
+def test_a_load_is_that_of_seconds_at_the_settings_in_force(here):
+    """A replica reports as soon as it runs new settings, and later as often as it likes; another is new."""
+    keeper = controlled(here)
+
+    async def scenario():
+        old, new = await of_projection(keeper)
+        rates = []
+        for seconds, tokens in ((1, 1000), (20, 1000), (2, 7000), (10, 1000)):
+            added = {"engine_steps": 10, "waiting_requests": 0, "next_tokens": tokens, "seconds": seconds}
+            old.totals = {name: old.totals.get(name, 0) + value for name, value in added.items()}
+            await old.once(wait_s=0)
+            rates.append(keeper._load().tokens_per_s)
+        new.totals = {"engine_steps": 10, "waiting_requests": 0, "next_tokens": 500, "seconds": 10}
+        await new.once(wait_s=0)
+        old.totals |= {"seconds": 53, "next_tokens": 15000}
+        await old.once(wait_s=0)
+        return rates, keeper._load().tokens_per_s
+
+    rates, together = asyncio.run(scenario())
+    assert rates == [None, 2000 / 21, None, 8000 / 12]
+    assert together == (500 / 10 + 5000 / 20) / 2
 
 
 def test_the_price_keeps_its_budget(here):
@@ -403,7 +426,7 @@ def test_the_controller_waits_for_a_trial_and_falls_back_when_it_sees_nothing(he
         await keeper.try_out(None, wait_s=0)
         back = await period(keeper, replicas, 3)
         for _ in range(1 + BLIND):  # the first has what they said last
-            await keeper.control_once(15)
+            await keeper.control_once()
         for replica in replicas:
             await replica.once(wait_s=0)
         return tried, back, replicas[0].runs["enabled"]
