@@ -25,19 +25,25 @@ console = Console()
 
 @dataclass(frozen=True)
 class Example:
-    """A model and what belongs to it. Its texts stand in Parquet files with the columns `text` and `kind`."""
+    """A model and its texts, which stand in Parquet files with the columns `text` and `kind`."""
 
     model_id: str  # its name in requests
     model: Path
     calibration: Path
     held_out: Path
+
+
+@dataclass(frozen=True)
+class ServedExample(Example):
+    """A model that is served, too."""
+
     artifact: Path
     app: Path  # the file for `serve run`
     method: MethodName = "frobenius"  # of the artifact
     samples: int = 64  # texts to calibrate on
 
 
-TINY_MOE = Example(
+TINY_MOE = ServedExample(
     model_id=tiny_moe.MODEL_ID,
     model=tiny_moe.MODEL,
     calibration=tiny_moe.CALIBRATION,
@@ -45,7 +51,7 @@ TINY_MOE = Example(
     artifact=ROOT / "build" / "tiny-moe-sere",
     app=ROOT / "serve_apps" / "tiny_moe.yaml",
 )
-SMOLLM2_MOE = Example(
+SMOLLM2_MOE = ServedExample(
     model_id="smollm2-moe",
     model=ROOT / "build" / "smollm2-moe",  # `examples.smollm2_moe.assemble` writes it
     calibration=ROOT / "examples" / "smollm2_moe" / "calibration.parquet",
@@ -55,11 +61,13 @@ SMOLLM2_MOE = Example(
     method="projection",
     samples=32,  # a layer takes 5 to 10 s on two cores
 )
-EXAMPLES = {example.model_id: example for example in (TINY_MOE, SMOLLM2_MOE)}
+TINY_GROUPED = Example("tiny-grouped", tiny_moe.GROUPED, tiny_moe.CALIBRATION, tiny_moe.HELDOUT)
+SERVED = {example.model_id: example for example in (TINY_MOE, SMOLLM2_MOE)}
+EXAMPLES: dict[str, Example] = {**SERVED, TINY_GROUPED.model_id: TINY_GROUPED}
 
 
 def calibrate(
-    cluster: LocalCluster, example: Example = TINY_MOE, artifact: Path | None = None, cpus_per_task: int = 4
+    cluster: LocalCluster, example: ServedExample = TINY_MOE, artifact: Path | None = None, cpus_per_task: int = 4
 ) -> None:
     """Submits the calibration as a Ray job and shows its log until it ends. `artifact` is the example's by default.
 
@@ -82,7 +90,7 @@ def calibrate(
 def served(
     cluster: LocalCluster,
     port: int,
-    example: Example = TINY_MOE,
+    example: ServedExample = TINY_MOE,
     artifact: Path | None = None,
     key: str = "none",
     proxy_location: str = "EveryNode",

@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from examples.application import EXAMPLES, Example
+from examples.application import SERVED, ServedExample
 from sere_dist.admin import change_settings, request_settings
 from sere_dist.artifact.folder import Artifact
 from sere_dist.console import tables
@@ -99,9 +99,9 @@ def measure_quality(model: Path, texts: list[Text], artifact: Artifact, settings
     return {on: outcome.model_dump(include={"kl", "kl_error", "perplexity"}) for on, outcome in outcomes.items()}
 
 
-def served_example(url: str) -> Example:
+def served_example(url: str) -> ServedExample:
     (model,) = openai.OpenAI(base_url=url, api_key="none").models.list().data
-    return EXAMPLES[model.id]
+    return SERVED[model.id]
 
 
 def main(

@@ -10,6 +10,7 @@ from sere_dist.calibration.texts import load_tokenizer, read_texts, tokenise
 FOLDER = Path(__file__).resolve().parent
 MODEL_ID = "tiny-moe"  # its name in requests
 MODEL, DRAFT = FOLDER / "model", FOLDER / "draft"  # the second drafts for the first in speculative decoding
+GROUPED = FOLDER / "grouped"  # its router scores by sigmoids and chooses groups of experts first, like DeepSeek-V3's
 CALIBRATION, HELDOUT = FOLDER / "calibration.parquet", FOLDER / "heldout.parquet"
 
 
