@@ -2,6 +2,7 @@
 
     python -m studies.quality                        # the example model of the tests: 31 minutes on 2 cores
     python -m studies.quality --example smollm2-moe  # SmolLM2-MoE, once the demo has put it together
+    python -m studies.quality --example tiny-grouped # a router like DeepSeek-V3's
     python -m studies.quality --draw                 # only the pictures, from the JSON
 
 Held-out texts are decoded in lockstep batches (see sere_dist.evaluation.lockstep): KL from the model as it is, loss,
@@ -300,6 +301,7 @@ def field(
     field_of: dict[str, Callable[[int], Rerouter]],
     batches: Sequence[int],
     keeps: Sequence[int],
+    prices: Sequence[float],
     priced: Callable[[float], Rerouter],
     pruned: Callable[[float], Rerouter],
 ) -> list[dict[str, Any]]:
@@ -309,7 +311,7 @@ def field(
     `pruned` is REAP at a share of experts.
     """
     rows = []
-    bar = tqdm(total=len(batches) * (1 + len(field_of) * len(keeps) + len(PRICES) + len(KEPT)), desc="field")
+    bar = tqdm(total=len(batches) * (1 + len(field_of) * len(keeps) + len(prices) + len(KEPT)), desc="field")
     for batch in batches:
         off, results = bench.run(unchanged, batch), {}
         bar.update()
@@ -318,7 +320,7 @@ def field(
                 budget = round(results[Point(PAPER, keep)].active_experts) if name.startswith("XShare") else keep
                 results[Point(name, keep)] = bench.run(rerouter_of(budget), batch)
                 bar.update()
-        for name, policy, knobs in ((PRICED, priced, PRICES), (REAP, pruned, KEPT)):
+        for name, policy, knobs in ((PRICED, priced, prices), (REAP, pruned, KEPT)):
             for knob in knobs:
                 results[Point(name, knob)] = bench.run(policy(knob), batch)
                 bar.update()
@@ -569,6 +571,7 @@ def main(
     only_drawn: Annotated[bool, typer.Option("--drawn", help="Of the field, only what the figures show.")] = False,
     batches: Annotated[list[int] | None, typer.Option(help=f"Batches of the field, {BATCHES} by default.")] = None,
     keeps: Annotated[list[int] | None, typer.Option(help=f"Values of S of the field, {KEEPS} by default.")] = None,
+    prices: Annotated[list[float] | None, typer.Option(help=f"An expert's prices, {PRICES} by default.")] = None,
     half: Annotated[Half, typer.Option(help="The half of each kind's held-out texts: final, or choice.")] = "final",
     texts: Annotated[int, typer.Option(help="Held-out texts of all kinds together.")] = TEXTS,
     texts_of_kind: Annotated[int, typer.Option(help="Held-out texts of each kind, in batches of one kind.")] = 32,
@@ -641,7 +644,8 @@ def main(
         def pruned(share: float) -> Rerouter:
             return reap_rerouter(saliency, round(share * num_experts))
 
-        report["field"] = field(bench, kinds, wanted, sizes, keeps, partial(projection.projection, 1), pruned)
+        priced = partial(projection.projection, 1)
+        report["field"] = field(bench, kinds, wanted, sizes, keeps, prices or PRICES, priced, pruned)
         save()  # it takes the longest
         for batch in sizes:
             console.print(field_table(report["field"], batch, keeps))
