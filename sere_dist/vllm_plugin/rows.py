@@ -124,8 +124,9 @@ class Rows:
             self.opted_out.intersection_update(live)
             takes_part = np.array([request not in self.opted_out for request in requests])
             valid, runs = valid & takes_part, runs & takes_part
-        if self.share < 1:  # what a trial on few requests costs is not to depend on the experts of all others
-            valid = valid & [is_in_share(request, self.share) for request in requests]
+        if self.share < 1:  # what a trial on few requests costs is not to depend on what all others run
+            in_share = np.array([is_in_share(request, self.share) for request in requests], dtype=bool)
+            valid, runs = valid & in_share, runs & in_share
         self.requests, self.scheduled_tokens = valid, scheduled_tokens.copy()
         rows = np.repeat(valid, scheduled_tokens)
         self.mark(rows, len(rows))

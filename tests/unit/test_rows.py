@@ -188,6 +188,18 @@ def test_a_share_of_the_requests(runner):
     assert by_share[0.0] == set() and by_share[1.0] == set(range(12))
 
 
+def test_prompts_outside_the_share(runner):
+    """Their requests are answered as if they opted out, so others may not turn to what their prompts run."""
+    by_share = {}
+    for share in (0.0, 0.3, 1.0):
+        rows = follow(runner, share=share)
+        runner.step([1, 4, 6, 1])
+        by_share[share] = set(running(rows))
+    assert by_share[0.0] == set() and by_share[1.0] == set(range(1, 12))
+    prompts = {"b": set(range(1, 5)), "c": set(range(5, 11)), "d": {11}}
+    assert by_share[0.3] == set().union(*(its for request, its in prompts.items() if is_in_share(request, 0.3)))
+
+
 def test_a_share_has_that_many():
     requests = [f"cmpl-{number:032x}" for number in range(10_000)]
     for share in (0.1, 0.5, 0.9):
