@@ -16,10 +16,9 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
 from sere_dist.artifact.folder import Artifact
 from sere_dist.config import ReroutingConfig
-from sere_dist.method.counters import named
 from sere_dist.vllm_plugin.backend import Backend
 from sere_dist.vllm_plugin.expert_kernels import merges_repeats
-from sere_dist.vllm_plugin.layers import rerouted_layers, settings_by_layer
+from sere_dist.vllm_plugin.layers import counters_of, rerouted_layers, settings_by_layer
 from sere_dist.vllm_plugin.rows import Rows
 
 
@@ -81,7 +80,7 @@ class DraftModel:
     def counters(self) -> dict[int, dict[str, float]]:
         """Returns the counters of every layer; a step is a pass."""
         totals = torch.stack(list(self.layers.values())).tolist()
-        return {layer: named(own) for layer, own in zip(self.layers, totals, strict=True)}
+        return {layer: counters_of(own, self.runners[layer]) for layer, own in zip(self.layers, totals, strict=True)}
 
     def clear(self) -> None:
         """Sets the counters to 0."""

@@ -1,4 +1,4 @@
-"""The MoE layers of a model that vLLM has loaded, and the settings of each."""
+"""The MoE layers of a model that vLLM has loaded, and the settings and counters of each."""
 
 import torch
 from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
@@ -6,6 +6,7 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from sere_dist.artifact.folder import Artifact
 from sere_dist.config import ReroutingConfig
+from sere_dist.method.counters import named
 from sere_dist.moe import by_layer
 
 
@@ -45,6 +46,16 @@ def scaled(settings: ReroutingConfig, scale: float) -> ReroutingConfig:
     names = ("expert_price", "traffic_price", "balance_price")
     prices = {name: getattr(settings, name) / scale**2 for name in names}
     return settings.model_copy(update=prices)
+
+
+def counters_of(totals: list[int], runner: MoERunner) -> dict[str, float]:
+    """Returns a layer's counters (`counters.COUNTERS`) by name, the estimated error in the unit of the user's prices.
+
+    That undoes `scaled`: the layer counts its error in the unit of the weights that vLLM's router hands out.
+    """
+    counters = named(totals)
+    counters["estimated_error"] *= runner.routed_scaling_factor**2
+    return counters
 
 
 def settings_by_layer(

@@ -16,14 +16,14 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 
 from sere_dist.artifact.placement import Placement
 from sere_dist.config import ReroutingConfig
-from sere_dist.method.counters import COUNTERS, dispatch_bytes, named
+from sere_dist.method.counters import COUNTERS, dispatch_bytes
 from sere_dist.vllm_plugin.agreement import check_agreement, what_must_agree
 from sere_dist.vllm_plugin.backend import Backend, shares_primary
 from sere_dist.vllm_plugin.draft_model import DraftModel
 from sere_dist.vllm_plugin.engine_settings import artifact_of, returns_routed_experts, settings_of
 from sere_dist.vllm_plugin.expert_kernels import merges_repeats
 from sere_dist.vllm_plugin.expert_map import ExpertMap
-from sere_dist.vllm_plugin.layers import rerouted_layers, settings_by_layer
+from sere_dist.vllm_plugin.layers import counters_of, rerouted_layers, settings_by_layer
 from sere_dist.vllm_plugin.rows import Rows
 from sere_dist.vllm_plugin.shadow import Shadow
 from sere_dist.vllm_plugin.speculation import Speculation, VerifyingSteps
@@ -179,7 +179,7 @@ class Rerouting(Worker):
         all_counters = torch.stack(list(self.sere_layers.values())).tolist() if self.sere_layers else []
         for layer, counters in zip(self.sere_layers, all_counters, strict=True):
             totals, by_rank = counters[: len(COUNTERS)], counters[len(COUNTERS) :]
-            layers[layer] = named(totals)
+            layers[layer] = counters_of(totals, self.sere_runners[layer])
             if by_rank:
                 layers[layer]["active_experts_by_rank"] = by_rank
             if expert_map is not None and expert_map.home is not None and self.sere_config.domain == "rank":
@@ -198,7 +198,7 @@ class Rerouting(Worker):
             counted["accepted_tokens"] = speculation.accepted.tolist()
         if self.sere_verifying is not None:
             for layer, totals in zip(layers, self.sere_verifying.totals().tolist(), strict=True):
-                layers[layer]["verifying"] = named(totals[: len(COUNTERS)])
+                layers[layer]["verifying"] = counters_of(totals[: len(COUNTERS)], self.sere_runners[layer])
         if self.sere_draft is not None:
             counted["draft_layers"] = self.sere_draft.counters()
         if self.sere_shadow is not None:

@@ -9,10 +9,10 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from sere_dist.artifact.placement import LayerPlacement, Placement
 from sere_dist.config import ReroutingConfig
-from sere_dist.method.counters import COUNTERS
+from sere_dist.method.counters import COUNTERS, count_step, named
 from sere_dist.method.projection import reroute_projection
 from sere_dist.method.records import ExpertPlaces, LayerTables, Step
-from sere_dist.vllm_plugin.layers import scaled
+from sere_dist.vllm_plugin.layers import counters_of, scaled
 from sere_dist.vllm_plugin.rows import Rows
 from sere_dist.vllm_plugin.worker import Rerouting
 
@@ -91,6 +91,21 @@ def test_prices_follow_the_weights_that_the_router_gives():
     parted = reroute_projection(Step(weights, ids), tables, found.numbers, places)
     assert whole[1].equal(parted[1]) and not whole[1].equal(ids)
     assert torch.allclose(whole[0], 2.5 * parted[0])
+
+
+def test_the_estimated_error_is_in_the_unit_of_the_prices():
+    """Where vLLM scales the experts' output, a layer counts errors of what the router gave, before that scale."""
+    torch.manual_seed(0)
+    weights, ids = torch.rand(6, 4), torch.stack([torch.randperm(8)[:4] for _ in range(6)])
+    tables = LayerTables(torch.rand(8, 8), torch.rand(8, 8), 0.5 + torch.rand(8))
+    new_ids, primary = ids.masked_fill(ids > 3, -1), torch.arange(8) < 4
+    whole, parted = (
+        count_step(Step(scale * weights, ids), new_ids, primary, tables=tables)[: len(COUNTERS)].tolist()
+        for scale in (2.5, 1)
+    )
+    runner = SimpleNamespace(routed_scaling_factor=2.5)
+    assert named(whole)["estimated_error"] > 1
+    assert counters_of(parted, runner) == pytest.approx(named(whole), rel=1e-5)
 
 
 def test_a_layer_that_was_not_rerouted_is_an_error():
