@@ -218,6 +218,8 @@ def fingerprint(
         "model": config.model,
         "weights": checkpoint.fingerprint,
         "artifact": artifact.config.tensors_sha256,
+        # They are not among the tensors, but weigh sizes: with others a price means something else.
+        "sensitivities": [layer.statistics.sensitivity for layer in artifact.layers.values()],
         "texts": hashlib.sha256(repr([ids_NL.tolist() for ids_NL in texts.values()]).encode()).hexdigest(),
         "prompt_length": config.prompt_length,
         "device": device,

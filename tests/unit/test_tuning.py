@@ -10,8 +10,10 @@ import torch
 
 from calibration_jobs import tune
 from calibration_jobs.measurements import Measurements
+from examples.tiny_moe.data import MODEL
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.recommendation import LayerSetting, Outcome
+from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.evaluation.lockstep import HeldOut
 from sere_dist.evaluation.rerouters import projection_rerouter
 from sere_dist.evaluation.tuning import (
@@ -194,6 +196,18 @@ def test_wrong_options(projection_path, tmp_path, wrong, message):
     done = invoke(tune.main, *options(path, **wrong))
     assert done.exit_code == 1 and message in done.output
     assert sorted(os.listdir(tmp_path)) == ["artifact"]
+
+
+def test_measurements_are_of_the_artifacts_sensitivities():
+    """The same tensors with other sensitivities: a price means something else, so nothing that was measured holds."""
+    config = tune.TuningConfig(model=str(MODEL), artifact="artifact", batch=2, max_kl=0.1)
+    found = []
+    for sensitivity in (None, 0.5):
+        artifact = small_artifact()
+        for layer in artifact.layers.values():
+            layer.statistics.sensitivity = sensitivity
+        found.append(tune.fingerprint(config, Checkpoint(config.model), artifact, {}, "cpu", "float32"))
+    assert {name for name in found[0] if found[0][name] != found[1][name]} == {"sensitivities"}
 
 
 def test_an_artifact_of_another_model(tmp_path):
