@@ -6,7 +6,7 @@ tokens that are drawn from the model's own distributions. Of an error in no part
 
     |d|² E[|g|²] / 2H.
 
-The gradient goes back through the layers as the texts went forth: one layer at a time is in memory. Shape suffixes: B
+The gradient goes back through the layers one at a time, as the texts went forward, so one layer is in memory. Shape suffixes: B
 texts, L tokens of the longest text, H hidden size, V tokens of the vocabulary.
 """
 
@@ -82,7 +82,7 @@ def weigh_layers(layers: Mapping[int, Layer], found: Sensitivities) -> float | N
     for layer, cost in costs.items():
         statistics = layers[layer].statistics
         statistics.sensitivity = cost / mean
-        statistics.sensitivity_error = statistics.sensitivity * found[layer].error / found[layer].nats
+        statistics.sensitivity_error = found[layer].error * (statistics.mean_square or 0) / mean
     return mean
 
 

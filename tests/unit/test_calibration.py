@@ -96,6 +96,9 @@ def test_what_an_error_costs_weighs_the_sizes():
     assert results[0].statistics.sensitivity_error == pytest.approx(0.15)
     assert results[3].tables.size_E.tolist() == pytest.approx([0.25, 0.75])
     assert results[3].size_E.tolist() == [0.5, 1.5], "the file keeps what was measured"
+    add_sensitivities(results, {0: Sensitivity(3e-4, 3e-5), 3: Sensitivity(0.0, 0.0)})  # no error of layer 3 shows
+    assert [results[layer].statistics.sensitivity for layer in (0, 3)] == [2.0, 0.0]
+    assert results[3].statistics.sensitivity_error == 0.0
 
 
 def test_blocks_hold_each_text_once():
