@@ -6,8 +6,8 @@ tokens that are drawn from the model's own distributions. Of an error in no part
 
     |d|² E[|g|²] / 2H.
 
-The gradient goes back through the layers one at a time, as the texts went forward, so one layer is in memory. Shape suffixes: B
-texts, L tokens of the longest text, H hidden size, V tokens of the vocabulary.
+The gradient goes back through the layers one at a time, as the texts went forward, so one layer is in memory. Shape
+suffixes: B texts, L tokens of the longest text, H hidden size, V tokens of the vocabulary.
 """
 
 import math
