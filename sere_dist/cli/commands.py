@@ -5,7 +5,7 @@ import shlex
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
@@ -14,6 +14,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:  # imported where seconds count
+    from transformers import PreTrainedModel
+
+    from sere_dist.artifact.folder import Artifact
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 ArtifactArgument = Annotated[
@@ -355,6 +360,27 @@ def doctor(
     raise typer.Exit(int(any(finding.status == "fail" for finding in findings)))
 
 
+def without_weights(
+    model: str, bits: float | None, artifact: str | None
+) -> "tuple[PreTrainedModel, float, Artifact | None]":
+    """Returns a model on the meta device, the stored bytes of one of its parameters, and its artifact if one is named.
+
+    Raises:
+        ValueError: the model's configuration or the artifact can't be read, or the artifact is another model's.
+    """
+    from sere_dist.artifact.folder import Artifact
+    from sere_dist.calibration.checkpoint import Checkpoint
+    from sere_dist.moe import MoeShape
+
+    checkpoint = Checkpoint(model)
+    empty = checkpoint.empty_model()
+    stored = bits / 8 if bits else checkpoint.stored_bytes(empty.num_parameters())
+    known = None if artifact is None else Artifact.load(artifact)
+    if known is not None:
+        known.check_serves(MoeShape.from_config(checkpoint.config), model, checkpoint.revision)
+    return empty, stored, known
+
+
 @app.command()
 def forecast(
     model: Annotated[str, typer.Option(help="Checkpoint folder or Hugging Face id; only its configuration is read.")],
@@ -376,9 +402,6 @@ def forecast(
     as_json: Annotated[bool, typer.Option("--json", help="Print the forecasts as a JSON list.")] = False,
 ) -> None:
     """Predict whether re-routing will help, before anything is calibrated: decode times by batch, and a verdict."""
-    from sere_dist.artifact.folder import Artifact
-    from sere_dist.artifact.schema import ArtifactError
-    from sere_dist.calibration.checkpoint import Checkpoint
     from sere_dist.cli import forecast as told
     from sere_dist.console import tables
     from sere_dist.forecast import DEVICES, ModelCost
@@ -390,14 +413,9 @@ def forecast(
         device = replace(device, host_seconds=host_ms / 1e3)
     try:
         rows = [int(batch) for batch in batches.split(",")]
-        checkpoint = Checkpoint(model)
-        empty = checkpoint.empty_model()
-        stored = bits / 8 if bits else checkpoint.stored_bytes(empty.num_parameters())
+        empty, stored, known = without_weights(model, bits, artifact)
         cost = ModelCost.of(empty, stored).on_ranks(ranks)
-        known = None if artifact is None else Artifact.load(artifact)
-        if known is not None:
-            known.check_serves(cost.shape, model, checkpoint.revision)
-    except (ValueError, ArtifactError) as error:
+    except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     load = told.Load(prompt, answer)
     found = told.forecast(cost, device, load, rows, known)
@@ -453,9 +471,6 @@ def plan_serving(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plans as a JSON list.")] = False,
 ) -> None:
     """Propose how to serve a model on so many GPUs: parallel sizes, dispatch, batch and re-routing."""
-    from sere_dist.artifact.folder import Artifact
-    from sere_dist.artifact.schema import ArtifactError
-    from sere_dist.calibration.checkpoint import Checkpoint
     from sere_dist.cli import plan as told
     from sere_dist.console import progress, tables
     from sere_dist.forecast import DEVICES
@@ -471,18 +486,13 @@ def plan_serving(
         device = replace(device, host_seconds=host_ms / 1e3)
     try:
         goal = told.Goal(objective, token_ms, requests)
-        checkpoint = Checkpoint(model)
-        empty = checkpoint.empty_model()
-        stored = bits / 8 if bits else checkpoint.stored_bytes(empty.num_parameters())
+        empty, stored, known = without_weights(model, bits, artifact)
         served = ServedModel.of(empty, stored)
-        known = None if artifact is None else Artifact.load(artifact)
-        if known is not None:
-            known.check_serves(served.cost.shape, model, checkpoint.revision)
         site, routing = Site(device, NETWORKS[links]), drawn_routing(served.architecture, known)
         demand = Demand(prompt, answer, not prompts_elsewhere)
         shown = partial(track, description="splits", console=progress())
         found, left_out = told.plans(served, site, gpus, nodes, routing, demand, goal, shown)
-    except (ValueError, ArtifactError) as error:
+    except ValueError as error:
         raise SystemExit(f"error: {error}") from error
     if as_json:
         print(json.dumps([each.numbers() for each in found], indent=2))
