@@ -35,6 +35,20 @@ def test_ours_against_the_papers_policy():
     assert f"{ours['beside']['paper, frobenius']['ratio']:.2f} times the KL divergence of the paper's policy" in PROSE
 
 
+def test_no_price_carries_over():
+    kl = {
+        (name, row["knob"]): f"{row['kl']:.3f}"
+        for name in ("tiny-moe", "smollm2-moe")
+        for row in load(RESULTS / f"quality-{name}.json")["field"]
+        if row["batch"] == 16 and row["policy"] == PRICED
+    }
+    low, high = ([kl[name, price] for name in ("tiny-moe", "smollm2-moe")] for price in (0.005, 0.02))
+    method = " ".join((ROOT / "docs/method.md").read_text().split())
+    said = "`expert_price: 0.005` costs {} nats per token on the example model and {} on SmolLM2-MoE"
+    assert said.format(*low) in method
+    assert "`expert_price: 0.02` costs {} and {}".format(*high) in method
+
+
 def test_every_factor_is_below_1():
     factors = [
         beside["ratio"] for row in field_rows().values() if row["policy"] == PRICED for beside in row["beside"].values()
