@@ -58,6 +58,9 @@ def model_config(context: int) -> DeepseekV3Config:
         n_shared_experts=1,
         routed_scaling_factor=2.5,
         norm_topk_prob=True,
+        # As in DeepSeek-V3's own configuration: vLLM reads them, and transformers needs none of them.
+        scoring_func="sigmoid",  # ty: ignore[unknown-argument]
+        topk_method="noaux_tc",  # ty: ignore[unknown-argument]
         max_position_embeddings=context,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -104,10 +107,10 @@ tags: [mixture-of-experts, deepseek_v3]
 
 # tiny-grouped
 
-A model of DeepSeek-V3's kind of {report["parameters"] / 1e6:.1f} million parameters, to judge expert re-routing on: a
+A model of DeepSeek-V3's kind with {report["parameters"] / 1e6:.1f} million parameters, to judge expert re-routing on: a
 router with sigmoid scores, which takes 8 of 64 experts out of 4 of 8 groups; a shared expert; a bias for each expert
 that keeps the load even; latent attention. Five layers, of which the first is dense. It learned the texts of `../model`
-and has its tokenizer. Context: 512 tokens.
+and has its tokenizer. Context: 512 tokens. vLLM can't serve it, as its latent attention takes larger heads alone.
 
 Perplexity a token on held-out texts (`heldout.parquet`, each on its own, vocabulary of {VOCABULARY}):
 
