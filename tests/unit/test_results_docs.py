@@ -56,6 +56,31 @@ def test_every_factor_is_below_1():
     assert len(factors) > 150 and max(factors) < 1
 
 
+def test_a_router_of_deepseek_v3s_kind():
+    rows, report = field_rows("tiny-grouped"), load(RESULTS / "quality-tiny-grouped.json")
+    beside = [row["beside"] for row in rows.values() if row["policy"] == PRICED]
+    above = [found for each in beside for found in each.values() if found["ratio"] > 1.005]
+    (one,) = above
+    assert (
+        f"one point is at {one['ratio']:.2f} ± {one['ratio_error']:.2f}" in PROSE
+        and one["ratio"] - 1 < one["ratio_error"]
+    )
+    random = {row["knob"]: row for row in report["beside_random"] if row["policy"] == "paper, frobenius"}
+    said = [f"{random[s]['ratio']:.2f} ± {random[s]['ratio_error']:.2f} times" for s in (1, 2)]
+    assert f"SERE has {said[0]} the KL divergence of random substitutes at S = 1, and {said[1]} at S = 2" in PROSE
+
+
+def test_against_the_papers_policy_on_all_models():
+    said = []
+    for example in ("tiny-moe", "smollm2-moe", "tiny-grouped"):
+        beside = [
+            row["beside"] for row in field_rows(example).values() if (row["policy"], row["batch"]) == (PRICED, 16)
+        ]
+        factors = [each["paper, frobenius"]["ratio"] for each in beside if "paper, frobenius" in each]
+        said.append(f"{min(factors):.2f} to {max(factors):.2f}")
+    assert "it has {} times SERE's KL divergence on one model, and {} and {} times on two others".format(*said) in PROSE
+
+
 def test_what_a_traffic_price_saves():
     goals = {(goal["baseline"], goal["placement"]): goal for goal in load(RESULTS / "traffic.json")["goals"]}
     for baseline, said in (
