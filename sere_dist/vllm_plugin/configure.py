@@ -53,8 +53,8 @@ def configure_engine(vllm_config: VllmConfig) -> None:
         if vllm_config.kv_transfer_config is not None:
             raise ValueError("exact_cache does not reach what a KV connector stores: remove kv_transfer_config, or it")
         vllm_config.scheduler_config.scheduler_cls = scheduler_of(vllm_config.scheduler_config)
-    has_price = settings.expert_price or settings.balance_price
-    if settings.select_top_k == 1 < shape.num_experts_per_token and not has_price:
+    keeps_more = settings.expert_price or settings.balance_price or settings.threshold
+    if settings.select_top_k == 1 < shape.num_experts_per_token and not keeps_more:
         logger.warning(
             "sere_dist: select_top_k 1 leaves a token one expert of its own; quality falls steeply there. Compare "
             'with requests that opt out (extra_args {"sere": "off"}), set a threshold, or raise select_top_k'
