@@ -135,20 +135,28 @@ def worth_running(
         settings: without prices only those are primary that run in any case.
         places: the rank of each expert. None, or no ranks: `balance_price` has no effect.
     """
-    must_E = losses_E >= ALWAYS_PRIMARY
     if not (expert_price := price_of_an_expert(settings, places)):
-        return must_E
+        return losses_E >= ALWAYS_PRIMARY
+    left_E = left_without_each_expert(losses_E, tables)
+    if not (balance_price := price_of_a_place(settings, places)):
+        return left_E >= expert_price
+    assert places is not None and places.rank_E is not None  # else a place has no price
+    return balanced_primary(left_E, places.rank_E, expert_price=expert_price, balance_price=balance_price)
+
+
+def left_without_each_expert(losses_E: torch.Tensor, tables: LayerTables) -> torch.Tensor:
+    """Returns int64 [E], fixed point: what is left of `primary_losses` beside the experts that come before each.
+
+    ALWAYS_PRIMARY for an expert that runs in any case.
+    """
+    must_E = losses_E >= ALWAYS_PRIMARY
     loss_E, alike_EE = losses_E.float(), tables.similarity_EE.float().clamp(min=0)
     left_E = loss_E * (1 - alike_EE.masked_fill(~must_E, 0).amax(dim=1))
     left_E = left_E.masked_fill(must_E, torch.inf)
     index_E = torch.arange(len(left_E), device=left_E.device)
     is_before_EE = (left_E > left_E[:, None]) | ((left_E == left_E[:, None]) & (index_E < index_E[:, None]))
     left_E = loss_E * (1 - alike_EE.masked_fill(~is_before_EE, 0).amax(dim=1))
-    worth_E = left_E.long().masked_fill(must_E, ALWAYS_PRIMARY)
-    if not (balance_price := price_of_a_place(settings, places)):
-        return worth_E >= expert_price
-    assert places is not None and places.rank_E is not None  # else a place has no price
-    return balanced_primary(worth_E, places.rank_E, expert_price=expert_price, balance_price=balance_price)
+    return left_E.long().masked_fill(must_E, ALWAYS_PRIMARY)
 
 
 def price_of_an_expert(settings: Settings, places: ExpertPlaces | None = None) -> int:
