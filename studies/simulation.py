@@ -45,11 +45,15 @@ from sere_dist.evaluation.rerouters import paper_rerouter
 from sere_dist.evaluation.synthetic import Statistics, SyntheticRouter, fit, statistics
 from sere_dist.evaluation.traffic import Layout, traffic
 from sere_dist.forecast import DEVICES
-from sere_dist.method.balance import balanced_primary, places
-from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE, to_fixed_point
-from sere_dist.method.projection import losses_without_each_expert, reroute_projection
-from sere_dist.method.records import LayerTables, Settings, Step
-from sere_dist.method.rerouting import primary_experts
+from sere_dist.method.balance import places
+from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE
+from sere_dist.method.projection import (
+    left_without_each_expert,
+    primary_losses,
+    reroute_projection,
+    worth_running,
+)
+from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.moe import load_model
 from sere_dist.provenance import line_by_line, machine, rounded, versions
 from sere_dist.standard_errors import with_error
@@ -70,9 +74,9 @@ QUANTILES = (0.2, 0.5, 0.8, 0.95, 1.0)
 ALL = ("validation", "synthetic", "real")
 OFF, PAPER, PRICED, BALANCED = "off", "paper", "expert price, S = 1", "balance price, S = 1"
 PRICED_ALL, BALANCED_ALL = "expert price, no S", "balance price, no S"
-OURS = (PRICED, BALANCED, PRICED_ALL, BALANCED_ALL)
+SERVED = (PRICED, BALANCED)  # what the engine can run
+OURS = (*SERVED, PRICED_ALL, BALANCED_ALL)
 LOOKS = {OFF: GREY, PAPER: RED, PRICED: BLUE, BALANCED: GREEN, PRICED_ALL: ORANGE, BALANCED_ALL: BLACK}
-GOAL = 0.2
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Priced:
-    """Projection whose primary experts are found by prices, with or without tokens' heaviest slots that are safe."""
+    """Projection with S = 1 and a price, as the engine has it, or without slots that are safe, as it does not."""
 
     tables: Mapping[int, LayerTables]
     layout: Layout
@@ -123,33 +127,32 @@ class Priced:
     price: float
 
     def __call__(self, layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, _scores: Any = None) -> Routed:
-        tables, rank_E = self.tables[layer], self.layout.rank[layer]
-        price = to_fixed_point(self.price)
-        by_balance = self.policy in (BALANCED, BALANCED_ALL)
-        prices = {"expert_price": 0 if by_balance else price, "balance_price": price if by_balance else 0}
+        tables, places = self.tables[layer], ExpertPlaces(self.layout.rank[layer], self.layout.num_ranks)
+        settings = priced(self.policy, self.price)
 
-        def step(weights_BK: torch.Tensor, ids_BK: torch.Tensor) -> Routed:
-            losses_E = step_losses(weights_BK, ids_BK, tables, safe=self.policy in (PRICED, BALANCED))
+        def served(weights_BK: torch.Tensor, ids_BK: torch.Tensor) -> Routed:
+            return reroute_projection(Step(weights_BK, ids_BK), tables, settings, places)
+
+        def without_safe_slots(weights_BK: torch.Tensor, ids_BK: torch.Tensor) -> Routed:
+            step = with_empty_slots(weights_BK, ids_BK)
+            losses_E = primary_losses(step, tables, settings, places)
             # Whatever the price, one expert runs: without a primary expert nothing would be re-routed.
-            primary_E = balanced_primary(losses_E, rank_E, **prices) | (losses_E == losses_E.amax())
-            if self.policy in (PRICED, BALANCED):
-                return reroute_projection(Step(weights_BK, ids_BK), tables, Settings(1), primary_E=primary_E)
-            # Here S is 1 as well, and the heaviest slot is an empty one.
-            weights_BK = torch.cat([torch.full_like(weights_BK[:, :1], torch.inf), weights_BK], dim=1)
-            ids_BK = torch.cat([torch.full_like(ids_BK[:, :1], -1), ids_BK], dim=1)
-            routed = reroute_projection(Step(weights_BK, ids_BK), tables, Settings(1), primary_E=primary_E)
-            return routed[0][:, 1:], routed[1][:, 1:]
+            primary_E = worth_running(losses_E, tables, settings, places) | (losses_E == losses_E.amax())
+            new_weights_BK, new_ids_BK = reroute_projection(step, tables, settings, primary_E=primary_E)
+            return new_weights_BK[:, 1:], new_ids_BK[:, 1:]
 
-        return torch.vmap(step)(weights_DBK, ids_DBK)
+        return torch.vmap(served if self.policy in SERVED else without_safe_slots)(weights_DBK, ids_DBK)
 
 
-def step_losses(weights_BK: torch.Tensor, ids_BK: torch.Tensor, tables: LayerTables, *, safe: bool) -> torch.Tensor:
-    """Returns int64 [E], fixed point: what a step loses without each expert; those in heaviest slots may be safe."""
-    assert tables.size_E is not None
-    losses_E = losses_without_each_expert(Step(weights_BK, ids_BK), tables.size_E)
-    if not safe:
-        return losses_E
-    return losses_E.masked_fill(primary_experts(weights_BK, ids_BK, len(losses_E), 1), ALWAYS_PRIMARY)
+def priced(policy: str, price: float) -> Settings:
+    by_balance = policy in (BALANCED, BALANCED_ALL)
+    return Settings(1, balance_price=price) if by_balance else Settings(1, expert_price=price)
+
+
+def with_empty_slots(weights_BK: torch.Tensor, ids_BK: torch.Tensor) -> Step:
+    """Returns the step with an empty slot before each token's, which is the heaviest: at S = 1 no expert is safe."""
+    weights_BK = torch.cat([torch.full_like(weights_BK[:, :1], torch.inf), weights_BK], dim=1)
+    return Step(weights_BK, torch.cat([torch.full_like(ids_BK[:, :1], -1), ids_BK], dim=1))
 
 
 def price_grid(
@@ -159,15 +162,20 @@ def price_grid(
     policy: str,
     quantiles: Sequence[float],
 ) -> list[float]:
-    """Returns prices: quantiles of experts' losses, or of what places after a rank's first are worth, over layers."""
-    safe, found = policy in (PRICED, BALANCED), []
+    """Returns prices: quantiles of what is left without experts, or without places after a rank's first, over layers.
+
+    There are none where all of these run in any case.
+    """
+    found = []
     for layer, (weights_DBK, ids_DBK) in routing.items():
         for weights_BK, ids_BK in zip(weights_DBK[:8], ids_DBK[:8], strict=True):
-            losses_E = step_losses(weights_BK, ids_BK, tables[layer], safe=safe)
+            step = Step(weights_BK, ids_BK) if policy in SERVED else with_empty_slots(weights_BK, ids_BK)
+            losses_E = primary_losses(step, tables[layer], priced(PRICED, 1.0))
+            left_E = left_without_each_expert(losses_E, tables[layer])
             if policy in (BALANCED, BALANCED_ALL):
-                place_E = places(losses_E, layout.rank[layer])
-                losses_E = torch.zeros_like(losses_E).index_add(0, place_E, losses_E)[1:]
-            found.append(losses_E[(losses_E > 0) & (losses_E < ALWAYS_PRIMARY)])
+                place_E = places(left_E, layout.rank[layer])
+                left_E = torch.zeros_like(left_E).index_add(0, place_E, left_E)[1:]
+            found.append(left_E[(left_E > 0) & (left_E < ALWAYS_PRIMARY)])
     every = torch.cat(found).double() / FIXED_POINT_ONE
     at = torch.tensor(quantiles, dtype=torch.float64)
     return sorted({rounded(price) for price in every.quantile(at).tolist()}) if len(every) else []

@@ -3,13 +3,17 @@
 import pytest
 import torch
 
-from sere_dist.evaluation.rerouters import projection_rerouter
 from sere_dist.evaluation.traffic import Layout
-from sere_dist.method.balance import balanced_primary
 from sere_dist.method.fixed_point import FIXED_POINT_ONE
 from sere_dist.method.placement import linear_ranks
-from sere_dist.method.projection import estimated_error
-from sere_dist.method.records import LayerTables, Settings, Step
+from sere_dist.method.projection import (
+    estimated_error,
+    losses_without_each_expert,
+    primary_by_price,
+    reroute_projection,
+    worth_running,
+)
+from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from studies import simulation as study
 from studies.large_models import MODELS
 
@@ -25,23 +29,48 @@ def drawn(steps=3, rows=6, top_k=4):
     return {0: tables}, weights, ids
 
 
-def test_a_price_with_safe_slots_is_the_expert_price_where_nothing_stands_in():
-    tables, weights, ids = drawn()
-    tables = {0: tables[0]._replace(similarity_EE=torch.eye(16))}
-    ours = study.Priced(tables, LAYOUT, study.PRICED, 0.2)(0, weights, ids)
-    known = projection_rerouter(tables, Settings(1, expert_price=0.2))(0, weights, ids, None)
-    assert all(map(torch.equal, ours, known))
-    assert not torch.equal(ours[1], ids)
+@pytest.mark.parametrize("policy", study.SERVED)
+def test_what_is_served_is_the_methods(policy):
+    """At every price of the grid the study does to a step what `reroute_projection` does, and runs its experts."""
+    tables, weights, ids = drawn(rows=3)
+    prices = study.price_grid({0: (weights, ids)}, tables, LAYOUT, policy, (0.2, 0.5, 1.0))
+    assert len(prices) == 3
+    for price in prices:
+        found = study.Priced(tables, LAYOUT, policy, price)(0, weights, ids)
+        by = {study.PRICED: "expert_price", study.BALANCED: "balance_price"}[policy]
+        settings, places = Settings(1, **{by: price}), ExpertPlaces(LAYOUT.rank[0], 4)
+        for step, of_step in zip(map(Step, weights, ids), zip(*found, strict=True), strict=True):
+            known = reroute_projection(step, tables[0], settings, places)
+            assert all(map(torch.equal, of_step, known))
+            primary_E = primary_by_price(step, tables[0], settings, places)
+            assert set(known[1].flatten().tolist()) - {-1} <= set(primary_E.nonzero().flatten().tolist())
 
 
-def test_without_safe_slots_only_primary_experts_run():
+@pytest.mark.parametrize("policy", study.OURS)
+def test_a_higher_price_of_the_grid_runs_fewer_experts(policy):
+    tables, weights, ids = drawn(rows=3)
+    routing = {0: (weights, ids)}
+    prices = study.price_grid(routing, tables, LAYOUT, policy, (0.1, 0.5, 1.0))
+    rerouted = [study.Priced(tables, LAYOUT, policy, price)(0, weights, ids) for price in prices]
+    active = [study.spread_of({0: after[1]}, LAYOUT)["active_experts"] for after in (routing[0], *rerouted)]
+    assert active == sorted(active, reverse=True) and active[0] > active[2] > active[3]
+
+
+def test_without_safe_slots_only_what_is_worth_its_place_runs():
     tables, weights, ids = drawn()
     _, found = study.Priced(tables, LAYOUT, study.BALANCED_ALL, 1.0)(0, weights, ids)
     for weights_BK, ids_BK, found_BK in zip(weights, ids, found, strict=True):
-        losses_E = study.step_losses(weights_BK, ids_BK, tables[0], safe=False)
-        primary_E = balanced_primary(losses_E, LAYOUT.rank[0], expert_price=0, balance_price=FIXED_POINT_ONE)
+        losses_E = losses_without_each_expert(Step(weights_BK, ids_BK), tables[0].size_E)
+        places = ExpertPlaces(LAYOUT.rank[0], 4)
+        primary_E = worth_running(losses_E, tables[0], Settings(1, balance_price=1.0), places)
         assert set(found_BK.flatten().tolist()) - {-1} <= set(primary_E.nonzero().flatten().tolist())
         assert primary_E.any() and not primary_E.all()
+
+
+def test_without_safe_slots_one_expert_runs_at_any_price():
+    tables, weights, ids = drawn()
+    _, found = study.Priced(tables, LAYOUT, study.PRICED_ALL, 100.0)(0, weights, ids)
+    assert all(len(set(found_BK.flatten().tolist()) - {-1}) == 1 for found_BK in found)
 
 
 def test_the_error_is_the_methods_estimate_and_the_papers_policy_has_one():
