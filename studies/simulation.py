@@ -4,10 +4,10 @@
     python -m studies.simulation --parts synthetic --parts validation   # without decoding: a minute
     python -m studies.simulation --quick   # the same on a handful of texts and shapes: that it runs
 
-Policies, each over its knob: off; the paper's (S); projection with an expert_price (S = 1); projection with a balance
-price (`method.balance`), where the heaviest slots of tokens stay (S = 1), and where none is safe (no S); and an
-expert_price without safe slots, which says how much of the last is due to the balance. Prices are quantiles of what the
-first steps would lose. Experts are placed linearly, and the primary set is the group's.
+Policies, each over its knob: off; the paper's (S); and projection with an `expert_price`, or with a `balance_price`, as
+the engine serves them: the heaviest slots of tokens stay (S = 1). The engine does not have the same two without slots
+that are safe (no S): they say what safe slots cost. Prices are quantiles of what is left without experts, or places, in
+the first steps. Experts are placed linearly, and the primary set is the group's.
 
 - validation: the simulator against published figures, and against this project's two ranks on a CPU.
 - real: the example model decodes held-out texts by the protocol of `sere_dist.evaluation.protocol`. KL divergence,
@@ -330,10 +330,13 @@ def kept(routed: Routed, keep: int) -> torch.Tensor:
 
 
 def drawn_tables(known: Mapping[int, LayerTables], num_experts: int, random: torch.Generator) -> LayerTables:
-    """Returns tables whose similarities and sizes are the example's, drawn independently."""
+    """Returns tables whose similarities and sizes are the example's, drawn independently.
+
+    Sizes are relative to the mean of their layer, whose sensitivity all experts of a layer share.
+    """
     different = ~torch.eye(len(next(iter(known.values())).similarity_EE), dtype=torch.bool)
     similarities = torch.cat([tables.similarity_EE[different] for tables in known.values()])
-    sizes = torch.cat([tables.size_E for tables in known.values() if tables.size_E is not None])
+    sizes = torch.cat([tables.size_E / tables.size_E.mean() for tables in known.values() if tables.size_E is not None])
     similarity_EE = similarities[torch.randint(len(similarities), (num_experts, num_experts), generator=random)]
     size_E = sizes[torch.randint(len(sizes), (num_experts,), generator=random)]
     # The similarity is the share that is explained: c² n_p / n_e.
