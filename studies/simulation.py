@@ -1,6 +1,6 @@
 """What re-routing saves in the decode step of a group of ranks, by simulation, and how far the simulation is off.
 
-    python -m studies.simulation           # 25 minutes on a core; calibrates into build/studies if nothing is there
+    python -m studies.simulation           # 6 minutes on a core; calibrates into build/studies if nothing is there
     python -m studies.simulation --parts synthetic --parts validation   # without decoding: a minute
     python -m studies.simulation --quick   # the same on a handful of texts and shapes: that it runs
 
@@ -74,8 +74,8 @@ QUANTILES = (0.2, 0.5, 0.8, 0.95, 1.0)
 ALL = ("validation", "synthetic", "real")
 OFF, PAPER, PRICED, BALANCED = "off", "paper", "expert price, S = 1", "balance price, S = 1"
 PRICED_ALL, BALANCED_ALL = "expert price, no S", "balance price, no S"
-SERVED = (PRICED, BALANCED)  # what the engine can run
-OURS = (*SERVED, PRICED_ALL, BALANCED_ALL)
+SERVED, NOT_SERVED = (PRICED, BALANCED), (PRICED_ALL, BALANCED_ALL)  # by the engine
+OURS = SERVED + NOT_SERVED
 LOOKS = {OFF: GREY, PAPER: RED, PRICED: BLUE, BALANCED: GREEN, PRICED_ALL: ORANGE, BALANCED_ALL: BLACK}
 
 
@@ -430,7 +430,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         here = [row for row in rows if (row["batch"], row["ranks"]) == (batch, ranks)]
         for policy in (PAPER, *OURS):
             points = sorted((row["ms"][where]["seconds"], row["kl"]) for row in here if row["policy"] == policy)
-            axes.plot(*zip(*points, strict=True), "o-", color=LOOKS[policy], markersize=4, label=policy)
+            look, label = ("o--", f"not served: {policy}") if policy in NOT_SERVED else ("o-", policy)
+            if points:
+                axes.plot(*zip(*points, strict=True), look, color=LOOKS[policy], markersize=4, label=label)
         off = next(row for row in here if row["policy"] == OFF)
         axes.axvline(off["ms"][where]["seconds"], color=GREY, linestyle="--", linewidth=0.9)
         axes.set_title(f"{ranks} ranks, batch {batch}", fontsize="medium")

@@ -375,10 +375,10 @@ def survival() -> str:
 
 
 SAVERS = {
-    "balance price, no S": "balance price",
-    "balance price, S = 1": "balance price, heaviest slots stay",
-    "expert price, no S": "expert price",
-    "expert price, S = 1": "expert price, heaviest slots stay",
+    "balance price, S = 1": "balance price",
+    "expert price, S = 1": "expert price",
+    "balance price, no S": "not served: balance price, no slot safe",
+    "expert price, no S": "not served: expert price, no slot safe",
 }
 MAIN = "H200, 8 to a node, per_slot"
 
@@ -447,11 +447,14 @@ def scale_evidence() -> str:
 
 
 def saved_cells(row: dict[str, Any]) -> list[str]:
-    """What each policy of ours saves, with the range where one part of the step is off by a third."""
+    """What each policy of ours saves, with the range where one part of the step is off by a third.
+
+    A policy that no price makes change anything is the baseline.
+    """
     return [
         f"{row['saved'][name][0]:.0%} ({row['saved'][name][1]:.0%} to {row['saved'][name][2]:.0%})"
         if name in row["saved"]
-        else ""
+        else "as baseline"
         for name in SAVERS
     ]
 
