@@ -4,6 +4,7 @@ The texts are in disjoint groups, and `OfGroups` has the sums of each. So what o
 pass over the texts. Shape suffixes: E experts, R similarities that lack one group each.
 """
 
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -43,18 +44,30 @@ def certainty_of(similarity_of: OfGroups, num_groups: int) -> Certainty | None:
     different_EE = ~torch.eye(similarity_REE.shape[1], dtype=torch.bool, device=similarity_REE.device)
     best_E1 = similarity_of(everything).fill_diagonal_(-torch.inf).argmax(dim=1, keepdim=True)
     error_EE = ((num_groups - 1) * similarity_REE.double().var(dim=0, correction=0)).sqrt()
-    same, chosen, best = [], [], []
-    for rest in combinations(everything[1:], num_groups // 2 - 1):
-        half = (0, *rest)
-        one_EE, other_EE = (
-            similarity_of(groups).double().masked_fill(~different_EE, -torch.inf)
-            for groups in (half, [g for g in everything if g not in half])
-        )
-        same.append((one_EE.argmax(dim=1) == other_EE.argmax(dim=1)).double().mean())
-        for chooses_EE, judges_EE in ((one_EE, other_EE), (other_EE, one_EE)):
-            mean = judges_EE[different_EE].mean()
-            chosen.append(judges_EE.gather(1, chooses_EE.argmax(dim=1, keepdim=True)).mean() - mean)
-            best.append(judges_EE.amax(dim=1).mean() - mean)
-    most = float(torch.stack(best).sum())
-    kept = float(torch.stack(chosen).sum()) / most if most > 0 else 1.0  # all alike: no choice is worse
+    same, worth = [], []
+    for halves in all_halves(num_groups):
+        one_EE, other_EE = (similarity_of(half).double().masked_fill(~different_EE, -torch.inf) for half in halves)
+        one_E1, other_E1 = (each_EE.argmax(dim=1, keepdim=True) for each_EE in (one_EE, other_EE))
+        same.append((one_E1 == other_E1).double().mean())
+        worth += [worth_of((one_E1, other_E1), other_EE), worth_of((other_E1, one_E1), one_EE)]
+    chosen, best = (float(torch.stack(each).sum()) for each in zip(*worth, strict=True))
+    kept = chosen / best if best > 0 else 1.0  # all alike: no choice is worse
     return Certainty(float(error_EE.gather(1, best_E1).median()), float(torch.stack(same).mean()), kept)
+
+
+def all_halves(num_groups: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yields each way to part an even number of groups into two halves, once."""
+    for rest in combinations(range(1, num_groups), num_groups // 2 - 1):
+        yield (0, *rest), tuple(group for group in range(1, num_groups) if group not in rest)
+
+
+def worth_of(choices: Sequence[torch.Tensor], judges_EE: torch.Tensor) -> list[torch.Tensor]:
+    """Returns what each choice of substitutes is worth: how much more similar they are than others at random, the mean
+    over experts.
+
+    Args:
+        choices: int64 [E, 1] each: the substitute of each expert.
+        judges_EE: the similarities to judge by, -inf on the diagonal.
+    """
+    at_random = judges_EE[judges_EE > -torch.inf].mean()
+    return [judges_EE.gather(1, choice_E1).mean() - at_random for choice_E1 in choices]

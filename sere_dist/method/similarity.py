@@ -96,6 +96,14 @@ def _symmetric(similarity_EE: torch.Tensor) -> torch.Tensor:
     return ((similarity_EE + similarity_EE.T) / 2).fill_diagonal_(1).float()
 
 
+def _sum_of(sums_GEE: torch.Tensor, chosen: Sequence[int]) -> torch.Tensor:
+    """Returns the sum over some groups. Unlike an index it makes no copy of theirs, which may be many."""
+    sum_EE = sums_GEE[chosen[0]].clone()
+    for place in chosen[1:]:
+        sum_EE += sums_GEE[place]
+    return sum_EE
+
+
 def _pieces(groups: Sequence[slice], block: int) -> Iterator[tuple[int, slice]]:
     """Yields a group's place and at most `block` of its tokens, until all tokens of all groups have come."""
     for place, group in enumerate(groups):
@@ -136,7 +144,7 @@ def frobenius_of_groups(outputs_ENH: torch.Tensor | Outputs, groups: Sequence[sl
             gram_GEE[place] += flat @ flat.T
 
     def of(chosen: Sequence[int]) -> torch.Tensor:
-        distance_EE, _ = _distances(gram_GEE[list(chosen)].sum(dim=0))
+        distance_EE, _ = _distances(_sum_of(gram_GEE, chosen))
         largest = distance_EE.max()
         return _symmetric(1 - distance_EE / largest if largest > 0 else torch.ones_like(distance_EE))
 
@@ -164,7 +172,7 @@ def cosine_of_groups(outputs_ENH: torch.Tensor | Outputs, groups: Sequence[slice
 
     def of(chosen: Sequence[int]) -> torch.Tensor:
         num_tokens = sum(groups[place].stop - groups[place].start for place in chosen)
-        return _symmetric((cosine_GEE[list(chosen)].sum(dim=0) / num_tokens + 1) / 2)
+        return _symmetric((_sum_of(cosine_GEE, chosen) / num_tokens + 1) / 2)
 
     return of
 
@@ -230,7 +238,7 @@ def projection_of_groups(
 
     def of(chosen: Sequence[int]) -> Projection:
         count = sum(groups[place].stop - groups[place].start for place in chosen)
-        product_EE, squared_EE, size_E = (sums[list(chosen)].sum(dim=0) for sums in (product_GEE, squared_GEE, size_GE))
+        product_EE, squared_EE, size_E = (_sum_of(sums, chosen) for sums in (product_GEE, squared_GEE, size_GE))
         own_E1 = squared_EE.diagonal()[:, None]
         product_EE.clamp_(min=0)
         multiple_EE = product_EE / squared_EE
