@@ -32,18 +32,19 @@ from ray.exceptions import (
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from calibration_jobs.coverage import certainty_line, coverage_warnings
+from calibration_jobs.coverage import certainty_line, coverage_warnings, source_warnings
 from calibration_jobs.finished_layers import FinishedLayers
 from calibration_jobs.job import JobConfig, refuse_lost_output
 from calibration_jobs.options import make_command
 from calibration_jobs.resume import Fingerprint
-from calibration_jobs.tables import plan_table
+from calibration_jobs.tables import plan_table, source_table
 from calibration_jobs.transient import TransientError, transient_errors
 from calibration_jobs.workers import Workers
 from sere_dist import console
 from sere_dist.artifact.folder import Artifact, check_output
 from sere_dist.artifact.layer import MIN_TOKENS_PER_EXPERT
 from sere_dist.artifact.schema import CONFIG_FILE, SCHEMA_VERSION, ArtifactConfig
+from sere_dist.artifact.sources import services
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.layers import (
     ExpertInputs,
@@ -59,6 +60,7 @@ from sere_dist.files import FilePath
 from sere_dist.method.certainty import GROUPS
 from sere_dist.method.cka import Kernel
 from sere_dist.method.similarity import METHODS, MethodName
+from sere_dist.method.sources import groups_per_source
 from sere_dist.moe import MoeShape
 from sere_dist.provenance import versions
 
@@ -91,7 +93,9 @@ class CalibrationConfig(JobConfig):
         ge=0,
         le=1,
         description="Warn about layers where a substitute chosen on half of the texts keeps less than this of what the "
-        "best is worth on the other half; 1 is the best, 0 one at random. Not of --method cka, weights and random.",
+        "best is worth on the other half; 1 is the best, 0 one at random. Warn also about sources of a mixture for "
+        "which the choice of all sources keeps less than this of what their own choice keeps. Not of --method cka, "
+        "weights and random.",
     )
     on_low_coverage: Literal["warn", "stop"] = Field(
         default="warn",
@@ -137,9 +141,9 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     if not config.dry_run:
         config.check_push()
     method = METHODS[config.method]
-    texts = tokenise_texts(config, checkpoint) if method.needs_data and not config.dry_run else []
+    texts, sources = tokenise_texts(config, checkpoint) if method.needs_data and not config.dry_run else ([], [])
     if before is not None and not config.dry_run:
-        artifact = again(before, fingerprint(config, checkpoint, texts), config)
+        artifact = again(before, fingerprint(config, checkpoint, texts, sources), config)
         config.push(config.output)
         return artifact
     num_tokens = sum(map(len, texts)) or config.num_samples * config.max_length
@@ -157,7 +161,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     if config.dry_run:
         return None
 
-    own = fingerprint(config, checkpoint, texts)
+    own = fingerprint(config, checkpoint, texts, sources)
     with FinishedLayers(config.output, own, config.restart) as finished:
         results = {result.statistics.layer: result for result in finished}
         if results:
@@ -166,7 +170,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
             check_coverage(result, config, len(texts))
         remaining = sorted(plan.layer_names.keys() - results.keys())
         measuring = start_sensitivities(config, checkpoint, workers, texts) if finished.sensitivities is None else None
-        blocks = text_blocks(texts, groups=GROUPS)
+        blocks = blocks_by_source(texts, sources)
         with tqdm(
             total=len(plan.layer_names), initial=len(results), unit="layer", disable=not sys.stderr.isatty()
         ) as bar:
@@ -178,6 +182,7 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
                 check_coverage(result, config, len(texts))
         if line := certainty_line(result.statistics for result in results.values()):
             print(line, flush=True)
+        report_sources(results, config)
         if measuring is not None:
             finished.sensitivities = wait_for_sensitivities(measuring, workers)
         nats_per_error = add_sensitivities(results, finished.sensitivities or {})
@@ -251,9 +256,9 @@ def digest(fingerprint: Fingerprint) -> str:
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
 
 
-def tokenise_texts(config: CalibrationConfig, checkpoint: Checkpoint) -> list[list[int]]:
-    """Returns the token ids of the texts to calibrate on."""
-    kept = config.read_token_ids(
+def tokenise_texts(config: CalibrationConfig, checkpoint: Checkpoint) -> tuple[list[list[int]], list[str]]:
+    """Returns the token ids of the texts to calibrate on, and the name of each text's source."""
+    kept, sources = config.read_token_ids(
         checkpoint,
         config.seed,
         config.num_samples,
@@ -263,19 +268,32 @@ def tokenise_texts(config: CalibrationConfig, checkpoint: Checkpoint) -> list[li
     )
     if len(kept) < config.num_samples:
         print(f"{len(kept)} texts are used of the {config.num_samples} wanted: there are no more that fit", flush=True)
-    return kept
+    return kept, sources
 
 
-def fingerprint(config: CalibrationConfig, checkpoint: Checkpoint, texts: list[list[int]]) -> Fingerprint:
-    """Returns everything that the matrices depend on, by the name that a user knows it by."""
+def blocks_by_source(texts: Sequence[Sequence[int]], sources: Sequence[str]) -> list[Texts]:
+    """Returns the texts in blocks of a group and a source each. Where there are too many sources, all count as one."""
+    count = len(set(sources))
+    groups = groups_per_source(max(1, count))
+    if not groups:
+        print(f"{count} sources are too many to say how well each is served", flush=True)
+        return text_blocks(texts, groups=GROUPS)
+    return text_blocks(texts, groups=groups, sources=sources)
+
+
+def fingerprint(
+    config: CalibrationConfig, checkpoint: Checkpoint, texts: list[list[int]], sources: list[str]
+) -> Fingerprint:
+    """Returns everything that the results depend on, by the name that a user knows it by."""
     method = METHODS[config.method]
+    seen = (texts, sources) if len(set(sources)) > 1 else texts
     return {
         "model": config.model,
         "weights": checkpoint.fingerprint if method.needs_weights else None,
         "method": config.method,
         "kernel": config.kernel if method.has_kernel else None,
         "seed": None if method.needs_weights else config.seed,
-        "texts": hashlib.sha256(repr(texts).encode()).hexdigest(),
+        "texts": hashlib.sha256(repr(seen).encode()).hexdigest(),
         "sensitivity_samples": config.sensitivity_texts,
         "versions": versions("sere-dist", "torch", "transformers"),
     }
@@ -461,6 +479,16 @@ def check_coverage(result: LayerResult, config: CalibrationConfig, num_texts: in
         )
     for line in warnings:
         write_line(line)
+
+
+def report_sources(results: dict[int, LayerResult], config: CalibrationConfig) -> None:
+    """Prints how well each source of the texts is served, if there are several, and which are served badly."""
+    served = services(row for layer in sorted(results) for row in results[layer].sources)
+    if not served:
+        return
+    console.tables().print(source_table(served))
+    for line in source_warnings(served, config.min_substitute_kept):
+        print(line, flush=True)
 
 
 def write_line(line: str) -> None:

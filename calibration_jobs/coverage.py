@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from math import ceil
 
 from sere_dist.artifact.layer import LayerStatistics
+from sere_dist.artifact.sources import Service
 from sere_dist.calibration.layers import LayerResult
 
 NAMED = 8  # experts that a warning names
@@ -37,6 +38,24 @@ def coverage_warnings(result: LayerResult, num_texts: int, min_tokens: int, min_
             "ones (--max-length)"
         )
     return warnings
+
+
+def source_warnings(served: Iterable[Service], min_kept: float) -> list[str]:
+    """Returns which sources of a mixture would be served better by an artifact of their own.
+
+    Args:
+        served: how well each source is served.
+        min_kept: the least that the choice of all sources should keep, of what the source's own choice keeps.
+    """
+    return [
+        f"{each.source}: substitutes chosen on all sources keep {each.substitute_kept:.0%} of what the best are worth "
+        f"there, those chosen on its own texts {each.own_kept:.0%}; give it more weight (--mixture), or serve such "
+        "requests with an artifact of their own"
+        for each in served
+        if each.substitute_kept is not None
+        and each.own_kept is not None
+        and each.substitute_kept < min_kept * each.own_kept
+    ]
 
 
 def certainty_line(layers: Iterable[LayerStatistics]) -> str | None:

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from calibration_jobs.lock import Lock
 from calibration_jobs.resume import Fingerprint, check_same_job
 from sere_dist.artifact.layer import LayerStatistics
+from sere_dist.artifact.sources import SourceStatistics
 from sere_dist.calibration.layers import LayerResult
 from sere_dist.calibration.sensitivity import Sensitivities, Sensitivity
 from sere_dist.files import written_whole
@@ -77,6 +78,7 @@ class FinishedLayers:
             "statistics": result.statistics.model_dump_json(),
             "block_tokens": str(result.block_tokens),
             "halved": str(result.halved),
+            "sources": json.dumps([row.model_dump() for row in result.sources]),
         }
         with written_whole(self.path / LAYER_FILES.replace("*", f"{result.statistics.layer:04}")) as file:
             file.write_bytes(save(tensors, metadata))
@@ -127,6 +129,7 @@ def read_layer(path: Path) -> LayerResult:
         size_E=tensors.get("size"),
         coactivation_EE=tensors.get("coactivation"),
         tokens_E=tensors.get(TOKENS),
+        sources=[SourceStatistics.model_validate(row) for row in json.loads(metadata["sources"])],
         block_tokens=int(metadata["block_tokens"]),
         halved=int(metadata["halved"]),
     )

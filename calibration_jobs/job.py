@@ -106,6 +106,17 @@ class JobConfig(BaseModel):
         return self.mixture or [own]
 
     @property
+    def source_names(self) -> list[str]:
+        """What to call each source: its dataset, and what tells it from another source of the same dataset."""
+        datasets = [source.dataset for source in self.sources]
+        return [
+            source.dataset
+            if datasets.count(source.dataset) == 1
+            else " ".join(filter(None, (source.dataset, source.subset, source.split, source.column)))
+            for source in self.sources
+        ]
+
+    @property
     def dataset_name(self) -> str:
         """What an artifact says of its texts."""
         if not self.mixture:
@@ -144,8 +155,8 @@ class JobConfig(BaseModel):
         min_length: int | None = None,
         max_tokens: int | None = None,
         distinct: bool = False,
-    ) -> list[list[int]]:
-        """Returns the token ids of the texts; see `sere_dist.calibration.texts`.
+    ) -> tuple[list[list[int]], list[str]]:
+        """Returns the token ids of the texts, and the name of each text's source; see `sere_dist.calibration.texts`.
 
         Each dataset of a mixture gives its share of `num_samples`, and of `max_tokens`. Texts of all datasets
         alternate, two at a time, so that batches have all of them, and so has every second text.
@@ -157,7 +168,7 @@ class JobConfig(BaseModel):
         weights, placed = [source.weight for source in self.sources], []
         counts = in_shares(num_samples, weights)
         budgets = in_shares(max_tokens, weights) if max_tokens else [None] * len(counts)
-        for source, count, budget in zip(self.sources, counts, budgets, strict=True):
+        for source, name, count, budget in zip(self.sources, self.source_names, counts, budgets, strict=True):
             if not count:
                 raise ValueError(f"--num-samples {num_samples} leaves no text for {source.dataset}; take more")
             where = source.model_dump(exclude={"weight"})
@@ -170,8 +181,9 @@ class JobConfig(BaseModel):
                 max_tokens=budget,
                 distinct=distinct,
             )
-            placed += [((place // 2 + 0.5) / len(ids), of_text) for place, of_text in enumerate(ids)]
-        return [of_text for _, of_text in sorted(placed, key=lambda pair: pair[0])]
+            placed += [((place // 2 + 0.5) / len(ids), of_text, name) for place, of_text in enumerate(ids)]
+        placed.sort(key=lambda each: each[0])
+        return [of_text for _, of_text, _ in placed], [name for _, _, name in placed]
 
 
 def in_shares(number: int, weights: Sequence[float]) -> list[int]:

@@ -1,11 +1,13 @@
 """What the jobs print for people: their plans, and what a tuning found."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from rich import box
 from rich.table import Table
 
 from sere_dist.artifact.recommendation import Outcome, Recommendation
+from sere_dist.artifact.sources import Service
 from sere_dist.calibration.plan import H200, Plan
 from sere_dist.evaluation.plan import TuningPlan
 from sere_dist.evaluation.tuning import Budget
@@ -96,6 +98,14 @@ def size(count: float) -> str:
 
 def flops(count: float) -> str:
     return f"{count / 1e12:,.1f} TFLOP" if count < 1e15 else f"{count / 1e15:,.1f} PFLOP"
+
+
+def source_table(served: Sequence[Service]) -> Table:
+    """Returns how well each source of a calibration's texts is served."""
+    table = _open_table(*Service.HEADINGS, title="what substitutes are worth to each source of the texts")
+    for service in served:
+        table.add_row(*service.cells())
+    return table
 
 
 def tuning_tables(recommended: Recommendation, budget: Budget) -> list[Table]:

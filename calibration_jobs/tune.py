@@ -196,7 +196,7 @@ def plan_of(config: TuningConfig, checkpoint: Checkpoint, artifact: Artifact, dt
 def split_texts(config: TuningConfig, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     """Returns token ids [N, L] of the texts to tune on, and of others to report on."""
     wanted = 2 * config.num_samples
-    ids = config.read_token_ids(checkpoint, config.seed, wanted, config.length, distinct=True)
+    ids, _ = config.read_token_ids(checkpoint, config.seed, wanted, config.length, distinct=True)
     if len(ids) < wanted:
         raise ValueError(
             f"{wanted} different texts of {config.length} tokens are needed, {config.num_samples} to tune on and as "

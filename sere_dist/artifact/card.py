@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from sere_dist.artifact.layer import MIN_TOKENS_PER_EXPERT, Layer, LayerStatistics
 from sere_dist.artifact.recommendation import Outcome, Recommendation
 from sere_dist.artifact.schema import ArtifactConfig
+from sere_dist.artifact.sources import Service, services
 from sere_dist.files import HUB, is_repository
 
 NAME = f"{HUB}ORG/NAME"  # the artifact does not know where it will be
@@ -48,6 +49,14 @@ def card(config: ArtifactConfig, layers: Collection[Layer], recommended: Recomme
             "token against the model as it is. Errors are standard errors over texts. S is the number of experts that "
             "every token keeps, the same in all layers.",
             _table(("setting", *Outcome.HEADINGS), rows),
+        ]
+    if served := services(row for layer in layers for row in layer.sources):
+        parts += [
+            "## Sources",
+            "What the substitutes are worth to each source of the texts, the mean over layers: 100% is as good as the "
+            "best, and 0% is as good as others at random. Where a choice by the source's own texts keeps much more, an "
+            "artifact of its own serves it better.",
+            _table(Service.HEADINGS, [service.cells() for service in served]),
         ]
     parts += [
         "## Limits",

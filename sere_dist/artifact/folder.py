@@ -1,8 +1,9 @@
 """The artifact of a calibration: expert similarities of one model, in a folder of its own.
 
 Keep it apart from the model's weights: vLLM loads every safetensors file that it finds beside them. The files are
-`sere_config.json`, `similarity.safetensors`, `layers.csv` and `experts.csv` (what was seen), `README.md` (a model
-card), `calibration.yaml` (the job's resolved settings) and, once tuned, `recommended.json`. Nothing is pickled.
+`sere_config.json`, `similarity.safetensors`, `layers.csv` and `experts.csv` (what was seen), `sources.csv` (how well
+each source of the texts is served, if there were several), `README.md` (a model card), `calibration.yaml` (the job's
+resolved settings) and, once tuned, `recommended.json`. Nothing is pickled.
 """
 
 import csv
@@ -10,13 +11,14 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -32,16 +34,20 @@ from sere_dist.artifact.schema import (
     LAYERS_FILE,
     RECOMMENDATION_FILE,
     SETTINGS_FILE,
+    SOURCES_FILE,
     TENSORS_FILE,
     ArtifactConfig,
     ArtifactError,
 )
+from sere_dist.artifact.sources import SourceStatistics
 from sere_dist.config import RECOMMENDED, ReroutingConfig
 from sere_dist.files import written_whole
 from sere_dist.method.records import LayerTables
 from sere_dist.moe import MoeShape
 
 logger = logging.getLogger(__name__)
+
+Row = TypeVar("Row", bound=BaseModel)
 
 _EXPERTS_HEADER = ["layer", "expert", "tokens"]
 
@@ -167,7 +173,8 @@ class Artifact:
         rows = [layer.statistics for layer in self.layers.values()]
         tokens = {index: layer.tokens_E.tolist() for index, layer in self.layers.items() if layer.tokens_E is not None}
         _check_tensors(path, config, tensors)
-        _check_layers(path, config, rows, tokens)
+        sources = [row for layer in self.layers.values() for row in layer.sources]
+        _check_layers(path, config, rows, tokens, sources)
         if self.recommended is not None:
             _check_recommended(path, config, self.recommended)
 
@@ -180,10 +187,9 @@ class Artifact:
             (written / CARD_FILE).write_text(card(config, self.layers.values(), self.recommended))
             if self.recommended is not None:
                 (written / RECOMMENDATION_FILE).write_text(self.recommended.model_dump_json(indent=1) + "\n")
-            with (written / LAYERS_FILE).open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(LayerStatistics.model_fields))
-                writer.writeheader()
-                writer.writerows(row.model_dump() for row in rows)
+            _write_rows(written / LAYERS_FILE, rows)
+            if sources:
+                _write_rows(written / SOURCES_FILE, sources)
             if tokens:
                 with (written / EXPERTS_FILE).open("w", newline="") as file:
                     table = csv.writer(file)
@@ -205,9 +211,9 @@ class Artifact:
             config = ArtifactConfig.model_validate_json((path / CONFIG_FILE).read_bytes())
             payload = (path / TENSORS_FILE).read_bytes()
             settings = yaml.safe_load((path / SETTINGS_FILE).read_text())
-            with (path / LAYERS_FILE).open(newline="") as file:
-                rows = ({name: value or None for name, value in row.items()} for row in csv.DictReader(file))
-                statistics = [LayerStatistics.model_validate(row) for row in rows]
+            statistics = _read_rows(path / LAYERS_FILE, LayerStatistics)
+            has_sources = (path / SOURCES_FILE).exists()
+            sources = _read_rows(path / SOURCES_FILE, SourceStatistics) if has_sources else []
             tokens = _read_tokens(path / EXPERTS_FILE)
             tuned = path / RECOMMENDATION_FILE
             recommended = Recommendation.model_validate_json(tuned.read_bytes()) if tuned.exists() else None
@@ -228,7 +234,7 @@ class Artifact:
         except SafetensorError as error:
             raise ArtifactError(f"{path / TENSORS_FILE}: {error}") from error
         _check_tensors(path, config, tensors)
-        _check_layers(path, config, statistics, tokens)
+        _check_layers(path, config, statistics, tokens, sources)
         if recommended is not None:
             _check_recommended(path, config, recommended)
         layers = {
@@ -236,6 +242,7 @@ class Artifact:
                 {name: tensors[f"layers.{row.layer}.{name}"] for name in config.tensor_kinds},
                 statistics=row,
                 tokens_E=torch.tensor(tokens[row.layer]) if tokens else None,
+                sources=[each for each in sources if each.layer == row.layer],
             )
             for row in statistics
         }
@@ -318,7 +325,11 @@ def _check_tensors(path: Path, config: ArtifactConfig, tensors: dict[str, torch.
 
 
 def _check_layers(
-    path: Path, config: ArtifactConfig, rows: list[LayerStatistics], tokens: dict[int, list[int]]
+    path: Path,
+    config: ArtifactConfig,
+    rows: list[LayerStatistics],
+    tokens: dict[int, list[int]],
+    sources: list[SourceStatistics],
 ) -> None:
     expected = sorted(config.layer_names)
     if [row.layer for row in rows] != expected:
@@ -327,6 +338,12 @@ def _check_layers(
         )
     if tokens and (sorted(tokens) != expected or any(len(each) != config.num_experts for each in tokens.values())):
         raise ArtifactError(f"{path}: {EXPERTS_FILE} does not have a row for each of num_experts in layer_names")
+    of_layers = {layer: [row.source for row in sources if row.layer == layer] for layer in expected}
+    if sources and (
+        len(sources) != sum(map(len, of_layers.values()))
+        or any(each != of_layers[expected[0]] or len(set(each)) < len(each) for each in of_layers.values())
+    ):
+        raise ArtifactError(f"{path}: {SOURCES_FILE} does not have one row for each source in layer_names")
 
 
 def _check_recommended(path: Path, config: ArtifactConfig, recommended: Recommendation) -> None:
@@ -343,6 +360,19 @@ def _check_recommended(path: Path, config: ArtifactConfig, recommended: Recommen
     most = config.num_experts_per_token
     if wrong := [layer for layer, setting in recommended.layers.items() if setting.select_top_k > most]:
         raise ArtifactError(f"{path / RECOMMENDATION_FILE}: select_top_k of layers {wrong} is more than {most}")
+
+
+def _write_rows(path: Path, rows: Sequence[BaseModel]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(type(rows[0]).model_fields))
+        writer.writeheader()
+        writer.writerows(row.model_dump() for row in rows)
+
+
+def _read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    with path.open(newline="") as file:
+        rows = ({name: value or None for name, value in row.items()} for row in csv.DictReader(file))
+        return [kind.model_validate(row) for row in rows]
 
 
 def _read_tokens(path: Path) -> dict[int, list[int]]:

@@ -1,11 +1,13 @@
 """What a calibration found out about one MoE layer. Shape suffix: E experts of the layer."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
 from pydantic import BaseModel
 
+from sere_dist.artifact.sources import SourceStatistics
 from sere_dist.method.certainty import Certainty
 from sere_dist.method.records import LayerTables
 
@@ -97,6 +99,7 @@ class Layer:
         coactivation_EE: float32 [E, E]: products of the router weights that a token gave two experts, summed over
             tokens. None for a method without data, and in artifacts of older versions.
         tokens_E: int64 [E]: tokens routed to each expert. None for a method without data.
+        sources: how well it serves each source of the texts. Empty where there was one, or that was not measured.
     """
 
     similarity_EE: torch.Tensor
@@ -105,6 +108,7 @@ class Layer:
     size_E: torch.Tensor | None = None
     coactivation_EE: torch.Tensor | None = None
     tokens_E: torch.Tensor | None = None
+    sources: list[SourceStatistics] = field(default_factory=list)
 
     @property
     def tables(self) -> LayerTables:
@@ -127,7 +131,7 @@ class Layer:
             return table[order_E] if table.dim() == 1 else table[order_E][:, order_E]
 
         fields = (*TENSORS.values(), "tokens_E")
-        return replace(self, **{field: permuted(getattr(self, field)) for field in fields})
+        return replace(self, **{name: permuted(getattr(self, name)) for name in fields})
 
 
 TENSORS = {
@@ -139,7 +143,10 @@ TENSORS = {
 
 
 def layer_of(
-    tensors: dict[str, torch.Tensor], statistics: LayerStatistics, tokens_E: torch.Tensor | None = None
+    tensors: dict[str, torch.Tensor],
+    statistics: LayerStatistics,
+    tokens_E: torch.Tensor | None = None,
+    sources: Sequence[SourceStatistics] = (),
 ) -> Layer:
     """Returns a layer of the tensors that `Layer.tensors` returned, and of what is kept beside them."""
     return Layer(
@@ -149,4 +156,5 @@ def layer_of(
         size_E=tensors.get("size"),
         coactivation_EE=tensors.get("coactivation"),
         tokens_E=tokens_E,
+        sources=list(sources),
     )

@@ -9,9 +9,19 @@ SCHEMA_VERSION = 2  # 1 knew no sensitivities
 
 CONFIG_FILE, TENSORS_FILE, LAYERS_FILE = "sere_config.json", "similarity.safetensors", "layers.csv"
 EXPERTS_FILE = "experts.csv"  # tokens routed to each expert; absent where no token was looked at
+SOURCES_FILE = "sources.csv"  # how well each source of the texts is served; absent where there was one
 CARD_FILE, SETTINGS_FILE = "README.md", "calibration.yaml"
 RECOMMENDATION_FILE = "recommended.json"  # absent until `calibration_jobs.tune` has found one
-FILES = (CONFIG_FILE, TENSORS_FILE, LAYERS_FILE, EXPERTS_FILE, CARD_FILE, SETTINGS_FILE, RECOMMENDATION_FILE)
+FILES = (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    LAYERS_FILE,
+    EXPERTS_FILE,
+    SOURCES_FILE,
+    CARD_FILE,
+    SETTINGS_FILE,
+    RECOMMENDATION_FILE,
+)
 
 
 class ArtifactError(ValueError):

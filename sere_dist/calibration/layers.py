@@ -6,7 +6,7 @@ the longest text, N tokens (padding left out), H hidden size, K experts per toke
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sere_dist.artifact.layer import Layer, LayerStatistics
+from sere_dist.artifact.sources import SourceStatistics
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.memory import is_out_of_memory, with_halving
 from sere_dist.method.blocks import BLOCK_BYTES
@@ -26,6 +27,7 @@ from sere_dist.method.similarity import (
     METHODS,
     SIMILARITY_OF_GROUPS,
     MethodName,
+    OfGroups,
     Projection,
     expert_similarity,
     projection_of_groups,
@@ -33,6 +35,7 @@ from sere_dist.method.similarity import (
     tokens_a_block,
     weight_similarity,
 )
+from sere_dist.method.sources import fits_of_sources, of_all_sources
 from sere_dist.moe import RoutedExperts, Routing, decoder_layers, expert_outputs, hooked_experts, routed_experts
 
 TOKENS_A_FORWARD = 4096
@@ -45,6 +48,7 @@ class Texts(NamedTuple):
     ids_BL: np.ndarray
     lengths_B: np.ndarray
     group: int = 0  # of texts: see `certainty`
+    source: str = ""  # of the texts: see `sources`
 
     @property
     def is_token_BL(self) -> np.ndarray:
@@ -58,6 +62,7 @@ class ExpertInputs(NamedTuple):
     top_k_index_NK: np.ndarray
     top_k_weights_NK: np.ndarray
     group: int = 0  # that the texts belong to
+    source: str = ""
 
 
 @dataclass
@@ -73,24 +78,34 @@ class LayerResult(Layer):
     halved: int = 0
 
 
-def text_blocks(texts: Sequence[Sequence[int]], tokens_a_block: int = TOKENS_A_FORWARD, groups: int = 1) -> list[Texts]:
+def text_blocks(
+    texts: Sequence[Sequence[int]],
+    tokens_a_block: int = TOKENS_A_FORWARD,
+    groups: int = 1,
+    sources: Sequence[str] | None = None,
+) -> list[Texts]:
     """Pads the token ids of texts, the longest first, into blocks of about `tokens_a_block` tokens.
 
-    A block holds texts of one group. Groups are runs of texts in the order given, of about equal numbers of texts.
-    Their number is even, so that they make halves: `groups`, or what there are texts for.
+    A block holds texts of one group and of one source. Groups are runs of each source's texts in the order given, of
+    about equal numbers of texts. Their number is even, so that they make halves: `groups`, or what the source with the
+    most texts has texts for. Without `sources` all texts are of one.
     """
-    count = max(1, min(groups, len(texts)) // 2 * 2)
-    edges = [len(texts) * group // count for group in range(count + 1)]
+    by_source: dict[str, list[Sequence[int]]] = {}
+    for text, source in zip(texts, sources or [""] * len(texts), strict=True):
+        by_source.setdefault(source, []).append(text)
+    count = max(1, min(groups, max(map(len, by_source.values()), default=0)) // 2 * 2)
     blocks = []
-    for group, (start, stop) in enumerate(pairwise(edges)):
-        left = sorted(texts[start:stop], key=len, reverse=True)
-        while left:
-            taken = left[: max(1, tokens_a_block // len(left[0]))]
-            ids_BL = np.zeros((len(taken), len(taken[0])), dtype=np.int64)
-            for row, text in zip(ids_BL, taken, strict=True):
-                row[: len(text)] = text
-            blocks.append(Texts(ids_BL, np.array([len(text) for text in taken]), group))
-            left = left[len(taken) :]
+    for group in range(count):
+        for source, of_source in by_source.items():
+            start, stop = (len(of_source) * edge // count for edge in (group, group + 1))
+            left = sorted(of_source[start:stop], key=len, reverse=True)
+            while left:
+                taken = left[: max(1, tokens_a_block // len(left[0]))]
+                ids_BL = np.zeros((len(taken), len(taken[0])), dtype=np.int64)
+                for row, text in zip(ids_BL, taken, strict=True):
+                    row[: len(text)] = text
+                blocks.append(Texts(ids_BL, np.array([len(text) for text in taken]), group, source))
+                left = left[len(taken) :]
     return blocks
 
 
@@ -129,7 +144,8 @@ def run_layer(
                 if routing:
                     is_token_N = torch.from_numpy(block.is_token_BL[part].flatten())
                     inputs.append([tensor.cpu()[is_token_N] for tensor in routing])
-            return torch.cat(outputs).numpy(), ExpertInputs(*_joined(inputs), block.group) if inputs else None
+            reached = ExpertInputs(*_joined(inputs), block.group, block.source) if inputs else None
+            return torch.cat(outputs).numpy(), reached
 
         result, texts_at_last = with_halving(texts, forward, f"the forward pass through layer {layer}")
         if texts_at_last < texts:
@@ -337,33 +353,41 @@ def score_layer(
             lambda _: checkpoint.load(model, lambda parameter: parameter.startswith(f"{name}."), device),
             f"loading the experts of layer {layer}",
         )
-    tokens_E, coactivation_EE, projection, certainty, halved = None, None, None, None, 0
+    tokens_E, coactivation_EE, projection, certainty, sources, halved = None, None, None, None, [], 0
     if method == "random":
         similarity_EE, block_tokens = random_similarity(experts.num_experts, seed + layer), 0
     elif method == "weights":
         similarity_EE, block_tokens = weight_similarity(experts.parameters()), 0
     else:
         inputs = sorted(inputs, key=lambda block: block.group)
-        outputs, groups = ExpertOutputs(experts, inputs, device), token_groups(inputs)
+        outputs, tokens_of = ExpertOutputs(experts, inputs, device), token_groups(inputs)
+        members, groups = list(tokens_of), list(tokens_of.values())  # a member is a group of texts and a source
         num_experts, num_tokens, hidden_size = outputs.shape
         default_block = tokens_a_block(num_experts, hidden_size, METHODS[method], BLOCK_BYTES_ON[device])
         first_block = min(num_tokens, block_tokens or default_block)
 
-        def score(block: int) -> tuple[torch.Tensor, Projection | None, Certainty | None]:
+        def score(block: int) -> tuple[torch.Tensor, Projection | None, Certainty | None, list[SourceStatistics]]:
+            whole = None
             if method == "projection":
                 projected = projection_of_groups(outputs, RoutingWeights(inputs, num_experts, device), groups, block)
                 whole = projected(range(len(groups)))
-                return (
-                    whole.similarity_EE,
-                    whole,
-                    certainty_of(lambda chosen: projected(chosen).similarity_EE, len(groups)),
-                )
-            if method in SIMILARITY_OF_GROUPS:
-                similarity_of = SIMILARITY_OF_GROUPS[method](outputs, groups, block)
-                return similarity_of(range(len(groups))), None, certainty_of(similarity_of, len(groups))
-            return expert_similarity(outputs, method, kernel, block), None, None
 
-        (similarity_EE, projection, certainty), block_tokens = with_halving(
+                def similarity_of(chosen: Sequence[int]) -> torch.Tensor:
+                    return projected(chosen).similarity_EE
+
+            elif method in SIMILARITY_OF_GROUPS:
+                similarity_of = SIMILARITY_OF_GROUPS[method](outputs, groups, block)
+            else:
+                return expert_similarity(outputs, method, kernel, block), None, None, []
+            similarity_EE = similarity_of(range(len(groups))) if whole is None else whole.similarity_EE
+            return (
+                similarity_EE,
+                whole,
+                certainty_of(*of_all_sources(similarity_of, members)),
+                source_statistics(layer, similarity_of, tokens_of),
+            )
+
+        (similarity_EE, projection, certainty, sources), block_tokens = with_halving(
             first_block, score, f"scoring layer {layer}"
         )
         halved = (first_block // block_tokens).bit_length() - 1
@@ -388,16 +412,39 @@ def score_layer(
         None if projection is None else projection.size_E.cpu(),
         coactivation_EE,
         tokens_E,
+        sources,
         block_tokens,
         halved,
     )
 
 
-def token_groups(inputs: Sequence[ExpertInputs]) -> list[slice]:
-    """Returns the tokens of each group of texts, where the blocks of a group follow one another."""
+def token_groups(inputs: Sequence[ExpertInputs]) -> dict[tuple[int, str], slice]:
+    """Returns the tokens of each group of texts and source, where the blocks of these follow one another."""
     ends = accumulate(len(block.hidden_states_NH) for block in inputs)
-    last = {block.group: end for block, end in zip(inputs, ends, strict=True)}
-    return [slice(start, stop) for start, stop in pairwise([0, *last.values()])]
+    last = {(block.group, block.source): end for block, end in zip(inputs, ends, strict=True)}
+    return dict(zip(last, (slice(*edges) for edges in pairwise([0, *last.values()])), strict=True))
+
+
+def source_statistics(
+    layer: int, similarity_of: OfGroups, tokens_of: Mapping[tuple[int, str], slice]
+) -> list[SourceStatistics]:
+    """Returns how well a layer's substitutes serve each source of the texts; nothing where there is one.
+
+    Args:
+        layer: its index.
+        similarity_of: gives the similarities by some groups of texts and sources, named by their places.
+        tokens_of: their tokens.
+    """
+    tokens: dict[str, int] = {}
+    for (_, source), these in tokens_of.items():
+        tokens[source] = tokens.get(source, 0) + these.stop - these.start
+    if len(tokens) == 1:
+        return []
+    fits = fits_of_sources(similarity_of, list(tokens_of))
+    return [
+        SourceStatistics(layer=layer, source=source, tokens=count, **(fit._asdict() if (fit := fits[source]) else {}))
+        for source, count in tokens.items()
+    ]
 
 
 def coactivation(inputs: Sequence[ExpertInputs], num_experts: int) -> torch.Tensor:

@@ -39,6 +39,7 @@ def inspect(path: ArtifactArgument) -> None:
     from sere_dist.artifact.folder import Artifact
     from sere_dist.artifact.layer import LayerStatistics
     from sere_dist.artifact.schema import ArtifactError
+    from sere_dist.artifact.sources import Service, services
 
     try:
         artifact = Artifact.load(path)
@@ -62,6 +63,11 @@ def inspect(path: ArtifactArgument) -> None:
     console = Console()
     console.print(facts)
     console.print(layers)
+    if served := services(row for layer in artifact.layers.values() for row in layer.sources):
+        sources = Table(*Service.HEADINGS, box=box.SIMPLE, padding=0)
+        for service in served:
+            sources.add_row(*service.cells())
+        console.print(sources)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.layer import MIN_TOKENS_PER_EXPERT, Layer, LayerStatistics
 from sere_dist.artifact.recommendation import Recommendation
+from sere_dist.artifact.sources import Service, services
 from sere_dist.evaluation.figures import ACTIVE_EXPERTS, BLUE, GREY, KL_DIVERGENCE, PALE_RED, RED, draw_recommendation
 from sere_dist.files import written_whole
 from sere_dist.method.similarity import method_named
@@ -136,6 +137,8 @@ def _page(artifact: Artifact, min_tokens: int) -> str:
         has_tokens=_has_tokens(artifact),
         has_sensitivities=_has_sensitivities(artifact),
         has_size=artifact.is_projection,
+        source_headings=Service.HEADINGS,
+        served=services(row for layer in layers for row in layer.sources),
         recommended=artifact.recommended,
         trade_off=_draw_trade_off(artifact.recommended) if artifact.recommended else None,
     )
@@ -167,6 +170,7 @@ def _section(layer: Layer, min_tokens: int, scale: tuple[float, float], directed
     order = clustered_order(layer.similarity_EE)
     return {
         "row": layer.statistics,
+        "sources": layer.sources,
         "order": order,
         "picture": _draw_layer(layer.similarity_EE, order, strips, scale, directed),
         "pairs": similar_pairs(layer.similarity_EE, ROWS, directed),

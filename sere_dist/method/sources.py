@@ -43,6 +43,17 @@ def groups_per_source(num_sources: int) -> int:
     return min(GROUPS, MOST_GROUPS // num_sources // 2 * 2)
 
 
+def of_all_sources(similarity_of: OfGroups, members: Sequence[tuple[int, str]]) -> tuple[OfGroups, int]:
+    """Returns the similarities as a function of groups, each with its texts of all sources, and how many groups there
+    are; see `fits_of_sources`.
+    """
+
+    def of(chosen: Sequence[int]) -> torch.Tensor:
+        return similarity_of([place for place, (group, _) in enumerate(members) if group in chosen])
+
+    return of, len({group for group, _ in members})
+
+
 def fits_of_sources(similarity_of: OfGroups, members: Sequence[tuple[int, str]]) -> dict[str, SourceFit | None]:
     """Returns how well a layer's substitutes serve each source; None for a source whose texts are all in one group.
 

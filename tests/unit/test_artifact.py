@@ -3,6 +3,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -27,7 +28,8 @@ from sere_dist.artifact.folder import (
     check_output,
 )
 from sere_dist.artifact.recommendation import LayerSetting
-from sere_dist.artifact.schema import ArtifactConfig, ArtifactError
+from sere_dist.artifact.schema import SOURCES_FILE, ArtifactConfig, ArtifactError
+from sere_dist.artifact.sources import SourceStatistics
 from sere_dist.cli.commands import app
 from sere_dist.config import ReroutingConfig
 from sere_dist.method.certainty import Certainty
@@ -136,6 +138,52 @@ def test_wrong_tokens_of_experts(projection, old, new, message):
     content = (path / EXPERTS_FILE).read_bytes()
     assert old.encode() in content
     (path / EXPERTS_FILE).write_bytes(content.replace(old.encode(), new.encode()))
+    with pytest.raises(ArtifactError, match=message):
+        Artifact.load(path)
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """An artifact of two sources; of one of them there were too few texts."""
+    artifact = small_artifact()
+    for index, layer in artifact.layers.items():
+        fit = {"substitute_kept": 0.64, "own_kept": 0.875, "same_substitute": 0.25 + index / 2}
+        layer.sources = [
+            SourceStatistics(layer=index, source='chats, "old"', tokens=1234, **fit),
+            SourceStatistics(layer=index, source="code", tokens=5),
+        ]
+    artifact.save(tmp_path / "mixed")
+    return tmp_path / "mixed", artifact
+
+
+def test_how_well_sources_are_served(mixed):
+    path, artifact = mixed
+    loaded = Artifact.load(path)
+    assert [layer.sources for layer in loaded.layers.values()] == [layer.sources for layer in artifact.layers.values()]
+    row = '| chats, "old" | 1,234 | 64% | 88% | 50% | 0: 64% (88%) |'
+    assert row in (path / "README.md").read_text()
+    shown = CliRunner().invoke(app, ["inspect", str(path)], terminal_width=200).output
+    assert re.search(r'chats, "old" +1,234 +64% +88% +50% +0: 64% \(88%\)', shown)
+    (path / SOURCES_FILE).unlink()  # as in an artifact of one source, or of an older version
+    assert all(layer.sources == [] for layer in Artifact.load(path).layers.values())
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("1,code,5,,,\r\n", "", "does not have one row for each source"),
+        ("1,code,5", "7,code,5", "does not have one row for each source"),
+        ("1,code,5,,,", "1,code,5,,,\r\n1,code,5,,,", "does not have one row for each source"),
+        ("1,code,5", "1,code,-5", "tokens"),
+        ("0.64", "nan", "substitute_kept"),
+        ("layer,source", "layer,name", "source"),
+    ],
+)
+def test_wrong_sources(mixed, old, new, message):
+    path, _ = mixed
+    content = (path / SOURCES_FILE).read_bytes()
+    assert old.encode() in content
+    (path / SOURCES_FILE).write_bytes(content.replace(old.encode(), new.encode()))
     with pytest.raises(ArtifactError, match=message):
         Artifact.load(path)
 
@@ -313,7 +361,11 @@ json_values = st.recursive(
 )
 fields = st.sampled_from((*ArtifactConfig.model_fields, "unknown"))
 a_file = st.one_of(
-    st.tuples(st.sampled_from((CONFIG_FILE, SETTINGS_FILE, LAYERS_FILE, EXPERTS_FILE, TENSORS_FILE)), st.binary()),
+    st.tuples(
+        st.sampled_from((CONFIG_FILE, SETTINGS_FILE, LAYERS_FILE, EXPERTS_FILE, SOURCES_FILE, TENSORS_FILE)),
+        st.binary(),
+    ),
+    st.tuples(st.just(SOURCES_FILE), st.text(alphabet="0123456789.,-layersouctkn\n", max_size=60).map(str.encode)),
     st.tuples(st.just(LAYERS_FILE), st.text(alphabet='0123456789.,-layer\n"', max_size=60).map(str.encode)),
     st.tuples(st.just(EXPERTS_FILE), st.text(alphabet="0123456789,-layerexpto\n", max_size=60).map(str.encode)),
     st.tuples(st.just(SETTINGS_FILE), st.text(alphabet="a: [{&*!-#\n'\"", max_size=20).map(str.encode)),

@@ -23,6 +23,7 @@ from sere_dist.calibration.memory import with_halving
 from sere_dist.calibration.sensitivity import Sensitivity
 from sere_dist.method.certainty import certainty_of
 from sere_dist.method.similarity import expert_projection, expert_similarity, random_similarity, weight_similarity
+from sere_dist.method.sources import fits_of_sources
 from tests.support.commands import invoke
 from tests.support.direct import calibration_texts, direct
 
@@ -119,6 +120,54 @@ def test_groups_are_runs_of_the_texts(count, groups):
     assert [place for each in members for place in each] == list(range(count))
     sizes = [len(each) for each in members]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_groups_have_all_sources():
+    """Each source's texts are parted among the groups, and a block has texts of one source."""
+    sources = (["chats"] * 3 + ["code"]) * 4 + ["tools"]
+    texts = [[place] for place in range(len(sources))]
+    blocks = text_blocks(texts, groups=4, sources=sources)
+    assert [(block.group, block.source) for block in blocks] == [
+        *((group, source) for group in range(4) for source in ("chats", "code")),
+        (3, "tools"),
+    ]
+    members = [block.ids_BL[:, 0].tolist() for block in blocks]
+    assert members[:2] == [[0, 1, 2], [3]] and members[-1] == [16]
+    assert sorted(place for each in members for place in each) == list(range(17))
+    assert {block.group for block in text_blocks(texts[:8], groups=8, sources=sources[:8])} == set(range(6))
+
+
+@pytest.mark.parametrize("method", ["frobenius", "projection"])
+def test_sources_are_compared_in_the_same_pass(model, method):
+    """The example model's first layer, on two sources of texts; the other side computes each group's tokens apart."""
+    texts, sources = ragged(16, (32, 9)), ["long", "short"] * 8
+    outputs_ENH, weights_NE = direct(model, texts)[0]
+    ends = np.cumsum([0, *map(len, texts)])
+    members = [(group, source) for group in range(4) for source in ("long", "short")]
+
+    def by(chosen):
+        those = [members[place] for place in chosen]  # of each group and source, there are two texts
+        places = [4 * group + 2 * i + (source == "short") for group, source in those for i in (0, 1)]
+        tokens = torch.cat([torch.arange(ends[place], ends[place + 1]) for place in places])
+        if method == "projection":
+            return expert_projection(outputs_ENH[:, tokens], weights_NE[tokens]).similarity_EE
+        return expert_similarity(outputs_ENH[:, tokens], method)
+
+    checkpoint = Checkpoint(str(MODEL))
+    layer, inputs = next(expert_inputs(checkpoint, text_blocks(texts, groups=4, sources=sources)))
+    result = score_layer(checkpoint, layer, inputs, method)
+    assert [(row.layer, row.source, row.tokens) for row in result.sources] == [(0, "long", 256), (0, "short", 72)]
+    whole_EE = by(range(8))
+    assert (result.similarity_EE - whole_EE).abs().max() < 1e-4
+    together = score_layer(checkpoint, layer, [block._replace(source="") for block in inputs], method)
+    assert together.sources == [] and together.statistics.similarity_error == pytest.approx(
+        result.statistics.similarity_error, rel=1e-5
+    )
+    if method == "frobenius":  # by projection, some experts are reached in some of the groups alone
+        for row, fit in zip(result.sources, fits_of_sources(by, members).values(), strict=True):
+            found = (row.substitute_kept, row.own_kept, row.same_substitute)
+            assert found == pytest.approx(tuple(fit), abs=0.02)
+            assert 0 < row.substitute_kept < 1 and 0 < row.own_kept < 1
 
 
 def test_an_expert_reached_in_one_group_alone_is_not_sure():

@@ -2,8 +2,9 @@
 
 import torch
 
-from calibration_jobs.coverage import certainty_line, coverage_warnings
+from calibration_jobs.coverage import certainty_line, coverage_warnings, source_warnings
 from sere_dist.artifact.layer import LayerStatistics
+from sere_dist.artifact.sources import SourceStatistics, services
 from sere_dist.calibration.layers import LayerResult
 from sere_dist.method.certainty import Certainty
 
@@ -47,3 +48,22 @@ def test_all_layers_in_a_line():
     line = certainty_line([*rows, layer(None).statistics])
     assert line is not None and "62% to 75% of a layer's experts" in line and "95% to 98%" in line
     assert certainty_line([layer(None).statistics]) is None
+
+
+def of_source(layer: int, name: str, *fit: float) -> SourceStatistics:
+    names = ("substitute_kept", "own_kept", "same_substitute")
+    return SourceStatistics(layer=layer, source=name, tokens=1200, **dict(zip(names, fit, strict=False)))
+
+
+def test_a_source_that_the_others_outweigh():
+    """Chats have noisy texts and lose nothing by it, code differs, and of tools too little is known."""
+    rows = [of_source(3, "chats", 0.7, 0.6, 0.5), of_source(3, "code", 0.5, 0.9, 0.2), of_source(3, "tools")]
+    rows += [of_source(4, "chats", 0.5, 0.6, 0.7), of_source(4, "code", 0.9, 0.7, 0.4), of_source(4, "tools")]
+    chats, code, tools = services(rows)
+    assert chats.cells() == ["chats", "1,200", "60%", "60%", "60%", "4: 50% (60%)"]
+    assert code.cells() == ["code", "1,200", "70%", "80%", "30%", "3: 50% (90%)"]
+    assert tools.cells() == ["tools", "1,200", "-", "-", "-", "-"]
+    (warning,) = source_warnings([chats, code, tools], 0.9)
+    assert warning.startswith("code: substitutes chosen on all sources keep 70% of what the best are worth there")
+    assert "its own texts 80%; give it more weight (--mixture)" in warning
+    assert source_warnings([chats, code, tools], 0.87) == []

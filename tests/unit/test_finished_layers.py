@@ -11,6 +11,7 @@ import torch
 
 from calibration_jobs import lock
 from calibration_jobs.finished_layers import JOB_FILE, LOCK_FILE, SENSITIVITIES_FILE, FinishedLayers
+from sere_dist.artifact.sources import SourceStatistics
 from sere_dist.calibration.layers import LayerResult
 from sere_dist.calibration.sensitivity import Sensitivity
 from tests.support.artifacts import small_artifact
@@ -20,7 +21,11 @@ FINGERPRINT = {"model": "nobody/small-moe", "seed": 1}
 
 def result(layer: int) -> LayerResult:
     made = small_artifact(layers=(layer,)).layers[layer]
-    return LayerResult(similarity_EE=made.similarity_EE, statistics=made.statistics, block_tokens=8, halved=0)
+    sources = [
+        SourceStatistics(layer=layer, source="chats", tokens=9, own_kept=0.5),
+        SourceStatistics(layer=layer, source="code", tokens=1),
+    ]
+    return LayerResult(made.similarity_EE, made.statistics, sources=sources, block_tokens=8, halved=0)
 
 
 @pytest.fixture
@@ -39,8 +44,9 @@ def layers(output, **how) -> list[int]:
 
 def test_finished_layers_are_there_again(output):
     with FinishedLayers(output, FINGERPRINT, restart=False) as finished:
-        again = {each.statistics.layer: each.similarity_EE for each in finished}
-        assert again.keys() == {0, 1, 2} and torch.equal(again[1], result(1).similarity_EE)
+        again = {each.statistics.layer: each for each in finished}
+        assert again.keys() == {0, 1, 2} and torch.equal(again[1].similarity_EE, result(1).similarity_EE)
+        assert again[1].sources == result(1).sources
         assert "layer-0001" not in Path("/proc/self/maps").read_text(), (
             "a network file system could not remove a file that is mapped"
         )

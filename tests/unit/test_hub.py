@@ -252,7 +252,7 @@ def test_a_job_pushes(hub, client, tmp_path):
     config, checkpoint = CalibrationConfig.model_validate(given), Checkpoint(str(MODEL))
     shape = MoeShape.from_config(checkpoint.config)
     artifact = small_artifact(layers=(0, 1), method="random", **vars(shape))
-    artifact.config.calibration_sha256 = digest(fingerprint(config, checkpoint, []))
+    artifact.config.calibration_sha256 = digest(fingerprint(config, checkpoint, [], []))
     artifact.settings = settings_of(config)
     artifact.save(tmp_path / "artifact")
 

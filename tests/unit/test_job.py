@@ -58,17 +58,26 @@ def test_a_mixture_takes_each_datasets_share(tmp_path):
     config = config_of(tmp_path, mixture=str(file))
     assert config.dataset_name == f"{tmp_path}/chat.jsonl (75%), {tmp_path}/code.jsonl (25%)"
     checkpoint, tokenizer = Checkpoint(str(MODEL)), AutoTokenizer.from_pretrained(MODEL)
-    ids = config.read_token_ids(checkpoint, None, 32, 4)
+    ids, sources = config.read_token_ids(checkpoint, None, 32, 4)
+    assert config.source_names == [f"{tmp_path}/chat.jsonl", f"{tmp_path}/code.jsonl"]
     names = [tokenizer.decode(of_text).split()[0] for of_text in ids]
     for part in (names, names[:16], names[16:], names[0::2], names[1::2]):
         assert part.count("chat") == 3 * part.count("code") > 0
-    assert config_of(tmp_path, mixture=mixture).read_token_ids(checkpoint, None, 32, 4) == ids
-    assert len(config.read_token_ids(checkpoint, None, 32, 4, max_tokens=64)) == 16
+    assert config_of(tmp_path, mixture=mixture).read_token_ids(checkpoint, None, 32, 4) == (ids, sources)
+    assert len(config.read_token_ids(checkpoint, None, 32, 4, max_tokens=64)[0]) == 16
+    assert sources == [f"{tmp_path}/{name}.jsonl" for name in names]
+
+
+def test_sources_of_the_same_dataset_have_names_of_their_own(tmp_path):
+    mixture = [{"dataset": "chats", "column": "body"}, {"dataset": "chats", "subset": "new"}, {"dataset": "code"}]
+    assert config_of(tmp_path, mixture=mixture).source_names == ["chats train body", "chats new train text", "code"]
 
 
 def test_one_dataset_keeps_its_order(tmp_path):
     config = config_of(tmp_path, dataset=texts_file(tmp_path, "chat", 9), column="body")
-    ids, tokenizer = config.read_token_ids(Checkpoint(str(MODEL)), None, 9, 4), AutoTokenizer.from_pretrained(MODEL)
+    ids, sources = config.read_token_ids(Checkpoint(str(MODEL)), None, 9, 4)
+    assert set(sources) == {config.dataset}
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
     assert ids == [tokenizer(f"chat {number} and more words")["input_ids"][:4] for number in range(9)]
 
 

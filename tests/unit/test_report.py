@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from sere_dist.artifact.recommendation import LayerSetting
+from sere_dist.artifact.sources import SourceStatistics
 from sere_dist.cli import report
 from sere_dist.cli.report import clustered_order, hardest_to_replace, similar_pairs, write_report
 from sere_dist.method.certainty import Certainty
@@ -154,6 +155,20 @@ def test_how_surely_it_is_known(tmp_path):
     shown = page.text("layer-1")
     for known in ("similarity 0.0123", "either half of the texts 76 %", "kept by half of the texts 98 %"):
         assert known in shown
+
+
+def test_how_well_sources_are_served(tmp_path):
+    artifact = an_artifact()
+    assert "Sources of the texts" not in read(artifact, tmp_path / "one.html").text("summary")
+    for index, layer in artifact.layers.items():
+        fit = {"substitute_kept": 0.64, "own_kept": 0.87, "same_substitute": 0.25 + index / 2}
+        layer.sources = [
+            SourceStatistics(layer=index, source="chats", tokens=1234, **fit),
+            SourceStatistics(layer=index, source="code", tokens=5),
+        ]
+    page = read(artifact, tmp_path / "report.html")
+    assert "chats 1,234 64% 87% 50% 0: 64% (87%) code 5 - - - -" in page.text("summary")
+    assert "chats 64 % 87 % 75 % code - - -" in page.text("layer-1")
 
 
 def test_what_an_error_costs(tmp_path):
