@@ -103,6 +103,7 @@ def flops(count: float) -> str:
 def source_table(served: Sequence[Service]) -> Table:
     """Returns how well each source of a calibration's texts is served."""
     table = _open_table(*Service.HEADINGS, title="what substitutes are worth to each source of the texts")
+    table.columns[0].overflow = "fold"  # a path that is too long goes on in the next line
     for service in served:
         table.add_row(*service.cells())
     return table

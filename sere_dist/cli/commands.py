@@ -65,6 +65,7 @@ def inspect(path: ArtifactArgument) -> None:
     console.print(layers)
     if served := services(row for layer in artifact.layers.values() for row in layer.sources):
         sources = Table(*Service.HEADINGS, box=box.SIMPLE, padding=0)
+        sources.columns[0].overflow = "fold"
         for service in served:
             sources.add_row(*service.cells())
         console.print(sources)

@@ -4,12 +4,16 @@ import re
 import sys
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config
 
 from examples.tiny_moe.data import CALIBRATION, MODEL
 from sere_dist.artifact.folder import Artifact
+from sere_dist.artifact.sources import services
 from sere_dist.calibration.checkpoint import Checkpoint
 from sere_dist.calibration.sensitivity import layer_sensitivities
 from sere_dist.method.similarity import expert_projection, expert_similarity
@@ -90,6 +94,30 @@ def test_projection_from_a_file_and_flags(projection_job, model):
     few = {layer: int((found.tokens_E < 20).sum()) for layer, found in artifact.layers.items()}
     warned = {int(layer): int(count) for layer, count in re.findall(r"layer (\d): (\d+) experts? got fewer", printed)}
     assert warned == {layer: count for layer, count in few.items() if count}
+
+
+@pytest.mark.slow
+def test_a_mixture_says_how_well_each_source_is_served(cluster, tmp_path):
+    """Two kinds of the example texts, of which one has most of the weight."""
+    table, sources = pq.read_table(CALIBRATION), {"manual": 3, "scripture": 1}
+    for kind in sources:
+        pq.write_table(table.filter(pc.equal(table["kind"], kind)), tmp_path / f"{kind}.parquet")
+    mixture = [{"dataset": f"{tmp_path}/{kind}.parquet", "weight": weight} for kind, weight in sources.items()]
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(mixture))
+    options = "--model", str(MODEL), "--mixture", str(tmp_path / "mixture.yaml"), "--output", str(tmp_path / "out")
+    printed = job(cluster, *options, "--num-samples", "32", "--max-length", "16")
+    layers = Artifact.load(tmp_path / "out").layers
+    assert len(layers) == 6
+    served = services(row for layer in layers.values() for row in layer.sources)
+    assert [(each.source, each.tokens) for each in served] == [
+        (f"{tmp_path}/manual.parquet", 24 * 16),
+        (f"{tmp_path}/scripture.parquet", 8 * 16),
+    ]
+    assert all(0 < each.substitute_kept < 1 and 0 < each.own_kept < 1 for each in served)
+    heavy, light = served
+    assert heavy.substitute_kept - heavy.own_kept > light.substitute_kept - light.own_kept
+    for each in served:
+        assert " ".join(each.cells()[1:]) in " ".join(printed.split())
 
 
 @pytest.mark.slow
