@@ -13,19 +13,23 @@ Sizes of method projection decide what an error is thought to cost. Ways to weig
 Similarities and coefficients are the same everywhere. With first-order sensitivities the errors that a policy is
 estimated to make add up to a KL divergence, which the study compares with the measured one.
 
+Then it leaves out each kind of text in turn: the model is calibrated and tuned on the other kinds, and the KL
+divergence that a served model would estimate for the kind left out is compared with the measured one.
+
 Choices are made by this study on the half `choice`. Errors are standard errors over texts, of ratios by pairs. Prints a
 table; writes `studies/results/sensitivity-<example>.json`.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Annotated, Any
 
 import torch
 import typer
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from examples.application import EXAMPLES
 from sere_dist.calibration.checkpoint import Checkpoint
@@ -48,6 +52,7 @@ from sere_dist.evaluation.protocol import (
     PROMPT,
     TEXTS,
     Half,
+    Text,
     calibration_texts,
     decoded,
     held_out_texts,
@@ -67,6 +72,7 @@ KEEPS = (1, 2, 3, 4, 6)
 ALONE, FIRST_ORDER, MEASURED = "each layer alone", "first order", "measured"
 ROUTED, ROUTED_FIRST_ORDER = "routed", "routed, first order"
 PRIOR = 50.0
+SENSITIVITY_SAMPLES = 64  # of the texts of a calibration, those that sensitivities are found on
 
 Sizes = dict[int, torch.Tensor]  # of experts, by decoder layer
 
@@ -136,12 +142,45 @@ def predictions(bench: HeldOut, of_layer: dict[int, LayerTables], nats_per_error
     return rows
 
 
+def unlike(
+    checkpoint: Checkpoint, model: PreTrainedModel, to_calibrate: Sequence[Text], held_out: Mapping[Half, list[Text]]
+) -> list[dict[str, Any]]:
+    """Returns, for each kind of text and price, the KL divergence that is estimated by the other kinds alone, and the
+    measured one, with errors.
+
+    As in a tuning, the factor between estimated errors and nats is the geometric mean over prices, of the other kinds'
+    texts of the half `choice`.
+    """
+    rows = []
+    for kind in sorted({text.kind for text in to_calibrate}):
+        others = [text.ids for text in to_calibrate if text.kind != kind]
+        found = {
+            layer: score_layer(checkpoint, layer, inputs, "projection")
+            for layer, inputs in expert_inputs(checkpoint, text_blocks(others))
+        }
+        weigh_layers(found, layer_sensitivities(checkpoint, others[:SENSITIVITY_SAMPLES]))
+        of_layer = {layer: result.tables for layer, result in found.items()}
+        tuned = decoded(model, [text for text in held_out["choice"] if text.kind != kind])
+        left_out = decoded(model, [text for text in held_out["final"] if text.kind == kind])
+        by_price = []
+        for price in tqdm(PRICES, desc=f"without {kind}"):
+            error_of = Estimating(projection_rerouter(of_layer, Settings(1, expert_price=price)), of_layer)
+            tuned_on = tuned.run(error_of, BATCH)
+            factor, error_of.error = tuned_on.divergence * tuned_on.tokens / error_of.error, 0.0
+            result = left_out.run(error_of, BATCH)
+            by_price.append((price, factor, error_of.error / result.tokens, with_error(result.divergence_of_texts)))
+        nats = geometric_mean(factor for _, factor, _, _ in by_price)
+        for price, _, error, (kl, kl_error) in by_price:
+            row = {"price": price, "estimated": nats * error, "kl": kl, "kl_error": kl_error}
+            rows.append({"kind": kind} | {name: rounded(number) for name, number in row.items()})
+    return rows
+
+
 def main(
     example: Annotated[str, typer.Option(help=f"The model: {' or '.join(EXAMPLES)}.")] = "tiny-moe",
     half: Annotated[Half, typer.Option(help="The half of each kind's held-out texts: final, or choice.")] = "final",
     texts: Annotated[int, typer.Option(help="Held-out texts of all kinds together.")] = TEXTS,
     samples: Annotated[int, typer.Option(help="Texts of the calibration.")] = 400,
-    sensitivity_samples: Annotated[int, typer.Option(help="Of these, texts that sensitivities are found on.")] = 64,
     results: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
 ) -> None:
     own = EXAMPLES[example]
@@ -157,7 +196,7 @@ def main(
     sizes: Sizes = {layer: result.size_E for layer, result in scored.items() if result.size_E is not None}
 
     began = time.perf_counter()
-    estimated = layer_sensitivities(checkpoint, [text.ids for text in to_calibrate[:sensitivity_samples]])
+    estimated = layer_sensitivities(checkpoint, [text.ids for text in to_calibrate[:SENSITIVITY_SAMPLES]])
     seconds = {FIRST_ORDER: rounded(time.perf_counter() - began)}
     mean = weigh_layers(scored, estimated)
     assert mean is not None  # errors of a trained model's layers cost something
@@ -165,7 +204,7 @@ def main(
     first_order = {layer: mean * (row.sensitivity or 0.0) for layer, row in rows_of.items()}
     model = load_model(str(own.model), "cpu")
     began = time.perf_counter()
-    measured = measured_sensitivities(decoded(model, to_calibrate[:sensitivity_samples], 8), alone)
+    measured = measured_sensitivities(decoded(model, to_calibrate[:SENSITIVITY_SAMPLES], 8), alone)
     seconds[MEASURED] = rounded(time.perf_counter() - began)
     print({layer: (rounded(first_order[layer]), rounded(measured[layer])) for layer in measured}, flush=True)
 
@@ -191,6 +230,12 @@ def main(
     predicted = predictions(bench, ways[FIRST_ORDER], mean)
     for row in predicted:
         print(row | {"kl / predicted": rounded(row["kl"] / row["predicted"])}, flush=True)
+    halves: dict[Half, list[Text]] = {
+        each: held_out_texts(own.held_out, tokenizer, half=each, count=2 * texts) for each in ("choice", "final")
+    }
+    of_unlike = unlike(checkpoint, model, to_calibrate, halves)
+    for row in of_unlike:
+        print(row | {"kl / estimated": rounded(row["kl"] / row["estimated"])}, flush=True)
     errors = {layer: rounded(mean * (row.sensitivity_error or 0.0)) for layer, row in rows_of.items()}
     keep(
         results or RESULTS / f"sensitivity-{example}.json",
@@ -204,7 +249,7 @@ def main(
             "length": LENGTH,
             "prompt": PROMPT,
             "calibration_texts": len(to_calibrate),
-            "sensitivity_texts": sensitivity_samples,
+            "sensitivity_texts": SENSITIVITY_SAMPLES,
             "seconds": seconds,
             "nats_per_error": {
                 FIRST_ORDER: {layer: rounded(cost) for layer, cost in first_order.items()},
@@ -213,6 +258,7 @@ def main(
             },
             "rows": rows,
             "predictions": predicted,
+            "unlike": of_unlike,
         },
     )
 

@@ -120,6 +120,17 @@ def grouped_against_the_field() -> str:
     return against_the_field("tiny-grouped")
 
 
+def unlike() -> str:
+    """What is estimated of a kind of text that neither calibration nor tuning saw, as a factor of what is measured."""
+    rows = load(RESULTS / "sensitivity-tiny-moe.json")["unlike"]
+    prices = list(dict.fromkeys(row["price"] for row in rows))
+    cells = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        of = {row["price"]: row for row in rows if row["kind"] == kind}
+        cells.append([kind, *(f"{of[price]['estimated'] / of[price]['kl']:.2f}" for price in prices)])
+    return markdown(["left out", *(f"`expert_price: {price:g}`" for price in prices)], cells)
+
+
 def drift() -> str:
     rows = []
     for row in load(RESULTS / "drift.json")["scores"]:
@@ -531,7 +542,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(quality, against_the_field, by_batch, similarity, tuning, traffic, placements),
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
         *(
-            *(sensitivity, choices, selection, fills, carving, smollm2_quality, smollm2_against_the_field),
+            *(sensitivity, unlike, choices, selection, fills, carving, smollm2_quality, smollm2_against_the_field),
             *(grouped_quality, grouped_against_the_field, drift, scheduling, control),
         ),
         *(scale_evidence, scale_real, scale_synthetic, narrow_link, narrow_link_gains),
