@@ -6,6 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "studies" / "results"
+ENGINES = ("data-parallel.json", "data-parallel-4.json")  # there, of `studies.data_parallel`: two engines, and four
 
 
 def at_kl(points: list[tuple[float, float]], kl: float) -> float | None:

@@ -1,4 +1,4 @@
-"""The simulator of `sere_dist.simulation` beside published figures, and beside this project's two ranks on a CPU."""
+"""The simulator of `sere_dist.simulation` beside published figures, and beside this project's engines on a CPU."""
 
 import json
 import statistics as numbers
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from examples.tiny_moe.data import MODEL
-from sere_dist.evaluation.lockstep import Routed
+from sere_dist.evaluation.lockstep import Routed, active_by_step
 from sere_dist.evaluation.traffic import traffic
 from sere_dist.forecast import DEVICES, Device, ModelCost, decode_step
-from sere_dist.moe import load_model
+from sere_dist.moe import MoeShape, load_model
 from sere_dist.provenance import rounded
 from sere_dist.simulation import NETWORKS, Loads, exchange_seconds
-from studies.common import RESULTS
+from studies.common import ENGINES, RESULTS
 from studies.large_models import FP4, FP8, HARDWARE, MODELS, Model, group_of, linear
 
 # Milliseconds of a DeepSeek MoE layer in NVFP4 on one Blackwell GPU with 32 of 256 experts, by tokens: routing, experts
@@ -59,7 +59,7 @@ def beside_measured(routing: dict[int, Routed]) -> list[dict[str, Any]]:
             simulated = 1e6 * float(exchange_seconds(of, group, model.sent * copy))
             found.append(compared(f"{kind}, {ranks} ranks", simulated, us, "us", "DeepEP, docs/legacy.md"))
     found.append(compared(*deployment(model), "ms", "LMSYS, 5 May 2025"))
-    return found + of_two_ranks(routing)
+    return [*found, *(row for results in ENGINES for row in of_engines(routing, results))]
 
 
 def deployment(model: Model) -> tuple[str, float, float]:
@@ -76,23 +76,45 @@ def deployment(model: Model) -> tuple[str, float, float]:
     return "decode step, 72 ranks of 256 rows", 1e3 * (own.seconds + model.moe_layers * exchanges), rounded(published)
 
 
-def of_two_ranks(routing: dict[int, Routed]) -> list[dict[str, Any]]:
-    """Returns counts and times of two engines on a CPU (`studies.data_parallel`), off, beside replayed ones."""
-    measured = json.loads((RESULTS / "data-parallel.json").read_text())
+def of_engines(routing: dict[int, Routed], results: str) -> list[dict[str, Any]]:
+    """Returns counts and times of engines on a CPU (`studies.data_parallel`), off, beside replayed ones."""
+    measured = json.loads((RESULTS / results).read_text())
     off = next(row for row in measured["rows"] if row["turn"] == "off" and row["primary_scope"] == "group")
-    batch, ranks, found = measured["batch"], measured["ranks"], []
+    batch, ranks = measured["batch"], measured["ranks"]
     ids = {layer: torch.cat(kinds[1].split(batch, dim=1)) for layer, kinds in routing.items()}
-    layout = linear(list(ids), 64, ranks)
-    of = traffic(ids, layout)
-    source = "studies/results/data-parallel.json"
-    for name in ("remote_domains", "remote_slots"):
-        found.append(compared(f"{name}, 2 engines", numbers.fmean(getattr(of, name)), off[name], "per token", source))
-    mine = traffic({layer: each[:, ::ranks] for layer, each in ids.items()}, layout)
-    what, active = "active experts of a rank's tokens, 2 engines", numbers.fmean(mine.active_experts)
-    found.append(compared(what, active, off["active_experts_of_a_ranks_tokens"], "per layer", source))
-    device = DEVICES["2-cpu-cores"]
-    half = replace(device, bandwidth=device.bandwidth / ranks, speed=device.speed / ranks)
-    cost = ModelCost.of(load_model(str(MODEL), "cpu"), 2.0)
-    step = decode_step(cost, half, batch // ranks, numbers.fmean(of.largest_rank), 100)
-    found.append(compared("decode step, 2 engines", 1e3 * step.seconds, off["ms_per_step"]["median"], "ms", source))
-    return found
+    of, rows = traffic(ids, linear(list(ids), 64, ranks)), batch // ranks
+    cost, device = ModelCost.of(load_model(str(MODEL), "cpu"), 2.0), DEVICES["2-cpu-cores"]
+    of_homes = [active_by_step(kinds[:, home::ranks], 64) for kinds in ids.values() for home in range(ranks)]
+    visited, slots, active, largest = (
+        numbers.fmean(each) for each in (of.remote_domains, of.remote_slots, of.active_experts, of.largest_rank)
+    )
+    share = replace(device, bandwidth=device.bandwidth / ranks, speed=device.speed / ranks)
+    found = {
+        "remote_domains": ("remote_domains", visited, "per token"),
+        "remote_slots": ("remote_slots", slots, "per token"),
+        "bytes_per_token_and_layer": ("bytes", bytes_of_token(visited, ranks, rows, cost.shape), "per token and layer"),
+        "active_experts_of_a_ranks_tokens": (
+            "active experts of a rank's tokens",
+            numbers.fmean(float(each.sum(dim=1).double().mean()) for each in of_homes),
+            "per layer",
+        ),
+        "active_experts_on_a_rank": ("active experts on a rank", active / ranks, "per layer"),
+        "active_experts_on_the_largest_rank": ("active experts on the largest rank", largest, "per layer"),
+        "ms_per_step": ("decode step", 1e3 * decode_step(cost, share, rows, largest, 100).seconds, "ms"),
+    }
+    off["ms_per_step"] = off["ms_per_step"]["median"]
+    return [
+        compared(f"{what}, {ranks} engines", simulated, off[name], unit, f"studies/results/{results}")
+        for name, (what, simulated, unit) in found.items()
+        if name in off  # two engines were measured before the experts on a rank were counted
+    ]
+
+
+def bytes_of_token(remote_domains: float, ranks: int, rows: int, shape: MoeShape) -> float:
+    """Returns the bytes that ranks send for a token in a layer under `cpu_dispatch: all_to_all`.
+
+    A token goes in bfloat16 to each remote rank, with its weights and ids of 4 bytes, and its output comes back. Before
+    that, a rank of so many rows tells each other one by 8 bytes how many tokens it sends.
+    """
+    visit = 2 * 2 * shape.hidden_size + 2 * 4 * shape.num_experts_per_token
+    return remote_domains * visit + 8 * (ranks - 1) / rows

@@ -9,7 +9,7 @@ the engine serves them: the heaviest slots of tokens stay (S = 1). The engine do
 that are safe (no S): they say what safe slots cost. Prices are quantiles of what is left without experts, or places, in
 the first steps. Experts are placed linearly, and the primary set is the group's.
 
-- validation: the simulator against published figures, and against this project's two ranks on a CPU.
+- validation: the simulator against published figures, and against this project's engines on a CPU.
 - real: the example model decodes held-out texts by the protocol of `sere_dist.evaluation.protocol`. KL divergence,
   experts and largest ranks are measured; the time is that of a model of DeepSeek-V3's sizes that had the same routing,
   where one expert of the example stands for four.

@@ -13,7 +13,7 @@ from statistics import fmean
 from typing import Any
 
 from examples.smollm2_moe.questions import HELD_OUT_KINDS, KINDS
-from studies.common import RESULTS, ROOT, at_kl
+from studies.common import ENGINES, RESULTS, ROOT, at_kl
 
 PAGES = tuple(ROOT / "docs" / name for name in ("results.md", "log.md", "design.md", "scale.md"))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -187,6 +187,29 @@ def traffic() -> str:
         cells = [of[*key, placement] for placement in ("linear", "placed by similarity", "placed")]
         rows.append([label, *(f"{row['remote_domains']:.2f} / {abs(row['kl']):.4f}" for row in cells)])
     return markdown(["remote ranks / KL", "placed linearly", "by similarity", "by co-activation"], rows)
+
+
+def data_parallel() -> str:
+    """What real engines did, two and four of them: under the paper's policy and prices, by whose the primary set is."""
+    found = [load(RESULTS / name) for name in ENGINES]
+    of = {(run["ranks"], row["policy"], row["turn"], row["primary_scope"]): row for run in found for row in run["rows"]}
+    shown = [("projection", "off", "baseline"), ("sere", "paper's", "SERE")]
+    shown += [
+        ("projection", f"price {price:g}", f"projection, `traffic_price: {price:g}`") for price in (0, 0.01, 0.02, 0.05)
+    ]
+    rows = []
+    for policy, turn, label in shown:
+        for scope, whose in (("rank", "each rank's"), ("group", "the group's")):
+            two_and_four = [of[run["ranks"], policy, turn, scope] for run in found]
+
+            def both(name: str, digits: int, rows: list[dict[str, Any]] = two_and_four) -> str:
+                return " / ".join(f"{row[name]:,.{digits}f}" if name in row else "-" for row in rows)
+
+            cells = [both("bytes_per_token_and_layer", 0), both("active_experts_of_a_ranks_tokens", 1)]
+            cells += [both("active_experts_on_a_rank", 1), both("active_experts_on_the_largest_rank", 1)]
+            rows.append([label, whose, *cells])
+    head = ["2 / 4 engines", "primary set", "bytes per token and layer", "experts of a rank's tokens"]
+    return markdown([*head, "experts that a rank runs", "that the largest runs"], rows)
 
 
 def placements() -> str:
@@ -403,8 +426,9 @@ def scale_evidence() -> str:
     found = load(RESULTS / "simulation.json")
     errors: dict[str, list[float]] = {}
     for row in found["validation"]:
-        kind = next(name for name in ("MoE layer", "72 ranks", "2 engines", "ranks") if name in row["what"])
-        errors.setdefault(kind + ", time" * (row["what"] == "decode step, 2 engines"), []).append(row["error"])
+        kind = next(name for name in ("MoE layer", "72 ranks", "engines", "ranks") if name in row["what"])
+        is_step = row["what"].startswith("decode step") and kind == "engines"
+        errors.setdefault(kind + ", time" * is_step, []).append(row["error"])
     replayed = [
         row[f"synthetic_{name}"] / row[name] - 1
         for row in found["replayed"]
@@ -419,9 +443,9 @@ def scale_evidence() -> str:
             f"standard error of KL: up to {kl:.0%}",
         ],
         [
-            "remote ranks, remote slots and active experts of two real engines",
+            "remote ranks and slots, bytes and active experts of two and of four real engines",
             "measured, and replayed from recorded routing",
-            f"{signed_range(errors['2 engines'])}",
+            f"{signed_range(errors['engines'])}",
         ],
         [
             "what the slowest rank's experts take",
@@ -439,9 +463,9 @@ def scale_evidence() -> str:
             f"{errors['72 ranks'][0]:+.0%} of the one published figure whose set-up is known well enough",
         ],
         [
-            "a whole step of two engines on a CPU",
+            "a whole step of two and of four engines on a CPU",
             "simulated",
-            f"{errors['2 engines, time'][0]:+.0%}: of no use there",
+            f"{' and '.join(f'{error:+.0%}' for error in errors['engines, time'])}: of no use there",
         ],
         [
             "active experts and largest rank of synthetic routers",
@@ -545,7 +569,7 @@ TABLES: dict[str, Callable[[], str]] = {
             *(sensitivity, unlike, choices, selection, fills, carving, smollm2_quality, smollm2_against_the_field),
             *(grouped_quality, grouped_against_the_field, drift, scheduling, control),
         ),
-        *(scale_evidence, scale_real, scale_synthetic, narrow_link, narrow_link_gains),
+        *(scale_evidence, scale_real, scale_synthetic, narrow_link, narrow_link_gains, data_parallel),
     )
 }
 

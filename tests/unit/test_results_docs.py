@@ -5,7 +5,7 @@ import re
 import pytest
 
 from sere_dist.provenance import rounded
-from studies.common import RESULTS, ROOT
+from studies.common import ENGINES, RESULTS, ROOT
 from studies.tables import MAIN, MARKED, PAGES, PRICED, TABLES, field_rows, load, written
 
 RESULTS_PAGE, LOG, DESIGN, SCALE = (page.read_text() for page in PAGES)
@@ -91,6 +91,36 @@ def test_what_a_traffic_price_saves():
         assert linear["price"] == placed["price"]
         assert said[0].format(linear["price"], f"{linear['fewer_remote_domains']:.0%}") in PROSE
         assert said[1].format(f"{placed['fewer_remote_domains']:.0%}") in PROSE
+
+
+def test_real_engines():
+    two, four = (load(RESULTS / name)["rows"] for name in ENGINES)
+
+    def of(rows: list, turn: str, scope: str = "rank") -> dict:
+        return next(row for row in rows if (row["turn"], row["primary_scope"]) == (turn, scope))
+
+    def saved(turn: str) -> list[str]:
+        sent = [[of(rows, each)["bytes_per_token_and_layer"] for each in (turn, "off")] for rows in (two, four)]
+        return [f"{1 - less / more:.0%}" for less, more in sent]
+
+    off = [of(rows, "off") for rows in (two, four)]
+    visits = [f"{row['remote_domains']:.1f}" for row in off]
+    sent = [f"{row['bytes_per_token_and_layer']:,.0f}" for row in off]
+    assert f"a token visits {visits[0]} of one other rank and {visits[1]} of three" in PROSE
+    assert f"four engines send {sent[1]} bytes per token and layer instead of {sent[0]}" in PROSE
+    ours, papers = saved("price 0.05"), saved("paper's")
+    assert "saves {} of the bytes with two engines and {} with four".format(*ours) in PROSE
+    assert "and the paper's policy {} and {}".format(*papers) in PROSE
+    counts = ("bytes_per_token_and_layer", "remote_slots", "active_experts_on_the_largest_rank")
+    same = [row for row in four if row["turn"] == "off"]
+    assert len(same) == 4 and all(row[name] == same[0][name] for row in same for name in counts)
+    times = [row["ms_per_step"] for row in same]
+    least, most = min(each["min"] for each in times), max(each["max"] for each in times)
+    assert f"took {least:.0f} to {most:.0f} ms" in PROSE
+    beside = [row for row in load(RESULTS / "simulation.json")["validation"] if row["what"].endswith("engines")]
+    assert all(abs(row["error"]) < 0.01 for row in beside if "decode step" not in row["what"]) and len(beside) == 12
+    steps = [row["measured"] / row["simulated"] for row in beside if "decode step" in row["what"]]
+    assert 3.5 < steps[0] < 4 and f"{steps[1]:.0f} times: their steps" in " ".join(SCALE.split())
 
 
 def test_survival():
