@@ -292,7 +292,7 @@ def fingerprint(
         "weights": checkpoint.fingerprint if method.needs_weights else None,
         "method": config.method,
         "kernel": config.kernel if method.has_kernel else None,
-        "seed": None if method.needs_weights else config.seed,
+        "seed": config.seed if config.sensitivity_texts or not method.needs_weights else None,
         "texts": hashlib.sha256(repr(seen).encode()).hexdigest(),
         "sensitivity_samples": config.sensitivity_texts,
         "versions": versions("sere-dist", "torch", "transformers"),

@@ -107,3 +107,18 @@ def test_a_share_without_a_text(tmp_path):
 )
 def test_shares_add_up(number, weights, parts):
     assert in_shares(number, weights) == parts
+
+
+@pytest.mark.parametrize(("method", "matters"), [("random", True), ("projection", True), ("frobenius", False)])
+def test_what_another_seed_makes_anew(method, matters):
+    """Sensitivities draw tokens by the seed. It decides the order of texts, too, but texts are compared themselves."""
+    made = [
+        calibrate.fingerprint(
+            CalibrationConfig(model=str(MODEL), output="artifact", method=method, seed=seed),
+            Checkpoint(str(MODEL)),
+            [[1, 2]],
+            [],
+        )
+        for seed in (1, 2)
+    ]
+    assert (made[0] != made[1]) == matters
