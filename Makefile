@@ -71,6 +71,7 @@ soak: .venv/.ready .venv-soak/.ready-$(SCHEMATHESIS) ## kill, hang, replace, ove
 	$(BIN)/python -m tests.soak.overload
 	$(BIN)/python -m tests.soak.fuzz --schemathesis .venv-soak/bin/st
 	$(BIN)/python -m tests.soak.head
+	$(BIN)/python -m tests.soak.group
 
 browser: .venv/.smollm2 .venv-browser/.ready-$(PLAYWRIGHT) ## the served page in Chromium, and its pictures (3 minutes; needs Chromium)
 	$(BIN)/python -m tests.browser.served .venv-browser/bin/python tests/browser/try_page.py

@@ -16,11 +16,12 @@ from examples.tiny_moe.data import MODEL_ID
 from tests.soak.load import PROMPTS
 
 TOKENS = 24  # of each answer
+PATIENCE_SECONDS = 600  # as long as OpenAI's client has by itself
 
 
 async def ask(client: openai.AsyncOpenAI) -> None:
     for prompt in itertools.cycle(PROMPTS):
-        began, error = time.time(), ""
+        began, error, status = time.time(), "", 200
         try:
             answer = await client.completions.create(
                 model=MODEL_ID, prompt=prompt, max_tokens=TOKENS, extra_body={"ignore_eos": True}
@@ -28,14 +29,14 @@ async def ask(client: openai.AsyncOpenAI) -> None:
             if not answer.usage or answer.usage.completion_tokens != TOKENS:
                 error = f"the answer ended early: {answer.usage}"
         except openai.APIError as caught:
-            error = f"{type(caught).__name__}: {caught}"
-        print(json.dumps({"began": began, "ended": time.time(), "error": error}), flush=True)
+            error, status = f"{type(caught).__name__}: {caught}", getattr(caught, "status_code", None)
+        print(json.dumps({"began": began, "ended": time.time(), "status": status, "error": error}), flush=True)
         if error:
             await asyncio.sleep(0.5)
 
 
 async def ask_together(url: str, clients: int) -> None:
-    client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=120)
+    client = openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_SECONDS)
     await asyncio.gather(*(ask(client) for _ in range(clients)))
 
 

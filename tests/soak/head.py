@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,14 +61,20 @@ def command(hosts: Hosts, host: int, *words: str) -> str:
     return done.stdout
 
 
-def deploy(hosts: Hosts) -> None:
+def settings_at(url: str, hosts: Hosts, host: int, **changes: Any) -> dict[str, Any]:
+    """Changes the settings in force from a host, or reads them where no changes are given; returns them."""
+    return json.loads(command(hosts, host, sys.executable, "-c", SETTINGS, url, json.dumps(changes)))["settings"]
+
+
+def deploy(hosts: Hosts, **arguments: Any) -> None:
+    """Calibrates the example model and deploys its application. `arguments` are the application's."""
     artifact = hosts.folder / "artifact"
     calibrate = (sys.executable, "-m", "calibration_jobs.calibrate", "--model", str(MODEL), "--output", str(artifact))
     command(hosts, HEAD, *calibrate, "--dataset", str(CALIBRATION), "--num-samples", "64")
     app = yaml.safe_load(TINY_MOE.app.read_text())
     app["http_options"] |= {"host": "0.0.0.0", "port": PORT}
     app["proxy_location"] = "EveryNode"
-    app["applications"][0]["args"] |= {"environment": ENVIRONMENT, "model": str(MODEL)}
+    app["applications"][0]["args"] |= {"environment": ENVIRONMENT, "model": str(MODEL), **arguments}
     app["applications"][0]["args"]["rerouting"]["artifact"] = str(artifact)
     app["applications"][0]["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     file = hosts.folder / "app.yaml"
@@ -84,10 +91,7 @@ def lose_head(hosts: Hosts) -> dict[str, Any]:
     """Returns what clients saw before, while and after there was no head."""
     url = f"http://{hosts.ip(WORKER)}:{PORT}"
     log = hosts.folder / "asked.jsonl"
-
-    def settings(**changes: Any) -> dict[str, Any]:
-        return json.loads(command(hosts, WORKER, sys.executable, "-c", SETTINGS, url, json.dumps(changes)))["settings"]
-
+    settings = partial(settings_at, url, hosts, WORKER)
     with log.open("w") as file:
         asking = hosts.popen(WORKER, [sys.executable, "-m", "tests.soak.ask", f"{url}/v1"], cwd=ROOT, stdout=file)
     eventually(lambda: any(not each["error"] for each in outcomes(log)), PATIENCE_SECONDS)

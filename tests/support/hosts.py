@@ -100,7 +100,8 @@ class Hosts:
         if host == 0:  # it says that a head is up; the disk of another machine would not have it
             (self.folder / "ray_current_cluster").unlink(missing_ok=True)
         with self.log.open("a") as log:
-            self.popen(host, command, stdout=log, stderr=log)
+            # vLLM's engines would look for their own address on the way to the internet, and there is none.
+            self.popen(host, command, env={**self.environment, "VLLM_HOST_IP": self.ip(host)}, stdout=log, stderr=log)
 
     def kill(self, host: int) -> None:
         """Ends every process of a host at once."""

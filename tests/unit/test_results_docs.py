@@ -195,6 +195,19 @@ def test_a_head_that_dies():
     assert f"the slowest took {after['seconds']['max']:.1f} s" in PROSE
 
 
+def test_a_rank_that_dies():
+    found = load(ROOT / "tests/soak/results/group.json")["group"]
+    events, failed = found["events"], [event["failed"] for event in found["events"]]
+    assert all(found["checks"].values()) and sum(failed) == found["requests"] - found["answered"]
+    said = f"Of {found['requests']} requests {sum(failed)} failed, {failed[0]}, {failed[1]} and {failed[2]}: those"
+    assert said in PROSE
+    latest = max(event["failed_after_seconds"]["max"] for event in events if event["failed"])
+    assert f"with status 503, within {latest:.1f} s" in PROSE
+    first, second, third = (event["answered_again_after_seconds"] for event in events)
+    assert f"answers again {first:.0f} s and {second:.0f} s after the engines died" in PROSE
+    assert f"{third:.0f} s after the host did, {events[2]['of_these_with_room']:.0f} s after it was back" in PROSE
+
+
 def test_speed_under_speculative_decoding():
     rows = load(RESULTS / "speculation_speed.json")["rows"]
     found = {(row["batch"], row["drafted"], row["rerouting"]): row for row in rows}
