@@ -17,12 +17,15 @@ from tests.support import engines
 
 LAYERS, EXPERTS, TOP_K, HIDDEN, BATCH, PROMPT, NEW = 6, 64, 8, 256, 8, 24, 16
 HALVES = [0] * (BATCH // 2) + [1] * (BATCH // 2)  # the rank that each prompt goes to
+QUARTERS = [i * 4 // BATCH for i in range(BATCH)]  # likewise, of four
 OFF, ON = {"enabled": False}, {"enabled": True}
 SHORTER = {"lengths": [NEW] * (BATCH // 2) + [4] * (BATCH // 2)}  # rank 1 runs dry
 PRICES = [{"enabled": True, "traffic_price": price} for price in (0.0, 0.02)]
 OF_EXPERTS = {**ON, "select_top_k": 1, "traffic_price": 0.0, "balance_price": 0.0}
 EXPERT_PRICES = [{**OF_EXPERTS, "expert_price": price} for price in (0.0, 0.02)]
 BALANCED = {**EXPERT_PRICES[0], "balance_price": 0.06}
+# Bytes: a token goes with its weights and ids, all of 4 bytes, and its output comes back.
+A_VISIT = 4 * (HIDDEN + TOP_K + TOP_K) + 4 * HIDDEN
 
 Turns = list[dict[str, Any]]
 
@@ -159,15 +162,32 @@ def test_prices_lower_the_bytes_on_the_wire(options, prompts, priced, host_kerne
     visits = [total(turn, "remote_domains_after") for turn in together]
     assert visits[:6] == [total(turn, "remote_domains_after") for turn in priced[3:]]
     assert visits[2] < 0.9 * visits[1] <= visits[0]
-    # A token goes with its weights and ids, all of 4 bytes, and its output comes back.
-    a_visit = 4 * (HIDDEN + TOP_K + TOP_K) + 4 * HIDDEN
     by_dispatch = [layer["bytes_by_dispatch"] for worker in dear["counters"] for layer in worker["layers"].values()]
     assert sum(layer["after"]["per_rank"] for layer in by_dispatch) == visits[2] * 2 * 4 * HIDDEN
     assert {layer[when]["all_gather"] for layer in by_dispatch for when in ("before", "after")} == {
         2 * 4 * HIDDEN * BATCH // 2 * (NEW - 1)
     }
     for turn, more in ((free, visits[0] - visits[1]), (dear, visits[0] - visits[2])):
-        assert bytes_sent(off) - bytes_sent(turn) == more * a_visit
+        assert bytes_sent(off) - bytes_sent(turn) == more * A_VISIT
+
+
+@pytest.mark.slow
+def test_four_ranks_answer_as_one(options, prompts):
+    """With a quarter of the experts each, in tokens, visits and bytes: under prices of domains, of experts and of the
+    largest rank."""
+    turns = [OFF, *PRICES, EXPERT_PRICES[1], BALANCED]
+    sere = {"policy": "projection", "primary_scope": "group", "cpu_dispatch": "all_to_all"}
+    ranks = engines.run_data_parallel(options(sere=sere, enable_expert_parallel=True), prompts, NEW, turns, ranks=4)
+    four = joined(ranks)
+    one = engines.run(
+        options(sere={"policy": "projection"}), prompts, NEW, [{"pretend": [4, QUARTERS], **OFF}, *turns[1:]]
+    )
+    assert tokens(four) == tokens(one)
+    visits = [total(turn, "remote_domains_after") for turn in four]
+    assert visits == [total(turn, "remote_domains_after") for turn in one]
+    assert visits[2] < 0.9 * visits[1] <= visits[0]
+    for turn, visited in zip(four, visits, strict=True):
+        assert bytes_sent(four[0]) - bytes_sent(turn) == (visits[0] - visited) * A_VISIT
 
 
 @pytest.mark.slow
