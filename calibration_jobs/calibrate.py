@@ -140,8 +140,8 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
     MoeShape.from_config(checkpoint.config)  # before any text is read
     if not config.dry_run:
         config.check_push()
-    method = METHODS[config.method]
-    texts, sources = tokenise_texts(config, checkpoint) if method.needs_data and not config.dry_run else ([], [])
+    needs_texts = METHODS[config.method].needs_data and not config.dry_run
+    texts, sources = tokenise_texts(config, checkpoint) if needs_texts else ([], [])
     if before is not None and not config.dry_run:
         artifact = again(before, fingerprint(config, checkpoint, texts, sources), config)
         config.push(config.output)
@@ -187,29 +187,42 @@ def calibrate(config: CalibrationConfig) -> Artifact | None:
             finished.sensitivities = wait_for_sensitivities(measuring, workers)
         nats_per_error = add_sensitivities(results, finished.sensitivities or {})
 
-        artifact = Artifact(
-            ArtifactConfig(
-                schema_version=SCHEMA_VERSION,
-                base_model=config.model,
-                revision=checkpoint.revision,
-                **vars(plan.shape),
-                layer_names=plan.layer_names,
-                method=config.method,
-                kernel=config.kernel if method.has_kernel else None,
-                dataset=config.dataset_name if texts else None,
-                num_tokens=sum(map(len, texts)),
-                nats_per_error=nats_per_error,
-                versions=versions("sere-dist", "torch", "transformers", "ray"),
-                calibration_sha256=digest(own),
-            ),
-            layers={layer: results[layer] for layer in sorted(results)},
-            settings=settings_of(config),
-        )
+        artifact = made_artifact(config, checkpoint, plan, texts, results, nats_per_error, own)
         artifact.save(config.output, overwrite=config.overwrite)
         finished.discard()
     print(f"wrote {config.output}: similarity of {len(artifact.layers)} layers", flush=True)
     config.push(config.output)
     return artifact
+
+
+def made_artifact(
+    config: CalibrationConfig,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    texts: Sequence[Sequence[int]],
+    results: dict[int, LayerResult],
+    nats_per_error: float | None,
+    own: Fingerprint,
+) -> Artifact:
+    """Returns the artifact of all layers' results, with what they were made from."""
+    return Artifact(
+        ArtifactConfig(
+            schema_version=SCHEMA_VERSION,
+            base_model=config.model,
+            revision=checkpoint.revision,
+            **vars(plan.shape),
+            layer_names=plan.layer_names,
+            method=config.method,
+            kernel=config.kernel if plan.method.has_kernel else None,
+            dataset=config.dataset_name if texts else None,
+            num_tokens=sum(map(len, texts)),
+            nats_per_error=nats_per_error,
+            versions=versions("sere-dist", "torch", "transformers", "ray"),
+            calibration_sha256=digest(own),
+        ),
+        layers={layer: results[layer] for layer in sorted(results)},
+        settings=settings_of(config),
+    )
 
 
 def settings_of(config: CalibrationConfig) -> dict[str, Any]:

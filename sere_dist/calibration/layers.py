@@ -360,35 +360,14 @@ def score_layer(
         similarity_EE, block_tokens = weight_similarity(experts.parameters()), 0
     else:
         inputs = sorted(inputs, key=lambda block: block.group)
-        outputs, tokens_of = ExpertOutputs(experts, inputs, device), token_groups(inputs)
-        members, groups = list(tokens_of), list(tokens_of.values())  # a member is a group of texts and a source
+        outputs = ExpertOutputs(experts, inputs, device)
         num_experts, num_tokens, hidden_size = outputs.shape
         default_block = tokens_a_block(num_experts, hidden_size, METHODS[method], BLOCK_BYTES_ON[device])
         first_block = min(num_tokens, block_tokens or default_block)
-
-        def score(block: int) -> tuple[torch.Tensor, Projection | None, Certainty | None, list[SourceStatistics]]:
-            whole = None
-            if method == "projection":
-                projected = projection_of_groups(outputs, RoutingWeights(inputs, num_experts, device), groups, block)
-                whole = projected(range(len(groups)))
-
-                def similarity_of(chosen: Sequence[int]) -> torch.Tensor:
-                    return projected(chosen).similarity_EE
-
-            elif method in SIMILARITY_OF_GROUPS:
-                similarity_of = SIMILARITY_OF_GROUPS[method](outputs, groups, block)
-            else:
-                return expert_similarity(outputs, method, kernel, block), None, None, []
-            similarity_EE = similarity_of(range(len(groups))) if whole is None else whole.similarity_EE
-            return (
-                similarity_EE,
-                whole,
-                certainty_of(*of_all_sources(similarity_of, members)),
-                source_statistics(layer, similarity_of, tokens_of),
-            )
-
         (similarity_EE, projection, certainty, sources), block_tokens = with_halving(
-            first_block, score, f"scoring layer {layer}"
+            first_block,
+            lambda block: _scores(layer, outputs, inputs, method, kernel, block, device),
+            f"scoring layer {layer}",
         )
         halved = (first_block // block_tokens).bit_length() - 1
         tokens_E = torch.zeros(num_experts, dtype=torch.int64)
@@ -416,6 +395,40 @@ def score_layer(
         block_tokens,
         halved,
     )
+
+
+def _scores(
+    layer: int,
+    outputs: ExpertOutputs,
+    inputs: Sequence[ExpertInputs],
+    method: MethodName,
+    kernel: Kernel,
+    block_tokens: int,
+    device: str,
+) -> tuple[torch.Tensor, Projection | None, Certainty | None, list[SourceStatistics]]:
+    """Returns similarities [E, E] from the outputs on `inputs`, which are in the order of their groups.
+
+    Beside them: the projection, of that method alone; and how surely similarities are known, and how well they serve
+    each source of the texts, of methods whose sums are kept by group.
+    """
+    tokens_of = token_groups(inputs)
+    members, groups = list(tokens_of), list(tokens_of.values())  # a member is a group of texts and a source
+    whole = None
+    if method == "projection":
+        weights = RoutingWeights(inputs, outputs.shape[0], device)
+        projected = projection_of_groups(outputs, weights, groups, block_tokens)
+        whole = projected(range(len(groups)))
+
+        def similarity_of(chosen: Sequence[int]) -> torch.Tensor:
+            return projected(chosen).similarity_EE
+
+    elif method in SIMILARITY_OF_GROUPS:
+        similarity_of = SIMILARITY_OF_GROUPS[method](outputs, groups, block_tokens)
+    else:
+        return expert_similarity(outputs, method, kernel, block_tokens), None, None, []
+    similarity_EE = similarity_of(range(len(groups))) if whole is None else whole.similarity_EE
+    certainty = certainty_of(*of_all_sources(similarity_of, members))
+    return similarity_EE, whole, certainty, source_statistics(layer, similarity_of, tokens_of)
 
 
 def token_groups(inputs: Sequence[ExpertInputs]) -> dict[tuple[int, str], slice]:
