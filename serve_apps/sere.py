@@ -16,6 +16,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.llm import LLMConfig, build_dp_deployment, build_llm_deployment
 
+from sere_dist.artifact.folder import Artifact
 from sere_dist.artifact.hub import pinned
 from sere_dist.artifact.recommendation import KlEstimate
 from sere_dist.artifact.reference import load_artifact_of
@@ -270,32 +271,9 @@ def build_app(args: dict[str, Any]) -> Application:
         check_plugin_loads(config)
         config.rerouting = pinned(config.rerouting)
         artifact = load_artifact_of(config.rerouting.artifact, config.model)
-        config.rerouting.check_top_k(artifact.config.num_experts_per_token)
-        artifact.settings_by_layer(config.rerouting)
-        of_model = artifact.config
-        shape = {name: getattr(of_model, name) for name in ("num_experts", "num_experts_per_token")}
-        tuned = artifact.recommended
-        kl_estimate = None if tuned is None else tuned.kl_estimate
-        check_control(config, artifact.policy(config.rerouting), kl_estimate)
-        deployed = serve.deployment(
-            name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
-        )
-        settings = config.rerouting.model_dump(mode="json")
-        keeper = deployed(DeployedKeeper).bind(
-            settings,
-            artifact.config.num_experts_per_token,
-            NAME_PREFIX,
-            is_group=config.data_parallel_size > 1,
-            kl_estimate=kl_estimate,
-            control=config.control,
-        )
-        arguments |= {
-            "keeper": keeper,
-            "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
-            "kl_estimate": kl_estimate,
-            "tuned_kl": None if tuned is None else tuned.at(tuned.recommended).kl,
-            "slow_ms": None if config.control is None else config.control.token_ms,
-        }
+        shape = {name: getattr(artifact.config, name) for name in ("num_experts", "num_experts_per_token")}
+        keeper, of_rerouting = rerouting_arguments(config, config.rerouting, artifact)
+        arguments |= of_rerouting
     elif config.control is not None:
         raise ValueError("control changes how requests are re-routed: set rerouting too, or leave control out")
     elif "opt_out_by" in config.model_fields_set:
@@ -322,6 +300,39 @@ def build_app(args: dict[str, Any]) -> Application:
         max_requests=config.max_requests or requests_of_engines(config),
         bounds={"n": config.max_answers, "prompt": config.max_prompts},
     )
+
+
+def rerouting_arguments(
+    config: AppConfig, rerouting: ReroutingConfig, artifact: Artifact
+) -> tuple[Application, dict[str, Any]]:
+    """Returns the keeper of the settings, and what the servers of re-routed engines are given.
+
+    Raises:
+        ValueError: the settings are not for this artifact, or the controller could not work with them.
+    """
+    top_k, tuned = artifact.config.num_experts_per_token, artifact.recommended
+    rerouting.check_top_k(top_k)
+    artifact.settings_by_layer(rerouting)
+    kl_estimate = None if tuned is None else tuned.kl_estimate
+    check_control(config, artifact.policy(rerouting), kl_estimate)
+    deployed = serve.deployment(
+        name=KEEPER, num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0}
+    )
+    keeper = deployed(DeployedKeeper).bind(
+        rerouting.model_dump(mode="json"),
+        top_k,
+        NAME_PREFIX,
+        is_group=config.data_parallel_size > 1,
+        kl_estimate=kl_estimate,
+        control=config.control,
+    )
+    return keeper, {
+        "keeper": keeper,
+        "artifact": {"artifact": artifact.config.tensors_sha256[:12], "method": artifact.config.method},
+        "kl_estimate": kl_estimate,
+        "tuned_kl": None if tuned is None else tuned.at(tuned.recommended).kl,
+        "slow_ms": None if config.control is None else config.control.token_ms,
+    }
 
 
 def check_control(config: AppConfig, policy: str, kl_estimate: KlEstimate | None) -> None:
