@@ -124,11 +124,12 @@ class Watch(threading.Thread):
 
 
 def settle(url: str, way: str) -> None:
-    """Sets what holds for a day. A price that somebody sets stops the controller."""
+    """Sets what holds when a day begins. The controller begins at its first price, whatever the day before ended with;
+    a price that somebody sets stops it until it is unpinned."""
+    price = PRICES[-1] if way == FIXED else PRICES[0]
+    change_settings(url, {"enabled": way == FIXED, "expert_price": price})
     if way == CONTROLLED:
         pin_price(url, False)
-    else:
-        change_settings(url, {"enabled": way == FIXED, "expert_price": PRICES[-1]})
 
 
 def a_day(url: str, way: str, prompts: list[Path], peak: float, phase_s: float, token_ms: float) -> dict[str, Any]:
