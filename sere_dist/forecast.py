@@ -80,7 +80,7 @@ DEVICES = {
         gpu("l40s", 0.864, 362, 48),
         gpu("mi300x", 5.3, 1307, 192),
         gpu("mi350x", 8.0, 2300, 288),
-        # By benchmarks.decode, shape cpu-small. It was not held against other shapes yet.
+        # By benchmarks.decode, shape cpu-small. `studies.forecast` holds it against other shapes.
         Device("2-cpu-cores", 18e9, 115e9, 1.3e-3, 2e-3, False, 0.0, 0.15, "fitted to vLLM 0.32 in eager mode"),
     )
 }

@@ -131,6 +131,14 @@ def unlike() -> str:
     return markdown(["left out", *(f"`expert_price: {price:g}`" for price in prices)], cells)
 
 
+def forecast() -> str:
+    """How far off the forecasts of decode steps are, by model."""
+    found = load(RESULTS / "forecast.json")["errors"]
+    columns = list(next(iter(found.values())))
+    cells = [[name, *(f"{times[column]:.2f}" for column in columns)] for name, times in found.items()]
+    return markdown(["model", *columns], cells)
+
+
 def drift() -> str:
     rows = []
     for row in load(RESULTS / "drift.json")["scores"]:
@@ -567,7 +575,7 @@ TABLES: dict[str, Callable[[], str]] = {
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
         *(
             *(sensitivity, unlike, choices, selection, fills, carving, smollm2_quality, smollm2_against_the_field),
-            *(grouped_quality, grouped_against_the_field, drift, scheduling, control),
+            *(grouped_quality, grouped_against_the_field, drift, scheduling, control, forecast),
         ),
         *(scale_evidence, scale_real, scale_synthetic, narrow_link, narrow_link_gains, data_parallel),
     )

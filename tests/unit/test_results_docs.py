@@ -161,6 +161,17 @@ def test_the_estimate_on_unlike_text():
     assert f"It is {min(times):.2f} to {max(times):.2f} times the measured KL divergence" in PROSE
 
 
+def test_forecasts_against_measurements():
+    errors = load(RESULTS / "forecast.json")["errors"]
+    assert f"within {max(found['speed-up, largest'] for found in errors.values()) - 1:.0%} at all" in PROSE
+    times = [found["time, median"] - 1 for found in errors.values()]
+    assert f"{min(times):.0%} to {max(times):.0%} too long in the median".replace("%", "", 1) in PROSE
+    too_short = [
+        row for row in load(RESULTS / "forecast.json")["rows"] if row["ms_predicted"] < row["ms_per_token"]["median"]
+    ]
+    assert f"All but {len(too_short)} of the times are predicted too long" in PROSE
+
+
 def test_the_choice_of_what_runs():
     found = load(RESULTS / "selection-tiny-moe.json")
     sets = ("in order", "threshold", "one at a time", "greedy")
