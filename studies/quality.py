@@ -463,9 +463,10 @@ def draw_batch(rows: list[dict[str, Any]], batch: int, path: Path) -> None:
 
 
 def draw(report: dict[str, Any], pictures: Path) -> None:
-    """Draws both pictures from the JSON of a run."""
+    """Draws both pictures from the JSON of a run; the second only if batch 16 was measured."""
     draw_by_batch(report["field"], pictures / f"quality-{report['example']}-by-batch.png")
-    draw_batch(report["field"], BATCH, pictures / f"quality-{report['example']}-batch-{BATCH}.png")
+    if any(row["batch"] == BATCH for row in report["field"]):
+        draw_batch(report["field"], BATCH, pictures / f"quality-{report['example']}-batch-{BATCH}.png")
 
 
 def plus_minus(row: dict[str, Any], name: str, digits: int) -> str:
