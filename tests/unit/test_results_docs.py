@@ -6,7 +6,7 @@ import pytest
 
 from sere_dist.provenance import rounded
 from studies.common import ENGINES, RESULTS, ROOT
-from studies.tables import MAIN, MARKED, PAGES, PRICED, TABLES, field_rows, load, written
+from studies.tables import MAIN, MARKED, NOTHING, PAGES, PRICED, TABLES, field_rows, load, written
 
 RESULTS_PAGE, LOG, DESIGN, SCALE = (page.read_text() for page in PAGES)
 PROSE = " ".join(RESULTS_PAGE.split())
@@ -54,6 +54,20 @@ def test_every_factor_is_below_1():
         beside["ratio"] for row in field_rows().values() if row["policy"] == PRICED for beside in row["beside"].values()
     ]
     assert len(factors) > 150 and max(factors) < 1
+
+
+def test_batch_128():
+    rows = [row for row in load(RESULTS / "batch-128/quality-tiny-moe.json")["field"] if row["policy"] == PRICED]
+    ours = next(row for row in rows if row["knob"] == 0.02)
+    assert f"it runs {ours['active_experts']:.1f}, at a KL divergence of {ours['kl']:.4f}" in PROSE
+    said = []
+    for rival in ("paper, frobenius", "OEA", "XShare, warm-up 1", "projection"):
+        factors = [row["beside"][rival]["ratio"] for row in rows if row["kl"] >= NOTHING and rival in row["beside"]]
+        said.append(f"{min(factors):.2f} to {max(factors):.2f}")
+    assert (
+        "{} times SERE's KL divergence, {} times OEA's, {} times XShare's, and {} times that of S alone".format(*said)
+        in PROSE
+    )
 
 
 def test_a_router_of_deepseek_v3s_kind():
