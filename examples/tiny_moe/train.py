@@ -13,8 +13,9 @@ import json
 import math
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow.parquet as pq
 import torch
@@ -23,7 +24,7 @@ import transformers
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 HERE = Path(__file__).parent
@@ -115,6 +116,58 @@ def drawn(stream: torch.Tensor, batch: int, context: int) -> torch.Tensor:
 def learning_rate(step: int, progress: float, peak: float) -> float:
     """Warm up over 100 steps, hold, and fall linearly to 2% of the peak over the last half of the time."""
     return peak * min((step + 1) / 100, max(0.02, min(1.0, 2 * (1 - progress))))
+
+
+Losses = tuple[torch.Tensor, dict[str, torch.Tensor | float]]  # what is minimised, and what is logged, by name
+
+
+def decayed(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Returns the parameters in groups for the optimizer: matrices decay, vectors don't."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def fit(
+    model: PreTrainedModel,
+    parameters: list[dict[str, Any]],
+    stream: torch.Tensor,
+    losses: Callable[[torch.Tensor], Losses],
+    minutes: float,
+    batch: int,
+    context: int,
+    peak: float,
+    *,
+    after_step: Callable[[], dict[str, torch.Tensor | float]] = dict,
+    latest: Path | None = None,
+) -> tuple[int, list[dict[str, float]]]:
+    """Trains a model for so many minutes on pieces of `stream`; returns the steps, and a log of every 50th.
+
+    `after_step` may change the model, too; what it returns is logged. The model is saved in `latest` now and then.
+    """
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), fused=True)
+    log, step, started = [], 0, time.time()
+    with tqdm(total=100, unit="%", mininterval=10, bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
+        while (progress := (time.time() - started) / (60 * minutes)) < 1:
+            ids = drawn(stream, batch, context).to(model.device)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, progress, peak)
+            with torch.autocast(model.device.type, torch.bfloat16):
+                minimised, logged = losses(ids)
+            minimised.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            logged |= after_step()
+            if step % 50 == 0:
+                numbers = {name: round(float(value), 4) for name, value in logged.items()}
+                log.append({"step": step, "seconds": round(time.time() - started)} | numbers)
+                bar.n = 100 * progress
+                bar.set_postfix(step=step, **numbers)
+            if latest is not None and step % 500 == 499:
+                model.save_pretrained(latest)
+            step += 1
+    return step, log
 
 
 @torch.no_grad()
@@ -218,33 +271,14 @@ def main(
     config = model.config
     compiled = torch.compile(model)
     print(f"{model.num_parameters() / 1e6:.2f} million parameters on {device}")
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True
-    )
 
-    log, step, started = [], 0, time.time()
-    with tqdm(total=100, unit="%", mininterval=10, bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
-        while (progress := (time.time() - started) / (60 * minutes)) < 1:
-            ids = drawn(stream, batch, context).to(device)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, progress, peak)
-            with torch.autocast(device.type, torch.bfloat16):
-                out = compiled(ids, labels=ids, output_router_logits=True)
-                loss, balance = out.loss, imbalance(out.router_logits, config.num_experts_per_tok)
-            (loss + BALANCE * balance).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if step % 50 == 0:
-                seconds = round(time.time() - started)
-                log.append({"step": step, "loss": round(loss.item(), 4), "seconds": seconds})
-                bar.n = 100 * progress
-                bar.set_postfix(step=step, loss=f"{loss.item():.3f}", imbalance=f"{balance.item():.2f}")
-            if step % 500 == 499:
-                model.save_pretrained(work / "latest")
-            step += 1
+    def losses(ids: torch.Tensor) -> Losses:
+        out = compiled(ids, labels=ids, output_router_logits=True)
+        balance = imbalance(out.router_logits, config.num_experts_per_tok)
+        return out.loss + BALANCE * balance, {"loss": out.loss, "imbalance": balance}
+
+    started = time.time()
+    step, log = fit(model, decayed(model), stream, losses, minutes, batch, context, peak, latest=work / "latest")
 
     model.to(torch.bfloat16).eval()
     model.save_pretrained(output)

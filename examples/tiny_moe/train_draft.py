@@ -17,11 +17,10 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 import typer
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 from examples.tiny_moe.data import DRAFT, FOLDER, MODEL
-from examples.tiny_moe.train import END_OF_TEXT, VOCABULARY, drawn, learning_rate
+from examples.tiny_moe.train import END_OF_TEXT, VOCABULARY, Losses, fit
 
 
 def model_config(context: int) -> Qwen3Config:
@@ -88,25 +87,14 @@ def main(
     tokens, held_out = stream(work / "train.parquet"), stream(FOLDER / "heldout.parquet")
     model = Qwen3ForCausalLM._from_config(model_config(512))
     compiled = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.1, betas=(0.9, 0.95), fused=True)
 
-    log, step, started = [], 0, time.time()
-    with tqdm(total=100, unit="%", mininterval=10, bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
-        while (progress := (time.time() - started) / (60 * minutes)) < 1:
-            ids = drawn(tokens, batch, context)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, progress, peak)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = compiled(ids, labels=ids).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if step % 50 == 0:
-                log.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)})
-                bar.n = 100 * progress
-                bar.set_postfix(step=step, loss=f"{loss.item():.3f}")
-            step += 1
+    def losses(ids: torch.Tensor) -> Losses:
+        loss = compiled(ids, labels=ids).loss
+        return loss, {"loss": loss}
+
+    started = time.time()
+    parameters = [{"params": list(model.parameters()), "weight_decay": 0.1}]
+    step, log = fit(model, parameters, tokens, losses, minutes, batch, context, peak)
 
     model.to(torch.bfloat16).eval()
     model.save_pretrained(output)

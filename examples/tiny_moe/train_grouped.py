@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import torch
 import transformers
 import typer
-from tqdm import tqdm
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
@@ -26,10 +25,11 @@ from examples.tiny_moe.data import GROUPED, HELDOUT, MODEL
 from examples.tiny_moe.train import (
     END_OF_TEXT,
     VOCABULARY,
+    Losses,
     continuations,
+    decayed,
     dense_experts,
-    drawn,
-    learning_rate,
+    fit,
     perplexity,
 )
 
@@ -154,35 +154,17 @@ def main(
         moe.experts.register_buffer("load", torch.zeros(model.config.n_routed_experts), persistent=False)
     compiled = torch.compile(model)
     print(f"{model.num_parameters() / 1e6:.2f} million parameters, {stream.numel() / 1e6:.1f} million tokens")
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95), fused=True
-    )
 
-    log, step, started = [], 0, time.time()
-    with tqdm(total=100, unit="%", mininterval=10, bar_format="{l_bar}{bar}| {elapsed} {postfix}") as bar:
-        while (progress := (time.time() - started) / (60 * minutes)) < 1:
-            ids = drawn(stream, batch, context)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, progress, peak)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = compiled(ids, labels=ids).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            busiest = balance(moes)
-            if step % 50 == 0:
-                seconds = round(time.time() - started)
-                log.append(
-                    {"step": step, "loss": round(loss.item(), 4), "busiest": round(busiest, 2), "seconds": seconds}
-                )
-                bar.n = 100 * progress
-                bar.set_postfix(step=step, loss=f"{loss.item():.3f}", busiest=f"{busiest:.2f}")
-            if step % 500 == 499:
-                model.save_pretrained(work / "latest")
-            step += 1
+    def losses(ids: torch.Tensor) -> Losses:
+        loss = compiled(ids, labels=ids).loss
+        return loss, {"loss": loss}
+
+    started = time.time()
+    step, log = fit(
+        *(model, decayed(model), stream, losses, minutes, batch, context, peak),
+        after_step=lambda: {"busiest": balance(moes)},
+        latest=work / "latest",
+    )
 
     biases = [moe.gate.e_score_correction_bias.clone() for moe in moes]
     model.to(torch.bfloat16).eval()
