@@ -47,8 +47,9 @@ class PolicyConfig(BaseModel):
     )
     select_top_k: int | None = Field(
         default=None,
-        ge=1,
-        description="S: number of experts that every token keeps. With the model's own top-k, nothing is re-routed.",
+        ge=0,
+        description="S: number of experts that every token keeps. With the model's own top-k, nothing is re-routed. "
+        "With 0, `expert_price` and `balance_price` alone decide which experts run.",
     )
     threshold: float = Field(
         default=0.0,
@@ -77,13 +78,15 @@ class PolicyConfig(BaseModel):
         for name in ("expert_price", "traffic_price", "balance_price"):
             if (price := getattr(self, name, 0)) and self.policy != "projection":
                 raise ValueError(f"{name} ({price}) needs policy: projection, not {self.policy}")
+        if self.select_top_k == 0 and not (self.expert_price or getattr(self, "balance_price", 0)):
+            raise ValueError("with select_top_k 0 prices alone decide what runs: set expert_price or balance_price")
         return self
 
     def check_top_k(self, num_experts_per_token: int) -> None:
         """Raises ValueError if `select_top_k` is more than the experts that the model uses per token."""
         if self.select_top_k is not None and self.select_top_k > num_experts_per_token:
             raise ValueError(
-                f"select_top_k ({self.select_top_k}) must be between 1 and the model's experts per token "
+                f"select_top_k ({self.select_top_k}) must be at most the model's experts per token "
                 f"({num_experts_per_token})"
             )
 

@@ -4,10 +4,10 @@
     python -m studies.simulation --parts synthetic --parts validation   # without decoding: a minute
     python -m studies.simulation --quick   # the same on a handful of texts and shapes: that it runs
 
-Policies, each over its knob: off; the paper's (S); and projection with an `expert_price`, or with a `balance_price`, as
-the engine serves them: the heaviest slots of tokens stay (S = 1). The engine does not have the same two without slots
-that are safe (no S): they say what safe slots cost. Prices are quantiles of what is left without experts, or places, in
-the first steps. Experts are placed linearly, and the primary set is the group's.
+Policies, each over its knob: off; the paper's (S); and projection with an `expert_price`, or with a `balance_price`,
+each where the heaviest slots of tokens stay (S = 1), and where prices alone decide (S = 0). Prices are quantiles of
+what is left without experts, or places, in the first steps. Experts are placed linearly, and the primary set is the
+group's.
 
 - validation: the simulator against published figures, and against this project's engines on a CPU.
 - real: the example model decodes held-out texts by the protocol of `sere_dist.evaluation.protocol`. KL divergence,
@@ -51,7 +51,6 @@ from sere_dist.method.projection import (
     left_without_each_expert,
     primary_losses,
     reroute_projection,
-    worth_running,
 )
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.moe import load_model
@@ -73,9 +72,8 @@ from studies.published_times import beside_measured
 QUANTILES = (0.2, 0.5, 0.8, 0.95, 1.0)
 ALL = ("validation", "synthetic", "real")
 OFF, PAPER, PRICED, BALANCED = "off", "paper", "expert price, S = 1", "balance price, S = 1"
-PRICED_ALL, BALANCED_ALL = "expert price, no S", "balance price, no S"
-SERVED, NOT_SERVED = (PRICED, BALANCED), (PRICED_ALL, BALANCED_ALL)  # by the engine
-OURS = SERVED + NOT_SERVED
+PRICED_ALL, BALANCED_ALL = "expert price, S = 0", "balance price, S = 0"
+OURS = PRICED, BALANCED, PRICED_ALL, BALANCED_ALL
 LOOKS = {OFF: GREY, PAPER: RED, PRICED: BLUE, BALANCED: GREEN, PRICED_ALL: ORANGE, BALANCED_ALL: BLACK}
 
 
@@ -87,7 +85,7 @@ class Size:
     length: int = LENGTH
     cells: tuple[tuple[int, int], ...] = ((64, 32), (64, 16), (32, 32))
     keeps: tuple[int, ...] = (1, 2, 4)
-    quantiles: tuple[float, ...] = (0.3, 0.7, 1.0)
+    quantiles: tuple[float, ...] = (0.1, 0.3, 0.7, 1.0)
     synthetic_quantiles: tuple[float, ...] = QUANTILES
     replayed_ranks: tuple[int, ...] = (2, 4, 8, 16)
     models: tuple[str, ...] = ("DeepSeek-V3", "Kimi-K3", "Qwen3-235B-A22B", "Kimi-K2")
@@ -119,7 +117,7 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Priced:
-    """Projection with S = 1 and a price, as the engine has it, or without slots that are safe, as it does not."""
+    """Projection with a price: one of `OURS`."""
 
     tables: Mapping[int, LayerTables]
     layout: Layout
@@ -130,29 +128,17 @@ class Priced:
         tables, places = self.tables[layer], ExpertPlaces(self.layout.rank[layer], self.layout.num_ranks)
         settings = priced(self.policy, self.price)
 
-        def served(weights_BK: torch.Tensor, ids_BK: torch.Tensor) -> Routed:
+        def step(weights_BK: torch.Tensor, ids_BK: torch.Tensor) -> Routed:
             return reroute_projection(Step(weights_BK, ids_BK), tables, settings, places)
 
-        def without_safe_slots(weights_BK: torch.Tensor, ids_BK: torch.Tensor) -> Routed:
-            step = with_empty_slots(weights_BK, ids_BK)
-            losses_E = primary_losses(step, tables, settings, places)
-            # Whatever the price, one expert runs: without a primary expert nothing would be re-routed.
-            primary_E = worth_running(losses_E, tables, settings, places) | (losses_E == losses_E.amax())
-            new_weights_BK, new_ids_BK = reroute_projection(step, tables, settings, primary_E=primary_E)
-            return new_weights_BK[:, 1:], new_ids_BK[:, 1:]
-
-        return torch.vmap(served if self.policy in SERVED else without_safe_slots)(weights_DBK, ids_DBK)
+        return torch.vmap(step)(weights_DBK, ids_DBK)
 
 
 def priced(policy: str, price: float) -> Settings:
-    by_balance = policy in (BALANCED, BALANCED_ALL)
-    return Settings(1, balance_price=price) if by_balance else Settings(1, expert_price=price)
-
-
-def with_empty_slots(weights_BK: torch.Tensor, ids_BK: torch.Tensor) -> Step:
-    """Returns the step with an empty slot before each token's, which is the heaviest: at S = 1 no expert is safe."""
-    weights_BK = torch.cat([torch.full_like(weights_BK[:, :1], torch.inf), weights_BK], dim=1)
-    return Step(weights_BK, torch.cat([torch.full_like(ids_BK[:, :1], -1), ids_BK], dim=1))
+    keeps = 0 if policy in (PRICED_ALL, BALANCED_ALL) else 1
+    if policy in (BALANCED, BALANCED_ALL):
+        return Settings(keeps, balance_price=price)
+    return Settings(keeps, expert_price=price)
 
 
 def price_grid(
@@ -169,8 +155,8 @@ def price_grid(
     found = []
     for layer, (weights_DBK, ids_DBK) in routing.items():
         for weights_BK, ids_BK in zip(weights_DBK[:8], ids_DBK[:8], strict=True):
-            step = Step(weights_BK, ids_BK) if policy in SERVED else with_empty_slots(weights_BK, ids_BK)
-            losses_E = primary_losses(step, tables[layer], priced(PRICED, 1.0))
+            keeps = priced(policy, 1.0).select_top_k
+            losses_E = primary_losses(Step(weights_BK, ids_BK), tables[layer], Settings(keeps, expert_price=1.0))
             left_E = left_without_each_expert(losses_E, tables[layer])
             if policy in (BALANCED, BALANCED_ALL):
                 place_E = places(left_E, layout.rank[layer])
@@ -430,9 +416,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         here = [row for row in rows if (row["batch"], row["ranks"]) == (batch, ranks)]
         for policy in (PAPER, *OURS):
             points = sorted((row["ms"][where]["seconds"], row["kl"]) for row in here if row["policy"] == policy)
-            look, label = ("o--", f"not served: {policy}") if policy in NOT_SERVED else ("o-", policy)
             if points:
-                axes.plot(*zip(*points, strict=True), look, color=LOOKS[policy], markersize=4, label=label)
+                axes.plot(*zip(*points, strict=True), "o-", color=LOOKS[policy], markersize=4, label=policy)
         off = next(row for row in here if row["policy"] == OFF)
         axes.axvline(off["ms"][where]["seconds"], color=GREY, linestyle="--", linewidth=0.9)
         axes.set_title(f"{ranks} ranks, batch {batch}", fontsize="medium")

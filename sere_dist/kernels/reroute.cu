@@ -285,6 +285,12 @@ __device__ Count price_of_an_expert(const Step &step, const Block &block) {
     return price_of_a_place(step, block) ? 1 : 0;
 }
 
+// Whether S and the prices may change a token.
+__device__ bool in_force(const Step &step, const Block &block) {
+    int S = block.settings.select_top_k;
+    return S == 0 ? price_of_an_expert(step, block) > 0 : 0 < S && S < step.K;
+}
+
 // A loss times the chance that the token's output is used: 2^24 for 1; 0 for NaN.
 __device__ Count loss_as_integer(const Step &step, const Slot &slot, float loss) {
     if (has(step, CHANCES)) loss *= slot.chance;
@@ -304,12 +310,11 @@ __device__ Count loss_of(const Block &block, int expert) {
 __device__ bool vote(const Step &step, Block &block, Slot &slot) {
     if (!has_tokens(step)) return false;
     slot.place = place_in_token(slot, step.K);
-    int kept = block.settings.select_top_k < step.K ? block.settings.select_top_k : 0;  // S = K and more means off
-    bool marks = slot.expert >= 0 && slot.place < kept;
+    bool acts = in_force(step, block), marks = acts && slot.expert >= 0 && slot.place < block.settings.select_top_k;
     if (slot.expert >= 0) block.chosen[slot.expert] = 1;
     if (marks) block.primary[slot.expert] = 1;
-    if (has(step, PROJECTION) && slot.runs >= 0 && kept > 0) block.primary[slot.runs] = marks = true;
-    if (price_of_an_expert(step, block) && slot.expert >= 0 && !marks && kept > 0) {
+    if (has(step, PROJECTION) && slot.runs >= 0 && acts) block.primary[slot.runs] = marks = true;
+    if (price_of_an_expert(step, block) && slot.expert >= 0 && !marks && acts) {
         Count loss = loss_as_integer(step, slot, (slot.weight * slot.weight) * block.size[slot.expert]);
         atomicAdd(&block.low_loss[slot.expert], low_part(loss));
         atomicAdd(&block.high_loss[slot.expert], high_part(loss));
@@ -320,10 +325,9 @@ __device__ bool vote(const Step &step, Block &block, Slot &slot) {
 }
 
 // Whether re-routing is on in this step.
-__device__ bool is_on(const Block &block, bool any_primary, int K) {
+__device__ bool is_on(const Step &step, const Block &block, bool any_primary) {
     const Settings &now = block.settings;
-    return now.on && any_primary && 0 < now.select_top_k && now.select_top_k < K && now.least_rows <= block.rows &&
-           block.rows <= now.most_rows;
+    return now.on && any_primary && in_force(step, block) && now.least_rows <= block.rows && block.rows <= now.most_rows;
 }
 
 // For whom experts look for a substitute.
@@ -443,6 +447,12 @@ __device__ bool buy(const Step &step, Block &block, Neighbors &neighbors, Count 
         block.left[e] = loss * (1 - fmaxf(best, 0.0f));
         if (turn == IN_ORDER) worth = static_cast<Count>(block.left[e]);
     }
+    // Where no slot is safe, the expert that comes first runs whatever its price. Nothing is ever taken off what is left of
+    // it, so it comes first for every thread, however far the others are.
+    if (block.settings.select_top_k == 0 && has_expert && !must && worth < price) {
+        must = loss > 0.0f;
+        for (int other = 0; must && other < step.E; ++other) must = !comes_before(block, other, e);
+    }
     bool runs = must || worth >= price;
     if (price_of_a_place(step, block)) runs = is_worth_its_place(step, block, worth, price, must);  // all threads, or none
     if (has_expert && runs) block.primary[e] = true;
@@ -459,9 +469,10 @@ __device__ int settle_by_price(const Step &step, const Block &block, const Slot 
     int substitute = settles ? block.substitute[slot.expert] : slot.expert;
     float similarity = settles ? step.ranked_similarity_EE[slot.expert * step.E + block.place[slot.expert]] : 0.0f;
     float loss = settles ? (slot.weight * slot.weight) * block.size[slot.expert] : 0.0f;
+    bool may_drop = slot.place > 0;  // a token's heaviest slot is never dropped
     error = loss * (1 - similarity);
     if (!has(step, DOMAINS) || !(price > 0)) {
-        bool drops = loss < error;
+        bool drops = may_drop && loss < error;
         if (drops) error = loss;
         return drops ? -1 : substitute;
     }
@@ -500,7 +511,7 @@ __device__ int settle_by_price(const Step &step, const Block &block, const Slot 
                 searching = false;
             }
         }
-        if (whole < least) its_error = whole, choice = -1;
+        if (turn > 0 && whole < least) its_error = whole, choice = -1;
         if (active && lane == from) {
             outcome = choice, error = its_error;
             if (choice >= 0) visits = block.domain[choice];
@@ -539,10 +550,10 @@ __device__ int settle(const Step &step, Block &block, const Slot &slot, int visi
     if (has(step, MERGES)) {
         counts[MERGED] = is_merged(outcome, slot.column, step.K, weight);
         if (counts[MERGED]) id = -1, weight = 0.0f;
-    } else if (has(step, PROJECTION)) {  // a dropped slot repeats the heaviest expert, with weight 0
+    } else if (has(step, PROJECTION)) {  // a dropped slot repeats the expert of the heaviest one, with weight 0
         unsigned width = group_width(step.K);
         unsigned heaviest = __ballot_sync(ALL, slot.place == 0 && slot.column < step.K) >> lane_index() / width * width;
-        int repeated = __shfl_sync(ALL, slot.expert, __ffs(heaviest) - 1, width);
+        int repeated = __shfl_sync(ALL, outcome, __ffs(heaviest) - 1, width);
         if (slot.expert >= 0 && outcome < 0) id = repeated;
     }
     int at = slot.token * step.K + slot.column;
@@ -640,7 +651,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute(const Step 
     }
     bool any_primary = __syncthreads_or(marked);
     if (block.rows == 0) return;  // all threads
-    settle_all(step, block, slot, neighbors, is_on(block, any_primary, step.K), block.runs);
+    settle_all(step, block, slot, neighbors, is_on(step, block, any_primary), block.runs);
     __syncthreads();
     add_totals(step, block);
     count_experts(step, block);
@@ -683,7 +694,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS, 1) reroute_settle(cons
     bool any_primary = __syncthreads_or(primary);
     if (block.rows > 0) {  // all threads, or none
         if (has(step, PROJECTION)) slot.place = place_in_token(slot, step.K);
-        settle_all(step, block, slot, neighbors, is_on(block, any_primary, step.K), workspace.runs);
+        settle_all(step, block, slot, neighbors, is_on(step, block, any_primary), workspace.runs);
         __syncthreads();
         add_totals(step, block);
     }

@@ -112,6 +112,15 @@ def in_fixed_point(error, chance_T, token):
 
 
 @compiled
+def in_force(numbers, num_slots, has_prices):
+    """Returns whether the settings may change a token: `projection.in_force`."""
+    select_top_k = np.int64(numbers[SELECT_TOP_K])
+    if select_top_k == 0:
+        return has_prices and numbers[EXPERT_PRICE] > 0
+    return 0 < select_top_k < num_slots
+
+
+@compiled
 def vote(slots, size_E, numbers, losses_E, chosen_E):
     """Adds each expert's loss to `losses_E`, and marks the experts that valid tokens chose. Returns the valid rows."""
     weights_TK, ids_TK, valid_T, _home_T, chance_T, runs_T = slots
@@ -119,7 +128,7 @@ def vote(slots, size_E, numbers, losses_E, chosen_E):
     select_top_k = np.int64(numbers[SELECT_TOP_K])
     counts_losses = len(size_E) > 0 and numbers[EXPERT_PRICE] > 0
     ranks_K, heaviest_E = np.empty(num_slots, dtype=np.int64), np.zeros(num_experts, dtype=np.bool_)
-    is_on = 0 < select_top_k < num_slots
+    is_on = in_force(numbers, num_slots, len(size_E) > 0)
     for token in range(len(ids_TK)):
         if is_on and len(size_E) and len(runs_T) and runs_T[token]:
             for expert in ids_TK[token]:
@@ -168,8 +177,9 @@ def comes_before(left_E, other, expert):
 
 
 @compiled
-def mark_primary(losses_E, tables, expert_price, balance_price):
-    """Returns bool [E], the primary experts: those that run in any case, and those that are worth the prices."""
+def mark_primary(losses_E, tables, expert_price, balance_price, one_runs):
+    """Returns bool [E], the primary experts: those that run in any case, and those that are worth the prices. With
+    `one_runs`, and if none is worth them, it is the one with the largest loss."""
     must_E = losses_E >= ALWAYS_PRIMARY
     if expert_price == 0:
         return must_E
@@ -191,6 +201,9 @@ def mark_primary(losses_E, tables, expert_price, balance_price):
                 break
         worth_E[expert] = np.int64(np.float32(losses_E[expert]) * (ONE - best))
     primary_E = worth_E >= expert_price
+    if one_runs and not primary_E.any() and losses_E.max() > 0:
+        first = losses_E.astype(np.float32).argmax()  # as the others are ordered: by float32, then by id
+        primary_E[first], worth_E[first] = True, ALWAYS_PRIMARY
     if balance_price > 0:
         drop_places(worth_E, primary_E, tables.rank_E, expert_price, balance_price)
     return primary_E
@@ -242,10 +255,10 @@ def count_visits(visits_K, home, counters, when):
 
 
 @compiled
-def cheapest(expert, loss, choice, similarity, tables, primary_E, price, visits_K, home):
-    """Returns the expert that takes a slot, or -1 if dropping costs less, and the error that this makes. Costs rise as
-    similarity falls, so only two experts can be the cheapest: the most similar one, and the most similar one in a
-    domain that is visited anyway."""
+def cheapest(expert, loss, choice, similarity, tables, primary_E, price, visits_K, home, may_drop):
+    """Returns the expert that takes a slot, or -1 if it may be dropped and that costs less, and the error that this
+    makes. Costs rise as similarity falls, so only two experts can be the cheapest: the most similar one, and the most
+    similar one in a domain that is visited anyway."""
     least = error = loss * (ONE - similarity)
     if price > ZERO and len(tables.domain_E) and not is_among(tables.domain_E[choice], visits_K, home):
         least = least + price
@@ -256,7 +269,7 @@ def cheapest(expert, loss, choice, similarity, tables, primary_E, price, visits_
                 if cost < least:  # of equal costs the larger similarity wins: the choice so far came first
                     least, error, choice = cost, cost, np.int64(neighbor)
                 break
-    return (np.int64(-1), loss) if loss < least else (choice, error)
+    return (np.int64(-1), loss) if may_drop and loss < least else (choice, error)
 
 
 @compiled
@@ -303,7 +316,7 @@ def settle(slots, tables, primary_E, numbers, acts, runs_E, counters):
                 count_visits(visits_K, home, counters, 1)
         if not acts:
             continue
-        heaviest = -1
+        heaviest_slot = 0
         if has_prices:
             rank_slots(weights_TK[token], ranks_K)
         for slot in range(num_slots):
@@ -312,7 +325,7 @@ def settle(slots, tables, primary_E, numbers, acts, runs_E, counters):
                 expert = -1
             outcome_K[slot], new_weights_K[slot] = expert, weight
             if has_prices and ranks_K[slot] == 0:
-                heaviest = expert
+                heaviest_slot = slot
             stays = expert < 0 or (ranks_K[slot] < select_top_k if has_prices else primary_E[expert])
             if not stays:
                 if substitute_E[expert] == NOT_LOOKED_UP:
@@ -334,7 +347,7 @@ def settle(slots, tables, primary_E, numbers, acts, runs_E, counters):
                     expert, weight = outcome_K[slot], weights_TK[token, slot]
                     loss, nearest = (weight * weight) * tables.size_E[expert], substitute_E[expert]
                     choice, error = cheapest(
-                        expert, loss, nearest, similarity_E[expert], tables, primary_E, price, visits_K, home
+                        expert, loss, nearest, similarity_E[expert], tables, primary_E, price, visits_K, home, turn > 0
                     )
                     outcome_K[slot] = choice
                     if choice != expert:
@@ -360,7 +373,8 @@ def settle(slots, tables, primary_E, numbers, acts, runs_E, counters):
         for slot in range(num_slots):
             if 0 <= ids_TK[token, slot] < num_experts:
                 weights_TK[token, slot] = new_weights_K[slot]
-                ids_TK[token, slot] = heaviest if outcome_K[slot] < 0 and not merges else outcome_K[slot]
+                repeats = outcome_K[slot] < 0 and not merges
+                ids_TK[token, slot] = outcome_K[heaviest_slot] if repeats else outcome_K[slot]
 
 
 @compiled
@@ -387,8 +401,11 @@ def finish(slots, tables, numbers, rows, losses_E, chosen_E, counters):
         return
     select_top_k = np.int64(numbers[SELECT_TOP_K])
     prices = np.int64(numbers[EXPERT_PRICE]), np.int64(numbers[BALANCE_PRICE])
-    primary_E = mark_primary(losses_E, tables, prices[0], prices[1])
-    is_on = 0 < select_top_k < slots.ids_TK.shape[1] and numbers[MIN_ROWS] <= rows <= numbers[MAX_ROWS]
+    primary_E = mark_primary(losses_E, tables, prices[0], prices[1], select_top_k == 0)
+    is_on = (
+        in_force(numbers, slots.ids_TK.shape[1], len(tables.size_E) > 0)
+        and numbers[MIN_ROWS] <= rows <= numbers[MAX_ROWS]
+    )
     acts = is_on and primary_E.any()
     runs_E = np.zeros(len(losses_E), dtype=np.bool_) if acts else chosen_E
     counters[STEPS] += 1
@@ -438,7 +455,7 @@ class CpuLayer:
 
     def set(self, settings: Settings, *, enabled: bool = True, min_rows: int = 0, max_rows: int | None = None) -> None:
         """Sets the settings, whether re-routing is on, and the valid rows of a step between which it is."""
-        select_top_k = settings.select_top_k if enabled else 0
+        select_top_k = settings.select_top_k if enabled else -1
         most = np.inf if max_rows is None else max_rows
         place = to_fixed_point(settings.balance_price) if len(self._tables.rank_E) else 0
         expert = to_fixed_point(settings.expert_price) or min(place, 1)  # as `projection.price_of_an_expert`

@@ -8,7 +8,8 @@ is the mean squared output of e. With w the router's weight, the squared errors 
     cost(drop e) = w² n_e
 
 for every primary expert p; s_ee = c_ee = 1. A slot that goes to p gets the weight w c_ep, a dropped slot the id -1 and
-the weight 0. A token's S heaviest slots and critical ones stay as they are, as in `rerouting`.
+the weight 0. A token's S heaviest slots and critical ones stay as they are, as in `rerouting`. Its heaviest slot is
+never dropped.
 
 Primary are the experts in these heaviest slots, and those that run in any case for rows that keep theirs: a prompt's,
 or those of a request that asks for it (`Step.runs_T`). `expert_price` decides what else is. Without e, the step would
@@ -24,7 +25,8 @@ it is worth its price beside those that come before it:
     loss(e) (1 - the largest s_ep over the p before e, at least 0) >= expert_price.
 
 That is as good as to add the experts one at a time (`studies/selection.py`), and needs no loop. With a `balance_price`
-an expert that is worth its price also has to be worth its place: see `balance`.
+an expert that is worth its price also has to be worth its place: see `balance`. With S = 0 the prices alone decide, and
+if no expert is worth them, the first one runs all the same.
 
 Losses are added up in fixed point, so that the sum does not depend on the order and ranks can share one primary set.
 
@@ -71,7 +73,7 @@ def reroute_projection(
     Args:
         step: what the router chose.
         tables: of method `projection`.
-        settings: S, rho and the prices. S <= 0 and S >= K change nothing.
+        settings: S, rho and the prices. Where they are not `in_force` nothing changes.
         places: the rank and the domain of each expert. A token visits its home, the domains of the slots that stay, and
             each domain that a slot was sent to. Without domains `traffic_price` has no effect, without ranks
             `balance_price`.
@@ -80,7 +82,7 @@ def reroute_projection(
     Raises:
         ValueError: the tables are of another method.
     """
-    if not 0 < settings.select_top_k < step.ids_TK.shape[1]:
+    if not in_force(settings, step.ids_TK.shape[1], places):
         return step.weights_TK.clone(), step.ids_TK.clone()
     if primary_E is None:
         primary_E = primary_by_price(step, tables, settings, places)
@@ -95,7 +97,8 @@ def reroute_projection(
 
     weights_TK, ids_TK = step.weights_TK.float(), step.ids_TK
     candidates_EE = own.similarity_EE.masked_fill(~primary_E, -torch.inf)
-    for slot_T1 in order_TK[:, settings.select_top_k :].split(1, dim=1):
+    for turn in range(settings.select_top_k, step.ids_TK.shape[1]):
+        slot_T1 = order_TK[:, turn : turn + 1]
         id_T, weight_T, settles_T = (each.gather(1, slot_T1).squeeze(1) for each in (ids_TK, weights_TK, settles_TK))
         expert_T = id_T.clamp(min=0).long()
         drop_cost_T = (weight_T * weight_T) * own.size_E[expert_T]
@@ -104,7 +107,7 @@ def reroute_projection(
         cheapest_TE = candidates_EE[expert_T].masked_fill(cost_TE > least_T[:, None], -torch.inf)
         substitute_T = cheapest_TE.max(dim=1).indices  # of equal values the first: the lowest id
 
-        drops_T = settles_T & (drop_cost_T < least_T)
+        drops_T = settles_T & (drop_cost_T < least_T) & (turn > 0)
         moves_T = settles_T & ~drops_T
         new_weight_T = torch.where(moves_T, weight_T * own.coefficient_EE[expert_T, substitute_T], weight_T)
         new_id_T = torch.where(moves_T, substitute_T.to(ids_TK.dtype), id_T)
@@ -120,7 +123,7 @@ def reroute_projection(
 def primary_by_price(
     step: Step, tables: LayerTables, settings: Settings, places: ExpertPlaces | None = None
 ) -> torch.Tensor:
-    """Returns bool [E]: the experts in the S heaviest slots and those worth the prices; none where S is off."""
+    """Returns bool [E]: the experts in the S heaviest slots and those worth the prices; none if not `in_force`."""
     return worth_running(primary_losses(step, tables, settings, places), tables, settings, places)
 
 
@@ -132,12 +135,16 @@ def worth_running(
     Args:
         losses_E: int64 [E], the `primary_losses` of a step; ranks may have added theirs up.
         tables: the layer's.
-        settings: without prices only those are primary that run in any case.
+        settings: without prices only those are primary that run in any case. With S = 0 and losses, one expert is.
         places: the rank of each expert. None, or no ranks: `balance_price` has no effect.
     """
     if not (expert_price := price_of_an_expert(settings, places)):
         return losses_E >= ALWAYS_PRIMARY
     left_E = left_without_each_expert(losses_E, tables)
+    if settings.select_top_k == 0:
+        first_E = torch.arange(len(left_E), device=left_E.device) == losses_E.float().max(dim=0).indices
+        first_E = first_E & (losses_E > 0) & ~(left_E >= expert_price).any()
+        left_E = left_E.masked_fill(first_E, ALWAYS_PRIMARY)
     if not (balance_price := price_of_a_place(settings, places)):
         return left_E >= expert_price
     assert places is not None and places.rank_E is not None  # else a place has no price
@@ -157,6 +164,13 @@ def left_without_each_expert(losses_E: torch.Tensor, tables: LayerTables) -> tor
     is_before_EE = (left_E > left_E[:, None]) | ((left_E == left_E[:, None]) & (index_E < index_E[:, None]))
     left_E = loss_E * (1 - alike_EE.masked_fill(~is_before_EE, 0).amax(dim=1))
     return left_E.long().masked_fill(must_E, ALWAYS_PRIMARY)
+
+
+def in_force(settings: Settings, num_slots: int, places: ExpertPlaces | None = None) -> bool:
+    """Returns whether the settings may change a token of K = `num_slots`: 0 < S < K, or S = 0 and prices."""
+    if settings.select_top_k == 0:
+        return price_of_an_expert(settings, places) > 0
+    return 0 < settings.select_top_k < num_slots
 
 
 def price_of_an_expert(settings: Settings, places: ExpertPlaces | None = None) -> int:
@@ -179,11 +193,11 @@ def primary_losses(
 
     ALWAYS_PRIMARY for an expert in one of the S heaviest slots of a valid token. With sizes, which policy projection
     has, also for one in any slot of a row of `runs_T`: it runs whatever is decided here. Losses of other experts are
-    only counted if experts have a price, which needs `tables.size_E`. All 0 where S <= 0 or S >= K. Ranks that
-    share one primary set add these up.
+    only counted if experts have a price, which needs `tables.size_E`. All 0 without settings that are `in_force`.
+    Ranks that share one primary set add these up.
     """
     num_experts = len(tables.similarity_EE)
-    if not 0 < settings.select_top_k < step.ids_TK.shape[1]:
+    if not in_force(settings, step.ids_TK.shape[1], places):
         return torch.zeros(num_experts, dtype=torch.int64, device=step.ids_TK.device)
     filled_TK = filled_slots(step.ids_TK, step.valid_T)
     keeps_TK = heaviest_slots(step.weights_TK, settings.select_top_k) & filled_TK

@@ -40,7 +40,7 @@ class LayerTables(NamedTuple):
 class Settings(NamedTuple):
     """The numbers in force. Prices are squared errors in the unit of w² n: router weight squared times size."""
 
-    select_top_k: int  # S, the experts that a token keeps. S <= 0 and S >= K mean off
+    select_top_k: int  # S, the experts that a token keeps. 0: none, prices alone decide. S < 0 and S >= K mean off
     threshold: float = 0.0  # rho: an expert with no primary expert this similar stays. 0: none stays
     expert_price: float = 0.0  # an expert runs if the step would lose this much without it. 0: S alone decides
     traffic_price: float = 0.0  # what one more domain to visit costs. 0: quality alone decides

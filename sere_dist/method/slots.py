@@ -39,6 +39,6 @@ def merge_repeats(
 
 
 def fill_dropped(step: Step, new_ids_TK: torch.Tensor) -> torch.Tensor:
-    """Returns new ids [T, K] in which a dropped slot, of weight 0, repeats its token's heaviest expert."""
-    heaviest_T1 = step.ids_TK.gather(1, slots_by_weight(step.weights_TK)[:, :1])
+    """Returns new ids [T, K] in which a dropped slot, of weight 0, repeats the expert of its token's heaviest slot."""
+    heaviest_T1 = new_ids_TK.gather(1, slots_by_weight(step.weights_TK)[:, :1])
     return torch.where((new_ids_TK < 0) & (step.ids_TK >= 0), heaviest_T1, new_ids_TK)

@@ -13,7 +13,7 @@ import torch
 from sere_dist.kernels.reroute import ID_DTYPES, DeviceSettings, LayerKernel
 from sere_dist.method.counters import COUNTERS, count_step
 from sere_dist.method.fixed_point import ALWAYS_PRIMARY, FIXED_POINT_ONE
-from sere_dist.method.projection import primary_losses, reroute_projection, worth_running
+from sere_dist.method.projection import in_force, primary_losses, reroute_projection, worth_running
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import replace_experts, substitutes
 from sere_dist.method.slots import fill_dropped, merge_repeats
@@ -122,18 +122,18 @@ class RandomStep:
 
     @property
     def settings_in_force(self) -> Settings:
-        """The same with S = 0 where the switch or the gates leave the step alone."""
+        """The same with S = -1 where the switch or the gates leave the step alone."""
         valid_T = self.step.valid_T
         rows = self.rows if valid_T is None else int(valid_T.sum())
         most = rows if self.max_rows is None else self.max_rows
         is_on = self.enabled and self.min_rows <= rows <= most
-        return self.settings if is_on else self.settings._replace(select_top_k=0)
+        return self.settings if is_on else self.settings._replace(select_top_k=-1)
 
     def by_torch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns weights, ids and counts by the functions of `method`."""
         step, tables, settings = self.step, self.tables, self.settings_in_force
         losses_E = primary_losses(step, tables, settings, self.places)
-        if self.elsewhere_E is not None and 0 < settings.select_top_k < self.top_k:
+        if self.elsewhere_E is not None and in_force(settings, self.top_k, self.places):
             losses_E = losses_E + self.elsewhere_E
         primary_E = worth_running(losses_E, tables, settings, self.places)
         if self.projection:
@@ -223,7 +223,7 @@ CHOICES: dict[str, Sequence[Any]] = {
     "rows": [0, 1, 2, 5, 16, 33, 80],
     "top_k": [1, 2, 3, 4, 6, 8, 10, 32],
     "experts": [1, 2, 8, 31, 33, 60, 64, 128, 256, 300],
-    "select_top_k": [-1, 0, 1, 1, 2, 2, 3, 4, 6, 8, 9],
+    "select_top_k": [-1, 0, 0, 1, 1, 2, 2, 3, 4, 6, 8, 9],
     "projection": [False, True],
     "threshold": [0.0, 0.3, 0.75, 0.95, 1.0],
     "expert_price": [0.0, 0.0, 0.0, 1e-9, 0.0625, 0.125, 0.25, 0.5, 2.0, 1e6],

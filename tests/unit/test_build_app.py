@@ -19,8 +19,9 @@ def arguments(artifact, **changes) -> dict:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"select_top_k": 0}, "select_top_k\n.*greater than or equal to 1"),
-        ({"select_top_k": 9}, r"select_top_k \(9\) must be between 1 and the model's experts per token \(8\)"),
+        ({"select_top_k": -1}, "select_top_k\n.*greater than or equal to 0"),
+        ({"select_top_k": 0}, "with select_top_k 0 prices alone decide what runs: set expert_price or balance_price"),
+        ({"select_top_k": 9}, r"select_top_k \(9\) must be at most the model's experts per token \(8\)"),
         ({"threshold": 1.5}, "threshold\n"),
         ({"artifact": "nowhere"}, "no artifact at .*/nowhere: "),
         ({"artifact": "s3://bucket/artifact"}, "s3://bucket/artifact is an address, this is a path: mount the bucket"),

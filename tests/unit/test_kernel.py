@@ -260,7 +260,10 @@ def test_a_dropped_barrier_is_caught(tmp_path, monkeypatch, which):
         priced = RandomStep(seed=seed, projection=True, **prices, **common)
         few_alike = dataclasses.replace(priced, rows=8, most_alike=0.5, ties=False)
         balanced = dataclasses.replace(few_alike, expert_price=0.01, balance_price=0.15)
-        for step, one_launch_rows in itertools.product((papers, priced, few_alike, balanced), (1024, 0)):
+        nothing_safe = dataclasses.replace(balanced, select_top_k=0)
+        one_runs = dataclasses.replace(nothing_safe, expert_price=1e6)
+        steps = (papers, priced, few_alike, balanced, nothing_safe, one_runs)
+        for step, one_launch_rows in itertools.product(steps, (1024, 0)):
             monkeypatch.setattr(kernel, "ONE_LAUNCH_LANES", one_launch_rows)
             try:
                 step.check("cpu")

@@ -14,6 +14,7 @@ from sere_dist.method.projection import (
 )
 from sere_dist.method.records import ExpertPlaces, LayerTables, Settings, Step
 from sere_dist.method.rerouting import replace_experts, reroute, substitutes
+from sere_dist.method.slots import fill_dropped
 from tests.support.decode_steps import drawn_steps
 
 
@@ -27,7 +28,7 @@ def oracle(drawn, tables, prices, domain, home, chance):
     coefficient, size, (expert_price, price) = tables[1].numpy(), tables[2].numpy(), prices
     select_top_k, valid, num_slots = drawn.select_top_k, drawn.step.valid_T.tolist(), len(ids[0]) if ids else 0
     new_weights, new_ids = weights.copy(), [list(row) for row in ids]
-    if not 0 < select_top_k < num_slots:
+    if not (0 < select_top_k < num_slots or (select_top_k == 0 and expert_price)):
         return new_weights, new_ids
     order = [sorted(range(num_slots), key=lambda k, row=row: (-row[k], k)) for row in weights]
     primary = {ids[t][k] for t in range(len(ids)) if valid[t] for k in order[t][:select_top_k]} - {-1}
@@ -49,6 +50,8 @@ def oracle(drawn, tables, prices, domain, home, chance):
             beside = {e: (0, -left(e, must), e) for e in losses if e not in must} | {e: (-1, 0, e) for e in must}
             in_order = sorted(beside, key=lambda e: beside[e])
             primary |= {e for i, e in enumerate(in_order) if int(left(e, in_order[:i])) >= enough}
+        if select_top_k == 0 and not primary and max(losses.values()) > 0:
+            primary = {max(losses, key=lambda e: (np.float32(losses[e]), -e))}
     rho, price = np.float32(drawn.threshold), np.float32(price)
 
     def similar(e, p):
@@ -66,7 +69,8 @@ def oracle(drawn, tables, prices, domain, home, chance):
             visited.add(home[t])
         for k in settling:
             e, loss = row[k], weights[t][k] * weights[t][k] * size[row[k]]
-            options = [(loss, 1, 0, -1)]  # cost; dropping is last; the larger similarity; the lower id
+            # cost; dropping is last; the larger similarity; the lower id
+            options = [] if k == order[t][0] else [(loss, 1, 0, -1)]
             for p in primary:
                 traffic = price if domain and domain[p] not in visited else np.float32(0)
                 options.append((loss * (1 - similar(e, p)) + traffic, 0, -similar(e, p), p))
@@ -167,8 +171,22 @@ def test_losses_by_hand():
     assert primary(0.25) == primary(1e-9) == primary(1e-300) == [1, 1, 1, 1]
     assert primary(1e-9, step=step._replace(valid_T=torch.tensor([False, True, False]))) == [0, 1, 1, 0]
     assert primary(1e-9, size=torch.tensor([1.0, 1.0, torch.nan, 0.0])) == [1, 1, 0, 0]
-    for select_top_k in (-1, 0, 3, 4):
+    for select_top_k in (-1, 3, 4):
         assert primary(1e-9, select_top_k) == [0] * 4
+    assert primary(0.251, 0) == [0, 1, 1, 0] and primary(0, 0) == [0] * 4, "without a price S = 0 is off"
+    assert primary(0.626, 0) == primary(1e300, 0) == [0, 0, 1, 0], "one runs whatever the price"
+
+
+def test_without_safe_slots_the_heaviest_moves_but_is_never_dropped():
+    """Expert 1 runs. Nothing else is like 0 or 2: the heaviest slot of a token goes to 1 all the same."""
+    step = Step(torch.tensor([[0.5, 0.4], [0.9, 0.1]]), torch.tensor([[0, 2], [1, 2]]))
+    similarity = torch.eye(4)
+    similarity[0, 1], similarity[2, 1] = -0.5, -0.5
+    tables = LayerTables(similarity, torch.full((4, 4), 0.5), torch.ones(4))
+    weights, ids = reroute_projection(step, tables, Settings(0, expert_price=0.5))
+    assert ids.tolist() == [[1, -1], [1, -1]]
+    assert weights.tolist() == [[0.25, 0.0], [torch.tensor(0.9).item(), 0.0]]
+    assert fill_dropped(step, ids).tolist() == [[1, 1], [1, 1]], "and a dropped slot goes where it went"
 
 
 def test_what_other_rows_run_is_primary_by_hand():

@@ -29,16 +29,16 @@ def drawn(steps=3, rows=6, top_k=4):
     return {0: tables}, weights, ids
 
 
-@pytest.mark.parametrize("policy", study.SERVED)
-def test_what_is_served_is_the_methods(policy):
+@pytest.mark.parametrize("policy", study.OURS)
+def test_what_is_simulated_is_the_methods(policy):
     """At every price of the grid the study does to a step what `reroute_projection` does, and runs its experts."""
     tables, weights, ids = drawn(rows=3)
     prices = study.price_grid({0: (weights, ids)}, tables, LAYOUT, policy, (0.2, 0.5, 1.0))
     assert len(prices) == 3
     for price in prices:
         found = study.Priced(tables, LAYOUT, policy, price)(0, weights, ids)
-        by = {study.PRICED: "expert_price", study.BALANCED: "balance_price"}[policy]
-        settings, places = Settings(1, **{by: price}), ExpertPlaces(LAYOUT.rank[0], 4)
+        by = "expert_price" if policy.startswith("expert price") else "balance_price"
+        settings, places = Settings(int(policy[-1]), **{by: price}), ExpertPlaces(LAYOUT.rank[0], 4)
         for step, of_step in zip(map(Step, weights, ids), zip(*found, strict=True), strict=True):
             known = reroute_projection(step, tables[0], settings, places)
             assert all(map(torch.equal, of_step, known))

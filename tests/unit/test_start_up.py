@@ -39,8 +39,8 @@ def caplog_vllm(caplog, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"select_top_k": 0}, "select_top_k\n.*greater than or equal to 1"),
-        ({"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be between 1 and the model's experts per token \(8\)"),
+        ({"select_top_k": 0}, "with select_top_k 0 prices alone decide what runs: set expert_price or balance_price"),
+        ({"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be at most the model's experts per token \(8\)"),
         ({"select_top_k": 2, "threshold": 2.0}, "threshold\n"),
         ({"select_top_k": 2, "select_topk": 3}, "select_topk\n.*Extra inputs"),
         ({"select_top_k": 2, "artifact": "nowhere"}, "no artifact at .*nowhere"),
@@ -299,7 +299,7 @@ def test_a_draft_models_experts_have_settings_of_their_own(artifact_path):
         ({"method": "ngram", "num_speculative_tokens": 2}, {}, "set method to draft_model"),
         (DRAFTS_DENSE, {}, "qwen3 has no routed experts"),
         (DRAFTS_ITSELF, {"artifact": "nowhere"}, "no artifact at .*nowhere"),
-        (DRAFTS_ITSELF, {"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be between 1 and the model's"),
+        (DRAFTS_ITSELF, {"select_top_k": TOP_K + 1}, r"select_top_k \(9\) must be at most the model's"),
         (DRAFTS_ITSELF, {"select_top_k": None}, "draft\n.*select_top_k is missing"),
         (DRAFTS_ITSELF, {"policy": "projection"}, "artifact of method projection"),
         (DRAFTS_ITSELF, {"min_rows": 2}, "draft.min_rows\n.*Extra inputs"),
