@@ -20,6 +20,7 @@ from sere_dist.files import written_whole
 JOB_FILE, LOCK_FILE, LAYER_FILES = "job.json", "lock.json", "layer-*.safetensors"
 SENSITIVITIES_FILE = "sensitivities.json"
 TOKENS = "tokens"  # beside the tensors of an artifact
+SALIENCY = "saliency"
 
 
 class FinishedLayers:
@@ -74,6 +75,8 @@ class FinishedLayers:
         tensors = result.tensors()
         if result.tokens_E is not None:
             tensors[TOKENS] = result.tokens_E
+        if result.saliency_E is not None:
+            tensors[SALIENCY] = result.saliency_E
         metadata = {
             "statistics": result.statistics.model_dump_json(),
             "block_tokens": str(result.block_tokens),
@@ -129,6 +132,7 @@ def read_layer(path: Path) -> LayerResult:
         size_E=tensors.get("size"),
         coactivation_EE=tensors.get("coactivation"),
         tokens_E=tensors.get(TOKENS),
+        saliency_E=tensors.get(SALIENCY),
         sources=[SourceStatistics.model_validate(row) for row in json.loads(metadata["sources"])],
         block_tokens=int(metadata["block_tokens"]),
         halved=int(metadata["halved"]),

@@ -37,7 +37,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import numpy as np
 import torch
 import typer
 from matplotlib.figure import Figure
@@ -90,7 +89,6 @@ from sere_dist.evaluation.rivals import (
     dropping_rerouter,
     oea_rerouter,
     reap_rerouter,
-    reap_saliency,
     top_k_rerouter,
     xshare_rerouter,
 )
@@ -170,6 +168,11 @@ class Calibration:
     def tables(self) -> dict[int, LayerTables]:
         return {layer: found.tables for layer, found in self.layers.items()}
 
+    @property
+    def saliency(self) -> dict[int, torch.Tensor]:
+        """REAP's, of each layer's experts [E]; of method projection alone."""
+        return {layer: found.saliency_E for layer, found in self.layers.items() if found.saliency_E is not None}
+
     def substitutes(self, select_top_k: int) -> Rerouter:
         return paper_rerouter(self.tables, Settings(select_top_k))
 
@@ -188,15 +191,6 @@ def calibrate(checkpoint: Checkpoint, texts: Sequence[Text], methods: Sequence[M
         ids = [text.ids for text in texts[:SENSITIVITY_SAMPLES]]
         weigh_layers(found["projection"], layer_sensitivities(checkpoint, ids))
     return [Calibration(layers) for layers in found.values()]
-
-
-def saliencies(model: PreTrainedModel, checkpoint: Checkpoint, texts: Sequence[Text]) -> dict[int, torch.Tensor]:
-    """Returns REAP's saliency [E] of every layer's experts on the texts."""
-    found, layers = {}, routed_experts(model)
-    for layer, inputs in expert_inputs(checkpoint, text_blocks([text.ids for text in texts])):
-        hidden_ids_weights = [torch.from_numpy(np.concatenate(parts)) for parts in list(zip(*inputs, strict=True))[:3]]
-        found[layer] = reap_saliency(layers[layer][1], *hidden_ids_weights)
-    return found
 
 
 def at_active_experts(curve: Sequence[LockstepResult], active: float) -> list[float] | None:
@@ -639,7 +633,7 @@ def main(
         kinds = [text.kind for text in of_all]
         wanted = {name: field_of[name] for name in field_of if name in LOOKS or not only_drawn}
         sizes = batches or BATCHES
-        saliency = saliencies(loaded, checkpoint, in_turn[: counts[-1]])
+        saliency = projection.saliency
         num_experts = MoeShape.from_config(loaded.config).num_experts
 
         def pruned(share: float) -> Rerouter:

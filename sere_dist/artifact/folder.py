@@ -25,7 +25,7 @@ from safetensors.torch import save as save_tensors
 
 from sere_dist.artifact.card import card
 from sere_dist.artifact.hub import local_folder
-from sere_dist.artifact.layer import Layer, LayerStatistics, layer_of
+from sere_dist.artifact.layer import ExpertStatistics, Layer, LayerStatistics, layer_of
 from sere_dist.artifact.recommendation import Recommendation
 from sere_dist.artifact.schema import (
     CARD_FILE,
@@ -48,8 +48,6 @@ from sere_dist.moe import MoeShape
 logger = logging.getLogger(__name__)
 
 Row = TypeVar("Row", bound=BaseModel)
-
-_EXPERTS_HEADER = ["layer", "expert", "tokens"]
 
 
 @dataclass
@@ -171,10 +169,10 @@ class Artifact:
         decided = {"tensors_sha256": hashlib.sha256(payload).hexdigest(), "coactivation": has_coactivation}
         config = self.config.model_copy(update=decided)
         rows = [layer.statistics for layer in self.layers.values()]
-        tokens = {index: layer.tokens_E.tolist() for index, layer in self.layers.items() if layer.tokens_E is not None}
+        experts = [row for layer in self.layers.values() for row in layer.experts()]
         _check_tensors(path, config, tensors)
         sources = [row for layer in self.layers.values() for row in layer.sources]
-        _check_layers(path, config, rows, tokens, sources)
+        _check_layers(path, config, rows, experts, sources)
         if self.recommended is not None:
             _check_recommended(path, config, self.recommended)
 
@@ -190,12 +188,8 @@ class Artifact:
             _write_rows(written / LAYERS_FILE, rows)
             if sources:
                 _write_rows(written / SOURCES_FILE, sources)
-            if tokens:
-                with (written / EXPERTS_FILE).open("w", newline="") as file:
-                    table = csv.writer(file)
-                    table.writerow(_EXPERTS_HEADER)
-                    for index, counts in tokens.items():
-                        table.writerows((index, expert, count) for expert, count in enumerate(counts))
+            if experts:
+                _write_rows(written / EXPERTS_FILE, experts)
             _replace(path, written, overwrite)
 
     @classmethod
@@ -212,9 +206,8 @@ class Artifact:
             payload = (path / TENSORS_FILE).read_bytes()
             settings = yaml.safe_load((path / SETTINGS_FILE).read_text())
             statistics = _read_rows(path / LAYERS_FILE, LayerStatistics)
-            has_sources = (path / SOURCES_FILE).exists()
-            sources = _read_rows(path / SOURCES_FILE, SourceStatistics) if has_sources else []
-            tokens = _read_tokens(path / EXPERTS_FILE)
+            sources = _rows_if_any(path / SOURCES_FILE, SourceStatistics)
+            experts = _rows_if_any(path / EXPERTS_FILE, ExpertStatistics)
             tuned = path / RECOMMENDATION_FILE
             recommended = Recommendation.model_validate_json(tuned.read_bytes()) if tuned.exists() else None
         except FileNotFoundError as error:
@@ -234,14 +227,14 @@ class Artifact:
         except SafetensorError as error:
             raise ArtifactError(f"{path / TENSORS_FILE}: {error}") from error
         _check_tensors(path, config, tensors)
-        _check_layers(path, config, statistics, tokens, sources)
+        _check_layers(path, config, statistics, experts, sources)
         if recommended is not None:
             _check_recommended(path, config, recommended)
         layers = {
             row.layer: layer_of(
                 {name: tensors[f"layers.{row.layer}.{name}"] for name in config.tensor_kinds},
                 statistics=row,
-                tokens_E=torch.tensor(tokens[row.layer]) if tokens else None,
+                experts=[each for each in experts if each.layer == row.layer],
                 sources=[each for each in sources if each.layer == row.layer],
             )
             for row in statistics
@@ -328,7 +321,7 @@ def _check_layers(
     path: Path,
     config: ArtifactConfig,
     rows: list[LayerStatistics],
-    tokens: dict[int, list[int]],
+    experts: list[ExpertStatistics],
     sources: list[SourceStatistics],
 ) -> None:
     expected = sorted(config.layer_names)
@@ -336,8 +329,11 @@ def _check_layers(
         raise ArtifactError(
             f"{path}: {LAYERS_FILE} has rows for {[row.layer for row in rows]}, layer_names has {expected}"
         )
-    if tokens and (sorted(tokens) != expected or any(len(each) != config.num_experts for each in tokens.values())):
+    in_order = [(layer, expert) for layer in expected for expert in range(config.num_experts)]
+    if experts and [(row.layer, row.expert) for row in experts] != in_order:
         raise ArtifactError(f"{path}: {EXPERTS_FILE} does not have a row for each of num_experts in layer_names")
+    if len({row.saliency is None for row in experts}) > 1:
+        raise ArtifactError(f"{path}: {EXPERTS_FILE} has the saliency of some experts and not of others")
     of_layers = {layer: [row.source for row in sources if row.layer == layer] for layer in expected}
     if sources and (
         len(sources) != sum(map(len, of_layers.values()))
@@ -375,17 +371,5 @@ def _read_rows(path: Path, kind: type[Row]) -> list[Row]:
         return [kind.model_validate(row) for row in rows]
 
 
-def _read_tokens(path: Path) -> dict[int, list[int]]:
-    if not path.exists():
-        return {}
-    tokens: dict[int, list[int]] = {}
-    with path.open(newline="") as file:
-        rows = csv.reader(file)
-        if (header := next(rows, [])) != _EXPERTS_HEADER:
-            raise ValueError(f"{path.name}: columns {header}, not {_EXPERTS_HEADER}")
-        for layer, expert, count in rows:
-            counts = tokens.setdefault(int(layer), [])
-            if int(expert) != len(counts):
-                raise ValueError(f"{path.name}: layer {layer} has expert {expert} where {len(counts)} is due")
-            counts.append(int(count))
-    return tokens
+def _rows_if_any(path: Path, kind: type[Row]) -> list[Row]:
+    return _read_rows(path, kind) if path.exists() else []

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, FiniteFloat
 
 from sere_dist.artifact.sources import SourceStatistics
 from sere_dist.method.certainty import Certainty
@@ -86,6 +86,15 @@ class LayerStatistics(BaseModel):
         ]
 
 
+class ExpertStatistics(BaseModel):
+    """One row of `experts.csv`."""
+
+    layer: int
+    expert: int
+    tokens: int = Field(ge=0, lt=2**63)  # routed to it
+    saliency: FiniteFloat | None = None  # see `Layer.saliency_E`
+
+
 @dataclass
 class Layer:
     """One layer's tables, all by logical expert id.
@@ -99,6 +108,8 @@ class Layer:
         coactivation_EE: float32 [E, E]: products of the router weights that a token gave two experts, summed over
             tokens. None for a method without data, and in artifacts of older versions.
         tokens_E: int64 [E]: tokens routed to each expert. None for a method without data.
+        saliency_E: float32 [E]: what REAP would prune by, see `Projection`. Of method projection alone, and None in
+            artifacts of older versions.
         sources: how well it serves each source of the texts. Empty where there was one, or that was not measured.
     """
 
@@ -108,6 +119,7 @@ class Layer:
     size_E: torch.Tensor | None = None
     coactivation_EE: torch.Tensor | None = None
     tokens_E: torch.Tensor | None = None
+    saliency_E: torch.Tensor | None = None
     sources: list[SourceStatistics] = field(default_factory=list)
 
     @property
@@ -116,6 +128,16 @@ class Layer:
         sensitivity = self.statistics.sensitivity
         size_E = self.size_E if self.size_E is None or sensitivity is None else self.size_E * sensitivity
         return LayerTables(self.similarity_EE, self.coefficient_EE, size_E)
+
+    def experts(self) -> list["ExpertStatistics"]:
+        """Returns the layer's rows of `experts.csv`; none for a method without data."""
+        if self.tokens_E is None:
+            return []
+        saliency = [None] * len(self.tokens_E) if self.saliency_E is None else self.saliency_E.tolist()
+        return [
+            ExpertStatistics(layer=self.statistics.layer, expert=expert, tokens=tokens, saliency=each)
+            for expert, (tokens, each) in enumerate(zip(self.tokens_E.tolist(), saliency, strict=True))
+        ]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns what `similarity.safetensors` holds of the layer, by the names that it has there."""
@@ -130,7 +152,7 @@ class Layer:
                 return None
             return table[order_E] if table.dim() == 1 else table[order_E][:, order_E]
 
-        fields = (*TENSORS.values(), "tokens_E")
+        fields = (*TENSORS.values(), "tokens_E", "saliency_E")
         return replace(self, **{name: permuted(getattr(self, name)) for name in fields})
 
 
@@ -145,16 +167,18 @@ TENSORS = {
 def layer_of(
     tensors: dict[str, torch.Tensor],
     statistics: LayerStatistics,
-    tokens_E: torch.Tensor | None = None,
+    experts: Sequence[ExpertStatistics] = (),
     sources: Sequence[SourceStatistics] = (),
 ) -> Layer:
     """Returns a layer of the tensors that `Layer.tensors` returned, and of what is kept beside them."""
+    saliency = [row.saliency for row in experts if row.saliency is not None]
     return Layer(
         similarity_EE=tensors["similarity"],
         statistics=statistics,
         coefficient_EE=tensors.get("coefficient"),
         size_E=tensors.get("size"),
         coactivation_EE=tensors.get("coactivation"),
-        tokens_E=tokens_E,
+        tokens_E=torch.tensor([row.tokens for row in experts]) if experts else None,
+        saliency_E=torch.tensor(saliency) if saliency else None,
         sources=list(sources),
     )

@@ -8,7 +8,7 @@ from sere_dist.moe import MoeShape
 SCHEMA_VERSION = 2  # 1 knew no sensitivities
 
 CONFIG_FILE, TENSORS_FILE, LAYERS_FILE = "sere_config.json", "similarity.safetensors", "layers.csv"
-EXPERTS_FILE = "experts.csv"  # tokens routed to each expert; absent where no token was looked at
+EXPERTS_FILE = "experts.csv"  # what is known of each expert; absent where no token was looked at
 SOURCES_FILE = "sources.csv"  # how well each source of the texts is served; absent where there was one
 CARD_FILE, SETTINGS_FILE = "README.md", "calibration.yaml"
 RECOMMENDATION_FILE = "recommended.json"  # absent until `calibration_jobs.tune` has found one

@@ -391,6 +391,7 @@ def score_layer(
         None if projection is None else projection.size_E.cpu(),
         coactivation_EE,
         tokens_E,
+        None if projection is None else projection.saliency_E.cpu(),
         sources,
         block_tokens,
         halved,

@@ -12,7 +12,6 @@ import torch
 from sere_dist.evaluation.lockstep import Rerouter, Routed
 from sere_dist.evaluation.rerouters import primary_by_step
 from sere_dist.method.rerouting import heaviest_slots
-from sere_dist.moe import RoutedExperts, expert_outputs
 
 
 def dropping_rerouter(num_experts: int, select_top_k: int, *, renormalise: bool = False) -> Rerouter:
@@ -76,30 +75,13 @@ def xshare_rerouter(budget: int, *, warm_up: int = 0, renormalise: bool = True) 
     return route
 
 
-@torch.no_grad()
-def reap_saliency(
-    experts: RoutedExperts, hidden_NH: torch.Tensor, ids_NK: torch.Tensor, weights_NK: torch.Tensor
-) -> torch.Tensor:
-    """Returns REAP's saliency [E], float64: the mean over an expert's tokens of router weight times norm of its output.
-
-    It is 0 for an expert that none of the tokens was routed to.
-    """
-    saliency_E = torch.zeros(experts.num_experts, dtype=torch.float64)
-    for expert in range(experts.num_experts):
-        token_M, slot_M = (ids_NK == expert).nonzero(as_tuple=True)
-        if len(token_M):
-            (output_MH,) = expert_outputs(experts, hidden_NH[token_M], range(expert, expert + 1))
-            saliency_E[expert] = (weights_NK[token_M, slot_M] * output_MH.norm(dim=1)).double().mean()
-    return saliency_E
-
-
 def reap_rerouter(saliency: Mapping[int, torch.Tensor], kept: int) -> Rerouter:
     """REAP (arXiv 2510.13999): each layer has only its `kept` experts of the largest saliency, in every step.
 
     A token takes the K experts of these that it scores highest; weights are the scores, and keep their sum. So it is
     for a model that normalises the weights of the chosen experts. (The prompt still has all experts in `lockstep`.)
 
-    `saliency`: [E] by decoder layer index, see `reap_saliency`.
+    `saliency`: [E] by decoder layer index, what a calibration of method projection found.
     """
 
     def route(layer: int, weights_DBK: torch.Tensor, ids_DBK: torch.Tensor, scores_DBE: torch.Tensor | None) -> Routed:

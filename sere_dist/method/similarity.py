@@ -188,6 +188,7 @@ class Projection(NamedTuple):
     coefficient_EE: torch.Tensor  # that multiple, at least 0; the diagonals are 1
     size_E: torch.Tensor  # an expert's mean squared output over all tokens, relative to the mean over experts
     mean_square: torch.Tensor  # [], what the sizes are relative to
+    saliency_E: torch.Tensor  # REAP's: the mean of routing weight times output's norm, over an expert's tokens; or 0
 
 
 def expert_projection(
@@ -222,19 +223,23 @@ def projection_of_groups(
     if tuple(routing_weights_NE.shape) != (num_tokens, num_experts):
         raise ValueError(f"routing weights are {tuple(routing_weights_NE.shape)}, not [N, E] {num_tokens, num_experts}")
     block = block_tokens or tokens_a_block(num_experts, hidden_size, METHODS["projection"])
-    # Sums of r^2 <O_i, O_j>, of r^2 |O_j|^2, and of |O_i|^2.
+    # Sums of r^2 <O_i, O_j> and of r^2 |O_j|^2.
     product_GEE, squared_GEE = (float64_zeros(outputs_ENH, len(groups), num_experts, num_experts) for _ in range(2))
-    size_GE = float64_zeros(outputs_ENH, len(groups), num_experts)
+    # Of |O_i|^2; of r |O_i|, and of the tokens routed to i.
+    size_GE, salient_GE, routed_GE = (float64_zeros(outputs_ENH, len(groups), num_experts) for _ in range(3))
     reached_E = torch.zeros_like(size_GE[0], dtype=torch.bool)
     for tokens in split_evenly(num_tokens, block):
         reached_E |= (routing_weights_NE[tokens, :] != 0).any(dim=0)
     for place, tokens, gram_BEE in _token_grams(outputs_ENH, groups, block):
         gram_BEE = gram_BEE.double()
         squared_BE = gram_BEE.diagonal(dim1=1, dim2=2).clone()
-        importance_BE = torch.where(reached_E, routing_weights_NE[tokens, :].double() ** 2, 1.0)
+        weights_BE = routing_weights_NE[tokens, :].double()
+        importance_BE = torch.where(reached_E, weights_BE**2, 1.0)
         product_GEE[place] += gram_BEE.mul_(importance_BE[:, :, None]).sum(dim=0)
         squared_GEE[place] += importance_BE.T @ squared_BE
         size_GE[place] += squared_BE.sum(dim=0)
+        salient_GE[place] += (weights_BE * squared_BE.sqrt()).sum(dim=0)
+        routed_GE[place] += (weights_BE != 0).sum(dim=0)
 
     def of(chosen: Sequence[int]) -> Projection:
         count = sum(groups[place].stop - groups[place].start for place in chosen)
@@ -246,7 +251,8 @@ def projection_of_groups(
         similarity_EE = (multiple_EE * product_EE / own_E1).nan_to_num(nan=0.0).clamp(max=1).fill_diagonal_(1)
         mean_size = size_E.mean()
         size_E = size_E / mean_size if mean_size > 0 else torch.ones_like(size_E)
-        return Projection(*(t.float() for t in (similarity_EE, coefficient_EE, size_E, mean_size / count)))
+        saliency_E = _sum_of(salient_GE, chosen) / _sum_of(routed_GE, chosen).clamp(min=1)
+        return Projection(*(t.float() for t in (similarity_EE, coefficient_EE, size_E, mean_size / count, saliency_E)))
 
     return of
 

@@ -80,6 +80,7 @@ def projection(tmp_path):
         size_E={layer: torch.rand(4) for layer in (0, 1)},
         coactivation_EE={layer: torch.rand(4, 4) for layer in (0, 1)},
         tokens_E={0: torch.tensor([5, 0, 7, 9]), 1: torch.tensor([3, 4, 4, 99])},
+        saliency_E={0: torch.tensor([1.0, 0.0, 2.0, 0.5]), 1: torch.tensor([0.1, 2.0, 3.0, 4.0])},
     )
     artifact.save(tmp_path / "projection")
     return tmp_path / "projection", artifact
@@ -88,9 +89,17 @@ def projection(tmp_path):
 def test_round_trip_of_a_projection(projection):
     path, artifact = projection
     loaded = Artifact.load(path)
-    for name in ("similarity_EE", "coefficient_EE", "size_E", "coactivation_EE", "tokens_E"):
+    for name in ("similarity_EE", "coefficient_EE", "size_E", "coactivation_EE", "tokens_E", "saliency_E"):
         for layer, saved_layer in artifact.layers.items():
             assert torch.equal(getattr(loaded.layers[layer], name), getattr(saved_layer, name))
+
+
+def test_experts_of_an_older_version_have_no_saliency(projection):
+    path, artifact = projection
+    rows = (path / EXPERTS_FILE).read_text().splitlines()
+    (path / EXPERTS_FILE).write_text("".join(f"{row.rpartition(',')[0]}\n" for row in rows))
+    loaded = Artifact.load(path).layers[1]
+    assert loaded.saliency_E is None and loaded.tokens_E.equal(artifact.layers[1].tokens_E)
 
 
 def test_a_projection_without_its_coefficients(projection):
@@ -126,11 +135,13 @@ def test_wrong_projections(projection, name, tensor, message):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("1,3,99\r\n", "", "does not have a row for each of num_experts"),
-        ("1,2,4", "1,3,4", "layer 1 has expert 3 where 2 is due"),
-        ("layer,expert,tokens", "layer,tokens", "columns"),
-        ("0,0,5", "0,0,many", "invalid literal"),
-        ("0,0,5", "0,0", "not enough values"),
+        ("1,3,99,4.0\r\n", "", "does not have a row for each of num_experts"),
+        ("1,2,4", "1,3,4", "does not have a row for each of num_experts"),
+        ("layer,expert,tokens", "layer,expert,rows", "(?s)tokens.*Field required"),
+        ("0,0,5", "0,0,many", "valid integer"),
+        ("0,0,5", "0,0,-5", "greater than or equal to 0"),
+        ("0,0,5,1.0", "0,0,5", "the saliency of some experts and not of others"),
+        ("0,0,5,1.0", "0,0,5,nan", "finite number"),
     ],
 )
 def test_wrong_tokens_of_experts(projection, old, new, message):

@@ -57,7 +57,7 @@ def test_streamed_layers_and_padded_blocks_are_exact(model, method):
         assert result.tokens_E.tolist() == (weights_NE > 0).sum(dim=0).tolist()
         if method == "projection":
             mean_square = torch.tensor(result.statistics.mean_square)
-            found = (result.similarity_EE, result.coefficient_EE, result.size_E, mean_square)
+            found = (result.similarity_EE, result.coefficient_EE, result.size_E, mean_square, result.saliency_E)
             for ours, theirs in zip(found, expert_projection(outputs_ENH, weights_NE), strict=True):
                 assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
         else:

@@ -126,7 +126,9 @@ def projection(outputs: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tens
             coefficient[i, j] = (product / other).clamp(min=0)
             similarity[i, j] = product**2 / (own * other) if product > 0 else 0
     sizes = outputs.square().sum(dim=2).mean(dim=1)
-    return similarity, coefficient, sizes / sizes.mean(), sizes.mean()
+    added = weights.double() * outputs.norm(dim=2).T  # [N, E]
+    saliency = added.sum(dim=0) / (weights != 0).sum(dim=0).clamp(min=1)
+    return similarity, coefficient, sizes / sizes.mean(), sizes.mean(), saliency
 
 
 @pytest.mark.parametrize("block", [None, 7])
@@ -137,7 +139,8 @@ def test_projection(outputs, block):
     for found, expected in zip(expert_projection(outputs, weights, block), projection(outputs, weights), strict=True):
         assert found.dtype == torch.float32
         assert torch.allclose(found.double(), expected, atol=1e-6)
-    similarity_EE, coefficient_EE, size_E, _ = expert_projection(outputs, weights)
+    similarity_EE, coefficient_EE, size_E, _, saliency_E = expert_projection(outputs, weights)
+    assert saliency_E[2] == 0 and saliency_E[0] > 0
     assert similarity_EE[0, 4] == coefficient_EE[0, 4] == 0
     assert not torch.equal(similarity_EE, similarity_EE.T)
     assert torch.equal(similarity_EE.diagonal(), torch.ones(E)) and torch.equal(
