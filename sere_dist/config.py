@@ -78,7 +78,8 @@ class PolicyConfig(BaseModel):
         for name in ("expert_price", "traffic_price", "balance_price"):
             if (price := getattr(self, name, 0)) and self.policy != "projection":
                 raise ValueError(f"{name} ({price}) needs policy: projection, not {self.policy}")
-        if self.select_top_k == 0 and not (self.expert_price or getattr(self, "balance_price", 0)):
+        priced = self.expert_price or getattr(self, "balance_price", 0)
+        if self.select_top_k == 0 and not priced and getattr(self, "enabled", True):
             raise ValueError("with select_top_k 0 prices alone decide what runs: set expert_price or balance_price")
         return self
 

@@ -302,8 +302,8 @@ def test_whatever_is_sent_is_refused_or_valid(body):
         assert answer.json()["error"]["message"] and after == before
     else:
         changed = after["settings"]
-        priced = changed["expert_price"] + changed["balance_price"] > 0
-        assert (0 if priced else 1) <= changed["select_top_k"] <= TOP_K and 0 <= changed["threshold"] <= 1
+        needs_one = changed["enabled"] and not changed["expert_price"] + changed["balance_price"]
+        assert (1 if needs_one else 0) <= changed["select_top_k"] <= TOP_K and 0 <= changed["threshold"] <= 1
         assert 2**31 > (changed["max_rows"] or 0) >= 0 <= changed["min_rows"] < 2**31
         assert changed["max_rows"] is None or changed["max_rows"] >= changed["min_rows"]
 

@@ -10,7 +10,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from sere_dist.artifact.placement import LayerPlacement, Placement
 from sere_dist.config import ReroutingConfig
 from sere_dist.method.counters import COUNTERS, count_step, named
-from sere_dist.method.projection import reroute_projection
+from sere_dist.method.projection import in_force, reroute_projection
 from sere_dist.method.records import ExpertPlaces, LayerTables, Step
 from sere_dist.vllm_plugin.layers import counters_of, scaled
 from sere_dist.vllm_plugin.rows import Rows
@@ -91,6 +91,16 @@ def test_prices_follow_the_weights_that_the_router_gives():
     parted = reroute_projection(Step(weights, ids), tables, found.numbers, places)
     assert whole[1].equal(parted[1]) and not whole[1].equal(ids)
     assert torch.allclose(whole[0], 2.5 * parted[0])
+
+
+def test_without_safe_slots_the_price_may_be_0_while_rerouting_is_off():
+    """So that a controller whose first price is 0 can switch it off."""
+    settings = ReroutingConfig(artifact="a", policy="projection", select_top_k=0, expert_price=0.1)
+    off = settings.changed({"enabled": False, "expert_price": 0.0}, 8)
+    assert in_force(settings.numbers, 8) and not in_force(off.numbers, 8)
+    for refused in ({"expert_price": 0.0}, {"enabled": True}):
+        with pytest.raises(ValueError, match="set expert_price or balance_price"):
+            (settings if refused.keys() == {"expert_price"} else off).changed(refused, 8)
 
 
 def test_the_estimated_error_is_in_the_unit_of_the_prices():
