@@ -157,7 +157,7 @@ def test_replicas_of_another_configuration_are_left_alone(keeper):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"select_top_k": 9}, r"select_top_k \(9\) must be between 1 and"),
+        ({"select_top_k": 9}, r"select_top_k \(9\) must be at most the model"),
         ({"select_top_k": "many", "threshold": 2}, "select_top_k: .*\nthreshold: "),
         ({"artifact": "elsewhere"}, "artifact can't be changed while serving; enabled, "),
         ({"min_rows": 2**70}, "min_rows: Input should be less than or equal to 2147483647"),
@@ -287,7 +287,7 @@ def test_a_trial_of_all_replicas_ends_when_told_to(keeper, end):
     [
         ({}, "changes: Field required"),
         ({"changes": {}}, "changes: .* at least 1 item"),
-        ({"changes": {"select_top_k": 9}}, r"select_top_k \(9\) must be between 1 and"),
+        ({"changes": {"select_top_k": 9}}, r"select_top_k \(9\) must be at most the model"),
         (TRIAL | {"replicas": 0}, "replicas: .* greater than or equal to 1"),
         (TRIAL | {"take_back_if": {"estimated_error": 0.1}}, "policy sere estimates no error: leave that limit out"),
         (
