@@ -1,7 +1,7 @@
 """Does a longer answer drift? The same questions with known answers, with re-routing off and on, scored.
 
     pip install --no-deps -r requirements/drift.txt
-    python -m studies.drift   # 60 minutes on 2 cores, once `make demo` has put the model together and calibrated it
+    python -m studies.drift   # 80 minutes on 2 cores, once `make demo` has put the model together and calibrated it
 
 vLLM's engine runs SmolLM2-MoE (`examples/smollm2_moe`), which answers each question greedily once, and `SAMPLES`
 times at temperature 1. Greedy answers give the score; samples give pass@1, their share that is right, and pass@8, the
@@ -17,21 +17,26 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import ray
 import typer
 from rich.progress import track
 from rich.table import Table
 from vllm import LLM, SamplingParams
 
+from calibration_jobs.calibrate import CalibrationConfig, calibrate
 from examples.application import SMOLLM2_MOE
 from examples.smollm2_moe.questions import COUNTRIES, JOBS
 from sere_dist.console import progress, tables
+from sere_dist.method.similarity import MethodName
 from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.standard_errors import difference_with_error, with_error
+from studies.artifacts import ARTIFACTS
 from studies.common import RESULTS
 
 BATCH, SAMPLES, NEW, SEED = 32, 8, 96, 1
@@ -42,11 +47,16 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "products": {"min_digits": 1, "max_digits": 1},
 }
 PER_KIND = 100
+KEPT = ARTIFACTS / "drift"  # what each policy got; delete it to measure again
 JSON_KEYS = ("name", "age", "city")
-POLICIES: dict[str, dict[str, Any]] = {"off": {"enabled": False}}
-POLICIES |= {
-    "expert_price 0.02": {"enabled": True, "expert_price": 0.02}
-}  # as the demo served it when this was measured
+POLICIES: dict[str, tuple[MethodName, dict[str, Any]]] = {  # the artifact's method, and settings
+    "off": ("projection", {"policy": "projection", "select_top_k": 1, "enabled": False}),
+    # at about as many active experts as the paper's policy
+    "expert_price 0.02": ("projection", {"policy": "projection", "select_top_k": 1, "expert_price": 0.02}),
+    "SERE, S = 2": ("frobenius", {"policy": "sere", "select_top_k": 2}),
+    # as the demo serves it
+    "expert_price 0.008": ("projection", {"policy": "projection", "select_top_k": 1, "expert_price": 0.008}),
+}
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,39 @@ def items() -> list[Item]:
     return found
 
 
+def frobenius_artifact() -> Path:
+    """Returns the artifact for the paper's policy, calibrated on the demo's texts first if it is missing."""
+    path = ARTIFACTS / "smollm2-moe-frobenius"
+    if not path.exists():
+        calibrate(
+            CalibrationConfig(
+                model=str(SMOLLM2_MOE.model),
+                dataset=str(SMOLLM2_MOE.calibration),
+                method="frobenius",
+                output=path,
+                num_samples=SMOLLM2_MOE.samples,
+            )
+        )
+        ray.shutdown()
+    return path
+
+
+@contextmanager
+def engine(artifact: Path, settings: Mapping[str, Any]) -> Generator[LLM]:
+    """Yields an engine of SmolLM2-MoE with this artifact and these settings of re-routing."""
+    llm = LLM(
+        str(SMOLLM2_MOE.model),
+        max_model_len=512,
+        max_num_seqs=BATCH,
+        enable_prefix_caching=False,  # an answer would share what others have computed
+        additional_config={"sere": {"artifact": str(artifact), **settings}},
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
 def scores(llm: LLM, asked: list[Item]) -> dict[str, list[float]]:
     """Returns what each question gets: for its greedy answer, and for its samples as pass@1 and pass@8."""
     conversations: list[list[Any]] = [[{"role": "user", "content": item.question}] for item in asked]
@@ -119,6 +162,22 @@ def scores(llm: LLM, asked: list[Item]) -> dict[str, list[float]]:
     }
 
 
+def kept_answers(
+    policy: str, artifact: Path, settings: Mapping[str, Any], asked: list[Item]
+) -> tuple[dict[str, list[float]], float]:
+    """Returns the `scores` of a policy, and the active experts of its steps. They are kept in `KEPT`: a run that was
+    stopped goes on with the next policy."""
+    file = KEPT / f"{policy}.json"
+    if not file.exists():
+        with engine(artifact, settings) as llm:
+            scored = scores(llm, asked)
+            layers = llm.collective_rpc("sere_counters")[0]["layers"].values()
+        active = sum(x["active_experts_after"] for x in layers) / sum(x["steps"] for x in layers)
+        KEPT.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([scored, active]))
+    return tuple(json.loads(file.read_text()))
+
+
 def compared(found: list[float], baseline: list[float]) -> dict[str, float]:
     """Returns the mean score, its difference from the baseline's, and their errors."""
     (score, error), (difference, difference_error) = with_error(found), difference_with_error(found, baseline)
@@ -130,22 +189,12 @@ def main(
     results: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "drift.json",
 ) -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    llm = LLM(
-        str(SMOLLM2_MOE.model),
-        max_model_len=512,
-        max_num_seqs=BATCH,
-        enable_prefix_caching=False,  # an answer would share what others have computed
-        additional_config={"sere": {"artifact": str(SMOLLM2_MOE.artifact), "policy": "projection", "select_top_k": 1}},
-    )
+    artifacts = {"projection": SMOLLM2_MOE.artifact, "frobenius": frobenius_artifact()}
     asked = items()
     found: dict[str, dict[str, list[float]]] = {}
     active: dict[str, float] = {}
-    for policy, settings in track(POLICIES.items(), "policies", console=progress()):
-        llm.collective_rpc("sere_settings", kwargs=settings)
-        llm.collective_rpc("sere_counters", kwargs={"reset": True})
-        found[policy] = scores(llm, asked)
-        layers = llm.collective_rpc("sere_counters")[0]["layers"].values()
-        active[policy] = sum(x["active_experts_after"] for x in layers) / sum(x["steps"] for x in layers)
+    for policy, (method, settings) in track(POLICIES.items(), "policies", console=progress()):
+        found[policy], active[policy] = kept_answers(policy, artifacts[method], settings, asked)
     rows = []
     for kind in ("all", *dict.fromkeys(item.kind for item in asked)):
         chosen = [place for place, item in enumerate(asked) if kind in ("all", item.kind)]
