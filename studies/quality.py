@@ -126,6 +126,10 @@ RIVALS = (
     "XShare",
     "XShare, warm-up 1",
     "XShare, not renormalised",
+    "dropping",
+    "dropping, renormalised",
+    "top-k",
+    "top-k, renormalised",
     REAP,
     PROJECTION,
 )
@@ -564,6 +568,9 @@ def main(
     example: Annotated[str, typer.Option(help=f"The model: {' or '.join(EXAMPLES)}.")] = "tiny-moe",
     parts: Annotated[list[Part] | None, typer.Option(help="What to measure. By default, all of it.")] = None,
     only_drawn: Annotated[bool, typer.Option("--drawn", help="Of the field, only what the figures show.")] = False,
+    rivals: Annotated[
+        list[str] | None, typer.Option("--policy", help="Of the field, only these beside the paper's and ours.")
+    ] = None,
     batches: Annotated[list[int] | None, typer.Option(help=f"Batches of the field, {BATCHES} by default.")] = None,
     keeps: Annotated[list[int] | None, typer.Option(help=f"Values of S of the field, {KEEPS} by default.")] = None,
     prices: Annotated[list[float] | None, typer.Option(help=f"An expert's prices, {PRICES} by default.")] = None,
@@ -601,7 +608,7 @@ def main(
     }
     frobenius, projection = by_count[counts[-1]]
     calibrations = {PAPER: frobenius, "paper, projection": projection}
-    if Part.BESIDE_RANDOM in parts or not only_drawn:
+    if Part.BESIDE_RANDOM in parts or not (only_drawn or rivals):
         cosine, weights = calibrate(checkpoint, in_turn[: counts[-1]], ("cosine", "weights"))
         (cka,) = calibrate(checkpoint, in_turn[:SAMPLES_OF_CKA], ("cka",))
         calibrations |= dict(zip(CALIBRATED, (frobenius, cosine, cka, projection, weights), strict=True))
@@ -631,7 +638,8 @@ def main(
 
     if Part.FIELD in parts:
         kinds = [text.kind for text in of_all]
-        wanted = {name: field_of[name] for name in field_of if name in LOOKS or not only_drawn}
+        shown = {PAPER, *rivals} if rivals else LOOKS if only_drawn else field_of
+        wanted = {name: rerouter_of for name, rerouter_of in field_of.items() if name in shown}
         sizes = batches or BATCHES
         saliency = projection.saliency
         num_experts = MoeShape.from_config(loaded.config).num_experts
