@@ -120,6 +120,18 @@ def grouped_against_the_field() -> str:
     return against_the_field("tiny-grouped")
 
 
+def pruned() -> str:
+    """REAP by the share of the experts' memory that it keeps: active experts and KL divergence at batch 16."""
+    examples = {"tiny-moe": "example model", "smollm2-moe": "SmolLM2-MoE", "tiny-grouped": "DeepSeek-V3's kind"}
+    of = {example: field_rows(example) for example in examples}
+    shares = sorted({knob for _, policy, knob in of["tiny-moe"] if policy == "REAP, pruned" and knob}, reverse=True)
+    cells = []
+    for share in shares:
+        rows = [of[example][16, "REAP, pruned", share] for example in examples]
+        cells.append([f"{share:.1%}", *(f"{row['active_experts']:.1f} at {plus_minus(row, 'kl')}" for row in rows)])
+    return markdown(["memory of the experts kept", *examples.values()], cells)
+
+
 def unlike() -> str:
     """What is estimated of a kind of text that neither calibration nor tuning saw, as a factor of what is measured."""
     rows = load(RESULTS / "sensitivity-tiny-moe.json")["unlike"]
@@ -566,7 +578,7 @@ def narrow_link_gains() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        *(quality, against_the_field, by_batch, similarity, tuning, traffic, placements),
+        *(quality, against_the_field, pruned, by_batch, similarity, tuning, traffic, placements),
         *(tradeoff, speculation, decode, calibration, accuracy, kernel_instructions, survival),
         *(
             *(sensitivity, unlike, choices, selection, fills, carving, smollm2_quality, smollm2_against_the_field),
