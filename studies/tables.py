@@ -24,10 +24,15 @@ RIVALS = {
     "XShare": "XShare",
     "XShare, warm-up 1": "XShare, warm-up 1",
     "XShare, not renormalised": "XShare, warm-up 1, not renormalised",
+    "dropping": "dropping",
+    "dropping, renormalised": "dropping, renormalised",
+    "top-k": "smaller top-k",
+    "top-k, renormalised": "smaller top-k, renormalised",
     "projection": "projection (ours), S alone",
     "REAP, pruned": "REAP, the experts pruned for good",
 }
 PRICED, BATCHES = "expert price, S = 1", (1, 4, 16, 64)
+LATER = "dropping-and-top-k"  # folder of the study's second run
 NOTHING = 1e-4  # a KL divergence at which a price has changed next to nothing
 
 
@@ -50,9 +55,18 @@ def outcome(row: dict[str, Any]) -> list[str]:
 
 
 @cache
-def field_rows(example: str = "tiny-moe") -> dict[tuple[int, str, float | None], dict[str, Any]]:
-    rows = load(RESULTS / f"quality-{example}.json")["field"]
+def field_rows(example: str = "tiny-moe", folder: str = "") -> dict[tuple[int, str, float | None], dict[str, Any]]:
+    rows = load(RESULTS / folder / f"quality-{example}.json")["field"]
     return {(row["batch"], row["policy"], row["knob"]): row for row in rows}
+
+
+def beside_rivals(example: str = "tiny-moe") -> list[dict[str, Any]]:
+    """Returns the rows of our policy that cost more than nothing: beside most rivals, and beside those of a second run
+    of the study."""
+    runs = [field_rows(example)]
+    if (RESULTS / LATER / f"quality-{example}.json").exists():
+        runs.append(field_rows(example, LATER))
+    return [row for rows in runs for row in rows.values() if row["policy"] == PRICED and row["kl"] > NOTHING]
 
 
 def quality() -> str:
@@ -76,7 +90,7 @@ def quality() -> str:
 
 def against_the_field(example: str = "tiny-moe") -> str:
     """The range over all prices of our KL as a factor of a rival's at as many active experts."""
-    priced = [row for row in field_rows(example).values() if row["policy"] == PRICED and row["kl"] > NOTHING]
+    priced = beside_rivals(example)
     batches = sorted({row["batch"] for row in priced})
     rows = []
     for name, label in RIVALS.items():
