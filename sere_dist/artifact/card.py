@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from sere_dist.artifact.layer import MIN_TOKENS_PER_EXPERT, Layer, LayerStatistics
 from sere_dist.artifact.recommendation import Outcome, Recommendation
@@ -27,6 +27,8 @@ def card(config: ArtifactConfig, layers: Collection[Layer], recommended: Recomme
         library_name="sere_dist",
         tags=["sere", "mixture-of-experts", "expert-rerouting", "vllm", "ray"],
         datasets=_hub_datasets(config.dataset) or None,
+        model_name=f"Expert similarities of {model}",
+        eval_results=None if recommended is None else _eval_results(recommended),
     )
     seen = "No text was looked at: the similarities know nothing of what experts do on yours."
     if config.dataset:
@@ -69,6 +71,26 @@ def card(config: ArtifactConfig, layers: Collection[Layer], recommended: Recomme
         _table(LayerStatistics.HEADINGS, [layer.statistics.cells() for layer in layers]),
     ]
     return str(ModelCard("\n\n".join(parts) + "\n"))
+
+
+def _eval_results(recommended: Recommendation) -> list[EvalResult]:
+    """Returns what the recommended settings cost and save, as the Hub shows it."""
+    metrics = {
+        "kl": "KL divergence from the model as it is, nats per token",
+        "active_experts": "active experts per layer and step",
+    }
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name=f"{recommended.texts}, batch {outcome.batch}",
+            metric_type=metric,
+            metric_name=name,
+            metric_value=getattr(outcome, metric),
+        )
+        for outcome in recommended.recommended
+        for metric, name in metrics.items()
+    ]
 
 
 def coverage(layers: Collection[Layer]) -> str:

@@ -365,7 +365,11 @@ def test_the_card_of_a_model_in_a_folder():
 def test_the_card_of_a_tuned_artifact():
     artifact = small_artifact()
     recommended = recommend(artifact, "sere", {layer: LayerSetting(select_top_k=1) for layer in artifact.layers})
-    text = parsed(card(artifact.config, artifact.layers.values(), recommended)).text
+    read = parsed(card(artifact.config, artifact.layers.values(), recommended))
+    found = {(result.dataset_name, result.metric_type): result.metric_value for result in read.data.eval_results}
+    assert found[f"{recommended.texts}, batch 16", "kl"] == 0.01
+    assert found[f"{recommended.texts}, batch 16", "active_experts"] == 2.0
+    text = read.text
     assert "Tuned for batch 16 and a KL of at most 0.02 nats a token" in text
     assert "| recommended, batch 16 | 2.0 of 4.0 | 0.0100 ±0.0010 | +0.0200 ±0.0020 | 20.00 | 90.0% ±1.0% |" in text
     assert "| S = 1, batch 16 | 2.0 of 4.0 |" in text
