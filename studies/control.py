@@ -1,6 +1,6 @@
 """Does a price that follows the load serve more requests within an objective, and for less quality, than a fixed one?
 
-    python -m studies.control   # 17 minutes on 2 cores; calibrates into build/studies if nothing is there
+    python -m studies.control   # 24 minutes on 2 cores; calibrates into build/studies if nothing is there
 
 A day of load on one application: `DAY` gives each phase's share of the peak, in requests that arrive at random. vLLM's
 own load generator sends held-out texts as prompts, and asks for answers of mixed lengths. The day is repeated with
@@ -217,8 +217,8 @@ def live(folder: Path, url: str, peak: float, phase_s: float, token_ms: float) -
 
 
 def main(
-    peak: Annotated[float, typer.Option(help="Requests per second at noon.")] = 2.6,
-    phase_s: Annotated[float, typer.Option(help="Seconds of a phase.")] = 30,
+    peak: Annotated[float, typer.Option(help="Requests per second at noon.")] = 1.8,  # about what the fixed price bears
+    phase_s: Annotated[float, typer.Option(help="Seconds of a phase.")] = 45,
     token_ms: Annotated[float, typer.Option(help="The objective: milliseconds per output token.")] = 80,
     results: Annotated[Path, typer.Option(help="JSON file.")] = RESULTS / "control.json",
     picture: Annotated[Path, typer.Option(help="PNG file.")] = ROOT / "docs" / "control.png",
