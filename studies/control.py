@@ -1,6 +1,6 @@
 """Does a price that follows the load serve more requests within an objective, and for less quality, than a fixed one?
 
-    python -m studies.control   # 24 minutes on 2 cores; calibrates into build/studies if nothing is there
+    python -m studies.control   # 22 minutes on 2 cores; calibrates into build/studies if nothing is there
 
 A day of load on one application: `DAY` gives each phase's share of the peak, in requests that arrive at random. vLLM's
 own load generator sends held-out texts as prompts, and asks for answers of mixed lengths. The day is repeated with
