@@ -1,6 +1,7 @@
 """The example model's artifacts, calibrated on the protocol's texts."""
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,18 +26,15 @@ def calibrated(method: MethodName, folder: Path = ARTIFACTS) -> Path:
     if not path.exists():
         texts = calibration_texts(CALIBRATION, AutoTokenizer.from_pretrained(MODEL))
         dataset = write_texts(folder / "calibration.parquet", texts)
-        calibrate(
-            CalibrationConfig(
-                model=str(MODEL),
-                dataset=str(dataset),
-                method=method,
-                output=path,
-                num_samples=len(texts),
-                max_length=CALIBRATION_LENGTH,
-            )
-        )
-        ray.shutdown()
+        options: dict[str, Any] = {"num_samples": len(texts), "max_length": CALIBRATION_LENGTH}
+        calibrate_into(path, model=str(MODEL), dataset=str(dataset), method=method, **options)
     return path
+
+
+def calibrate_into(path: Path, **options: Any) -> None:
+    """Writes an artifact by the job with these options, in a Ray cluster of its own."""
+    calibrate(CalibrationConfig(output=path, **options))
+    ray.shutdown()
 
 
 def write_texts(path: Path, texts: list[Text]) -> Path:

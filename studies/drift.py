@@ -1,7 +1,7 @@
 """Does a longer answer drift? The same questions with known answers, with re-routing off and on, scored.
 
     pip install --no-deps -r requirements/drift.txt
-    python -m studies.drift   # 80 minutes on 2 cores, once `make demo` has put the model together and calibrated it
+    python -m studies.drift   # 100 minutes on 2 cores, once `make demo` has put the model together and calibrated it
 
 vLLM's engine runs SmolLM2-MoE (`examples/smollm2_moe`), which answers each question greedily once, and `SAMPLES`
 times at temperature 1. Greedy answers give the score; samples give pass@1, their share that is right, and pass@8, the
@@ -23,20 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import ray
 import typer
 from rich.progress import track
 from rich.table import Table
 from vllm import LLM, SamplingParams
 
-from calibration_jobs.calibrate import CalibrationConfig, calibrate
 from examples.application import SMOLLM2_MOE
 from examples.smollm2_moe.questions import COUNTRIES, JOBS
 from sere_dist.console import progress, tables
 from sere_dist.method.similarity import MethodName
 from sere_dist.provenance import keep, machine, rounded, versions
 from sere_dist.standard_errors import difference_with_error, with_error
-from studies.artifacts import ARTIFACTS
+from studies.artifacts import ARTIFACTS, calibrate_into
 from studies.common import RESULTS
 
 BATCH, SAMPLES, NEW, SEED = 32, 8, 96, 1
@@ -118,16 +116,8 @@ def frobenius_artifact() -> Path:
     """Returns the artifact for the paper's policy, calibrated on the demo's texts first if it is missing."""
     path = ARTIFACTS / "smollm2-moe-frobenius"
     if not path.exists():
-        calibrate(
-            CalibrationConfig(
-                model=str(SMOLLM2_MOE.model),
-                dataset=str(SMOLLM2_MOE.calibration),
-                method="frobenius",
-                output=path,
-                num_samples=SMOLLM2_MOE.samples,
-            )
-        )
-        ray.shutdown()
+        texts: dict[str, Any] = {"dataset": str(SMOLLM2_MOE.calibration), "num_samples": SMOLLM2_MOE.samples}
+        calibrate_into(path, model=str(SMOLLM2_MOE.model), method="frobenius", **texts)
     return path
 
 

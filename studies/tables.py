@@ -61,12 +61,11 @@ def field_rows(example: str = "tiny-moe", folder: str = "") -> dict[tuple[int, s
 
 
 def beside_rivals(example: str = "tiny-moe") -> list[dict[str, Any]]:
-    """Returns the rows of our policy that cost more than nothing: beside most rivals, and beside those of a second run
-    of the study."""
+    """Returns the rows of our policy: beside most rivals, and beside those of a second run of the study."""
     runs = [field_rows(example)]
     if (RESULTS / LATER / f"quality-{example}.json").exists():
         runs.append(field_rows(example, LATER))
-    return [row for rows in runs for row in rows.values() if row["policy"] == PRICED and row["kl"] > NOTHING]
+    return [row for rows in runs for row in rows.values() if row["policy"] == PRICED]
 
 
 def quality() -> str:
@@ -90,7 +89,7 @@ def quality() -> str:
 
 def against_the_field(example: str = "tiny-moe") -> str:
     """The range over all prices of our KL as a factor of a rival's at as many active experts."""
-    priced = beside_rivals(example)
+    priced = [row for row in beside_rivals(example) if row["kl"] > NOTHING]
     batches = sorted({row["batch"] for row in priced})
     rows = []
     for name, label in RIVALS.items():
