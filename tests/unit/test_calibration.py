@@ -24,6 +24,7 @@ from sere_dist.calibration.sensitivity import Sensitivity
 from sere_dist.method.certainty import certainty_of
 from sere_dist.method.similarity import expert_projection, expert_similarity, random_similarity, weight_similarity
 from sere_dist.method.sources import fits_of_sources
+from sere_dist.moe import hooked_experts, routed_experts
 from tests.support.commands import invoke
 from tests.support.direct import calibration_texts, direct
 
@@ -37,6 +38,25 @@ def ragged(count: int, lengths: tuple[int, ...]) -> list[list[int]]:
     """Calibration texts of differing lengths, as token ids."""
     ids = calibration_texts(count, max(lengths))
     return [text[: lengths[i % len(lengths)]] for i, text in enumerate(ids)]
+
+
+@torch.no_grad()
+def test_saliency_is_the_mean_size_of_what_an_expert_adds(model, heldout_ids):
+    routings = {}
+    with hooked_experts(model, lambda layer, routing: routings.update({layer: routing})):
+        model(heldout_ids[:1, :20])
+    (hidden, ids, weights), (_, experts) = routings[2], routed_experts(model)[2]
+    checkpoint = Checkpoint(str(MODEL))
+    inputs = dict(expert_inputs(checkpoint, text_blocks([heldout_ids[0, :20].tolist()])))
+    found = score_layer(checkpoint, 2, inputs[2], "projection").saliency_E
+    sizes: dict[int, list[float]] = {}
+    for n, (token_ids, token_weights) in enumerate(zip(ids, weights, strict=True)):
+        for expert, weight in zip(token_ids, token_weights, strict=True):
+            added = experts(hidden[n : n + 1], expert.view(1, 1), weight.view(1, 1))
+            sizes.setdefault(int(expert), []).append(float(added.norm()))
+    means = [sum(sizes[expert]) / len(sizes[expert]) if expert in sizes else 0 for expert in range(len(found))]
+    assert found.tolist() == pytest.approx(means, rel=1e-4)
+    assert 0 in means
 
 
 @pytest.mark.parametrize("method", ["frobenius", "cosine", pytest.param("cka", marks=pytest.mark.long), "projection"])
